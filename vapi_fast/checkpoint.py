@@ -1,0 +1,104 @@
+"""Read LlamaGen's checkpoint files, write ours atomically, and explain what is wrong with the ones that do not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a `.pt` file (bare, or under `model`, `module` or `state_dict`) or a `.safetensors` file."""
+    state = load_file_checked(path)
+    for key in CONTAINERS:
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"{path}: no weights found; expected tensors at the top level or under {', '.join(CONTAINERS)}, "
+            f"got {', '.join(list(state)[:5]) or 'an empty file'}"
+        )
+    return state
+
+
+def load_file_checked(path: str | Path) -> dict[str, Any]:
+    """Unpickle (`weights_only`) or read safetensors; raises CheckpointError with one line for any damage."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read, truncated or not a PyTorch checkpoint ({reason}); copy or download it again"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return state
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
+    """Copy `state` into `module`; every key and shape must match. `hint` says what to do when they do not."""
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state]
+    extra = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    problems = []
+    if shapes:
+        problems.append("; ".join(shapes[:2]) + (f" and {len(shapes) - 2} more" if len(shapes) > 2 else ""))
+    if missing:
+        problems.append(f"{len(missing)} weights missing ({', '.join(missing[:2])})")
+    if extra:
+        problems.append(f"{len(extra)} unknown weights ({', '.join(extra[:2])})")
+    if problems:
+        raise CheckpointError(
+            f"{path}: does not fit this {type(module).__name__}: {'; '.join(problems)}{'. ' + hint if hint else ''}"
+        )
+    module.load_state_dict(state)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` with a name beside `path`, then rename: readers see the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_generator(path: str | Path, model: nn.Module) -> None:
+    """Write `model`'s weights in LlamaGen's format: CPU tensors under the key `model`."""
+    state = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
+    write_atomically(path, lambda temporary: torch.save({"model": state}, temporary))

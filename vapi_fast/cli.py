@@ -1,0 +1,106 @@
+"""The command line: `vapi-fast align` and `benchmarks/e2e_align.py` share these flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vapi_fast.alignment import NonFiniteError
+from vapi_fast.checkpoint import CheckpointError
+from vapi_fast.config import METHODS, PRIORS, AlignConfig, ConfigError, flag
+from vapi_fast.data import DataError
+from vapi_fast.models import LLAMAGEN_CONFIGS
+from vapi_fast.run import PublishedStep, align
+
+USAGE_ERROR = 2
+FAILURE = 1
+
+# Flag → (type or choices, help). Defaults are AlignConfig's: the paper's recipe, or the tiny preset's own.
+FLAGS: dict[str, tuple[Any, str]] = {
+    "model": (tuple(LLAMAGEN_CONFIGS), "size of the generator; tiny brings its own checkpoints and images"),
+    "vq_ckpt": (Path, "LlamaGen's VQ tokenizer"),
+    "gpt_ckpt": (Path, "LlamaGen's generator, the model to align"),
+    "vgg_weights": (Path, "torchvision's VGG16 file for LPIPS (default: download)"),
+    "data": (Path, "images: folder of class folders, save_to_disk folder, parquet or WebDataset tars"),
+    "eval_data": (Path, "images to measure against (default: --data)"),
+    "image_size": (int, "pixels a side"),
+    "batch_size": (int, "images a step, over all ranks"),
+    "group_size": (int, "rollouts per image (G)"),
+    "steps": (int, "optimizer steps"),
+    "micro_batch": (int, "images in one forward on one GPU; lower it when memory runs out"),
+    "lr": (float, "AdamW's learning rate"),
+    "method": (METHODS, "vapi; ste: straight-through baseline; ntp: next-token prediction alone"),
+    "prior": (PRIORS, "ce: cross-entropy to the image's tokens; kl: divergence from the base model"),
+    "prior_weight": (float, "weight of the prior (β)"),
+    "mse_weight": (float, "weight of MSE in the reward"),
+    "lpips_weight": (float, "weight of LPIPS in the reward"),
+    "noise_prob": (float, "share of context tokens replaced by random ones (ξ)"),
+    "dropout": (float, "dropout in the generator, one mask for all rollouts of an image"),
+    "temperature": (float, "of the rollouts"),
+    "top_k": (int, "keep the k likeliest tokens in rollouts; 0: all"),
+    "top_p": (float, "nucleus of the rollouts; 1: all"),
+    "seed": (int, "decides every random draw"),
+    "output_dir": (Path, "where the results go (default: runs/<model>-<method>-<time>)"),
+    "checkpoint_every": (int, "steps between saved states for --resume"),
+    "eval_samples": (int, "images drawn for each evaluation"),
+    "cfg_scale": (float, "guidance scale of the second evaluation"),
+}
+
+
+def add_align_flags(parser: argparse.ArgumentParser) -> None:
+    for name, (kind, text) in FLAGS.items():
+        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **options)
+    parser.add_argument(
+        "--no-eval", dest="evaluate", action="store_false", default=argparse.SUPPRESS, help="skip the measurements"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="also time the published recipe on the same batches (benchmarks/e2e_align.py only)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on with the unfinished run in --output-dir"
+    )
+
+
+def align_main(options: argparse.Namespace, published_step: PublishedStep | None = None) -> int:
+    """Run the alignment; every expected failure is one line on standard error."""
+    try:
+        align(AlignConfig(**vars(options)), published_step=published_step)
+    except ConfigError as error:
+        return fail(USAGE_ERROR, error)
+    except torch.OutOfMemoryError:
+        return fail(FAILURE, "out of GPU memory: lower --micro-batch (images in one forward)")
+    except (CheckpointError, DataError, NonFiniteError, OSError) as error:
+        return fail(FAILURE, error)
+    except KeyboardInterrupt:
+        return fail(FAILURE, "interrupted; --resume goes on from the last saved state")
+    return 0
+
+
+def fail(code: int, error: object) -> int:
+    print(f"vapi-fast: error: {error}", file=sys.stderr)
+    return code
+
+
+def e2e_main(published_step: PublishedStep) -> int:
+    """`benchmarks/e2e_align.py`: `vapi-fast align` plus `--compare`."""
+    parser = argparse.ArgumentParser(description="Align a LlamaGen generator to pixel space with VA-π.")
+    add_align_flags(parser)
+    return align_main(parser.parse_args(), published_step)
+
+
+def main() -> int:
+    """`vapi-fast`: the console script."""
+    parser = argparse.ArgumentParser(prog="vapi-fast", description="Fast VA-π alignment of LlamaGen generators.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_align_flags(commands.add_parser("align", help="align a generator to pixel space"))
+    options = parser.parse_args()
+    del options.command
+    return align_main(options)

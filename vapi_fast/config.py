@@ -1,0 +1,181 @@
+"""What an alignment run does: one frozen dataclass, validated once, and the presets that its defaults come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vapi_fast import tiny
+from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS
+
+METHODS = ("vapi", "ste", "ntp")
+PRIORS = ("ce", "kl")
+
+# The paper's recipe (PAPER: 384², 128 images × G 8 a step, 100 steps, AdamW lr 1e-6); every model but tiny.
+PAPER: dict[str, Any] = {
+    "tokenizer": "vq-16",
+    "lpips": "vgg16",
+    "vq_ckpt": None,
+    "gpt_ckpt": None,
+    "vgg_weights": None,
+    "data": None,
+    "eval_data": None,
+    "image_size": 384,
+    "batch_size": 128,
+    "micro_batch": 16,
+    "lr": 1e-6,
+    "noise_prob": 0.0,
+    "eval_samples": 50_000,
+    "cfg_scale": 1.75,
+}
+
+TINY: dict[str, Any] = {
+    "tokenizer": "tiny",
+    "lpips": "tiny",
+    "vq_ckpt": tiny.FILES.tokenizer,
+    "gpt_ckpt": tiny.FILES.generator,
+    "vgg_weights": tiny.FILES.perceptual,
+    "data": tiny.FILES.train_images,
+    "eval_data": tiny.FILES.heldout_images,
+    "image_size": tiny.IMAGE_SIZE,
+    "batch_size": 32,
+    "micro_batch": 32,
+    "lr": 5e-5,
+    "noise_prob": 0.0,
+    "eval_samples": 2000,
+    "cfg_scale": 1.5,
+}
+
+
+PRESET: Any = ...  # default of a field whose value the model's preset decides
+
+
+class ConfigError(ValueError):
+    """A value or a combination of values that cannot work; the message says what to pass instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """One alignment run. Fields left out take the paper's value, or the tiny preset's for `model="tiny"`.
+
+    Raises:
+        ConfigError: a field out of range, a missing file, or fields that contradict each other.
+    """
+
+    model: str = "xxl"
+    tokenizer: str = PRESET
+    lpips: str = PRESET
+    vq_ckpt: Path | None = PRESET
+    gpt_ckpt: Path | None = PRESET
+    vgg_weights: Path | None = PRESET  # None: download
+    data: Path | None = PRESET
+    eval_data: Path | None = PRESET  # None: `data`
+    image_size: int = PRESET
+    batch_size: int = PRESET  # images a step, over all ranks
+    group_size: int = 8
+    steps: int = 100
+    micro_batch: int = PRESET  # images in one forward on one rank
+    lr: float = PRESET
+    weight_decay: float = 1e-4
+    clip_grad_norm: float = 1.0
+    method: str = "vapi"
+    prior: str = "ce"
+    prior_weight: float = 0.1
+    mse_weight: float = 1.0
+    lpips_weight: float = 1.0
+    clip_range: float = 0.2
+    noise_prob: float = PRESET
+    dropout: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    output_dir: Path = dataclasses.field(default=Path(""))  # "": runs/<model>-<method>-<time>
+    checkpoint_every: int = 25
+    eval_samples: int = PRESET
+    cfg_scale: float = PRESET  # of the evaluation with classifier-free guidance
+    evaluate: bool = True
+    compare: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model.lower() not in LLAMAGEN_CONFIGS:
+            raise ConfigError(f"--model {self.model}: unknown, choose one of {', '.join(LLAMAGEN_CONFIGS)}")
+        preset = TINY if self.model == "tiny" else PAPER
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is PRESET:
+                value = preset[field.name]
+            if isinstance(value, str) and "Path" in str(field.type):
+                value = Path(value)
+            object.__setattr__(self, field.name, value)
+        if self.output_dir == Path(""):
+            name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+            object.__setattr__(self, "output_dir", Path("runs") / name)
+        self.check_ranges()
+        self.check_combinations()
+        self.check_files()
+
+    def check_ranges(self) -> None:
+        positive = ("image_size", "batch_size", "group_size", "steps", "micro_batch", "checkpoint_every")
+        bounds = {name: (1, float("inf")) for name in positive}
+        bounds |= {name: (0, float("inf")) for name in ("prior_weight", "mse_weight", "lpips_weight", "weight_decay")}
+        bounds |= {"top_k": (0, float("inf")), "noise_prob": (0, 1), "cfg_scale": (1, float("inf"))}
+        bounds |= {"lr": (0, float("inf")), "top_p": (0, 1), "eval_samples": (2, float("inf")), "seed": (0, 2**63 - 1)}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+                raise ConfigError(f"{flag(name)} must be {limits}, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ConfigError(f"--temperature must be greater than 0, got {self.temperature}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout must be at least 0 and less than 1, got {self.dropout}")
+        for name, choices in (("method", METHODS), ("prior", PRIORS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{flag(name)} {getattr(self, name)}: choose one of {', '.join(choices)}")
+
+    def check_combinations(self) -> None:
+        downsample = VQ_CONFIGS[self.tokenizer].downsample
+        if self.image_size % downsample:
+            raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")
+        if self.method == "vapi" and self.group_size < 2:
+            raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
+        if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
+            raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
+        if self.prior == "kl" and self.method != "vapi":
+            raise ConfigError(f"--prior kl needs --method vapi: --method {self.method} has no sampled tokens")
+        if self.compare and self.method != "vapi":
+            raise ConfigError("--compare needs --method vapi: the published recipe is VA-π")
+        if self.compare and self.dropout:
+            raise ConfigError("--compare needs --dropout 0: the two paths would draw different masks")
+
+    def check_files(self) -> None:
+        for name in ("vq_ckpt", "gpt_ckpt", "data"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
+        for name in ("vq_ckpt", "gpt_ckpt", "data", "vgg_weights", "eval_data"):
+            path = getattr(self, name)
+            if path is not None and not path.exists():
+                raise ConfigError(f"{flag(name)} {path}: no such file or folder")
+        if (self.output_dir / "run.json").exists():
+            raise ConfigError(f"--output-dir {self.output_dir} holds a finished run: choose another folder")
+        if self.resume and not (self.output_dir / "state.pt").exists():
+            raise ConfigError(f"--resume: {self.output_dir} holds no state.pt to go on from; pass its --output-dir")
+        if not self.resume and (self.output_dir / "state.pt").exists():
+            raise ConfigError(
+                f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
+                "another folder"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // VQ_CONFIGS[self.tokenizer].downsample
+
+
+def flag(field: str) -> str:
+    """The command line's name of a config field."""
+    return "--" + field.replace("_", "-")

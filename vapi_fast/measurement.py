@@ -1,0 +1,135 @@
+"""Measure a generator: draw samples at fixed seeds, score them against held-out images, and its rollouts' rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vapi_fast import evaluation, ops
+from vapi_fast.alignment import Models
+from vapi_fast.config import AlignConfig
+from vapi_fast.data import ImageBatch, ImageData
+from vapi_fast.distributed import gather_rows, rank, world_size
+from vapi_fast.generation import generate
+from vapi_fast.models import LlamaGen
+from vapi_fast.rollout import roll_out
+
+SAMPLE_BATCH = 250
+REWARD_IMAGES = 512  # at most so many held-out images are rolled out
+SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
+
+
+class FeatureNetwork(Protocol):
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One generator's figures: scores of its samples without and with guidance, and its held-out rollouts' means."""
+
+    plain: evaluation.Scores
+    cfg: evaluation.Scores
+    reward: float
+    mse: float
+    lpips: float
+
+    def as_record(self) -> dict[str, Any]:
+        """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
+        rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
+        return dataclasses.asdict(self.plain) | {"cfg": dataclasses.asdict(self.cfg)} | rewards
+
+
+class Evaluator:
+    """Holds the held-out images and their features, so that base and aligned generator meet the same test."""
+
+    def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
+        self.config = config
+        self.models = models
+        self.device = device
+        data = ImageData(config.eval_data or config.data, config.image_size, split="validation")
+        self.network, self.network_name = feature_network(config, models)
+        count = min(len(data), config.eval_samples)
+        features, self.labels, rewarded = [], [], []
+        for batch in shard_of(data, count):
+            features.append(self.network.features_and_logits(batch.images.to(device))[0].cpu())
+            self.labels.append(batch.labels)
+            if len(rewarded) * SAMPLE_BATCH < REWARD_IMAGES:
+                rewarded.append(batch)
+        self.reference = gather_rows(torch.cat(features))
+        self.labels = gather_rows(torch.cat(self.labels))
+        self.rewarded = rewarded
+
+    @torch.no_grad()
+    def measure(self, generator: LlamaGen, name: str) -> Measurement:
+        """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
+        scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
+        return Measurement(*scores, *self.rewards(generator))
+
+    def score(self, generator: LlamaGen, cfg_scale: float, name: str) -> evaluation.Scores:
+        features, logits = [], []
+        for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
+            parts = self.network.features_and_logits(images)
+            features.append(parts[0].cpu())
+            logits.append(parts[1].cpu())
+        return evaluation.score(
+            self.reference,
+            gather_rows(torch.cat(features)),
+            gather_rows(torch.cat(logits)),
+            feature_network=self.network_name,
+        )
+
+    def samples(self, generator: LlamaGen, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
+        """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
+        ids = torch.arange(rank(), count, world_size())
+        guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
+        with tqdm(total=len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
+            for part in ids.split(SAMPLE_BATCH):
+                yield self.sample(generator, part, cfg_scale)
+                progress.update(len(part))
+
+    @torch.no_grad()
+    def sample(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float = 1.0) -> Tensor:
+        """Images `[N,3,H,W]` in [−1, 1] of the given sample ids."""
+        labels = self.labels[sample_ids % len(self.labels)].to(self.device)
+        seed = ops.fold_seed(self.config.seed, SEED_STREAM)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            tokens = generate(generator, labels, seed=seed, sample_ids=sample_ids.to(self.device), cfg_scale=cfg_scale)
+        return self.models.tokenizer.decode(tokens).clamp(-1, 1)
+
+    def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:
+        """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
+        training = generator.training
+        generator.eval()
+        seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
+        rows = []
+        for batch in self.rewarded:
+            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+            tokens = self.models.tokenizer.encode(images)
+            ids = batch.image_ids.to(self.device)
+            rollout = roll_out(generator, tokens, labels, self.config, seed=seed, sample_ids=ids)
+            reward = self.models.reward.score(rollout.tokens, images)
+            rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
+        generator.train(training)
+        return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
+
+
+def shard_of(data: ImageData, count: int) -> Iterator[ImageBatch]:
+    """This rank's part of the first `count` images of the data's own shuffled order, in batches."""
+    size = SAMPLE_BATCH * world_size()
+    steps = -(-count // size)
+    for step, batch in enumerate(data.batches(size, steps, seed=0, rank=rank(), world_size=world_size())):
+        wanted = step * size + batch.sample_ids < count
+        yield ImageBatch(*(value[wanted] for value in batch))
+
+
+def feature_network(config: AlignConfig, models: Models) -> tuple[FeatureNetwork, str]:
+    """The tiny preset scores with its own classifier; every other model with Inception, as papers do."""
+    if config.lpips == "tiny":
+        return models.reward.lpips, "tiny perceptual network"
+    return evaluation.load_inception(None), "Inception-v3"

@@ -1,0 +1,35 @@
+"""The public operations: argument checks and choice of backend in front of an implementation."""
+
+from vapi_fast.reference import PolicyLoss, fold_seed
+
+from .backends import use_backend
+from .losses import group_advantages, linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
+from .normalization import group_norm_silu, rms_norm
+from .perceptual import lpips_distance, mse
+from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
+from .sampling import group_sample, linear_group_sample, noisy_prefix
+from .transformer import decode_attention, rotary_2d, rotary_2d_table, swiglu
+
+__all__ = [
+    "PolicyLoss",
+    "codebook_lookup",
+    "decode_attention",
+    "fold_seed",
+    "group_advantages",
+    "group_norm_silu",
+    "group_sample",
+    "linear_cross_entropy",
+    "linear_group_sample",
+    "lpips_distance",
+    "mse",
+    "noisy_prefix",
+    "noisy_prefix_cross_entropy",
+    "policy_loss",
+    "rms_norm",
+    "rotary_2d",
+    "rotary_2d_table",
+    "straight_through_lookup",
+    "swiglu",
+    "use_backend",
+    "vq_lookup",
+]

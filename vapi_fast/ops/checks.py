@@ -1,0 +1,115 @@
+"""Argument checks of the public operations: shapes and dtypes always, values only where reading them is free.
+
+A wrong type or dtype is a TypeError, a wrong shape, device or value a ValueError; each message is one line with the
+operation, the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def described(value: object) -> str:
+    """`float32 [4, 7]` for a tensor, the type's name for anything else."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+class ArgumentChecks:
+    """Checks the tensors of one call. A dimension's letter must mean the same size in all of them.
+
+    Dimensions are given as "B T V"; a leading "..." stands for any number of dimensions, the same sizes each time.
+    """
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        self.sizes: dict[str, int | tuple[int, ...]] = {}
+        self.device: tuple[str, torch.device] | None = None
+
+    def floating(self, name: str, value: object, dims: str) -> None:
+        self._tensor(name, value, dims, "floating", isinstance(value, Tensor) and value.is_floating_point())
+
+    def integers(self, name: str, value: object, dims: str) -> None:
+        self._tensor(name, value, dims, "int64", isinstance(value, Tensor) and value.dtype == torch.int64)
+
+    def booleans(self, name: str, value: object, dims: str) -> None:
+        self._tensor(name, value, dims, "bool", isinstance(value, Tensor) and value.dtype == torch.bool)
+
+    def _tensor(self, name: str, value: object, dims: str, kind: str, right_dtype: bool) -> None:
+        expected = f"{self.operation}: {name} must be {kind} [{', '.join(dims.split())}]"
+        if not right_dtype:
+            raise TypeError(f"{expected}, got {described(value)}")
+        if not self._bind(value.shape, dims.split()):
+            known = ", ".join(f"{d}={self.sizes[d]}" for d in dims.split() if d in self.sizes)
+            raise ValueError(f"{expected}{' with ' + known if known else ''}, got {described(value)}")
+        if self.device is None:
+            self.device = name, value.device
+        elif self.device[1] != value.device:
+            first, device = self.device
+            raise ValueError(f"{self.operation}: {name} must be on {first}'s device {device}, got {value.device}")
+
+    def _bind(self, shape: torch.Size, dims: list[str]) -> bool:
+        """Match a shape with dimension letters; the sizes met for the first time are kept if all of it fits."""
+        sizes = list(shape)
+        if dims[0] == "...":
+            leading = len(sizes) - len(dims) + 1
+            sizes = [tuple(sizes[: max(leading, 0)]), *sizes[max(leading, 0) :]]
+        if len(sizes) != len(dims):
+            return False
+        found = dict(self.sizes)
+        if any(found.setdefault(dim, size) != size for dim, size in zip(dims, sizes, strict=True)):
+            return False
+        self.sizes = found
+        return True
+
+    def not_empty(self, name: str, *dims: str) -> None:
+        for dim in dims:
+            if self.sizes[dim] == 0:
+                raise ValueError(f"{self.operation}: {name} must have {dim} > 0, got {dim}=0")
+
+    def count(self, name: str, value: object, minimum: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{self.operation}: {name} must be an int >= {minimum}, got {described(value)}")
+        if value < minimum:
+            raise ValueError(f"{self.operation}: {name} must be an int >= {minimum}, got {value}")
+
+    def positive(self, name: str, value: float) -> None:
+        self._number(name, value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{self.operation}: {name} must be positive and finite, got {value}")
+
+    def within(self, name: str, value: float, low: float, high: float) -> None:
+        self._number(name, value)
+        if not low <= value <= high:
+            raise ValueError(f"{self.operation}: {name} must be in [{low}, {high}], got {value}")
+
+    def _number(self, name: str, value: object) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{self.operation}: {name} must be a number, got {described(value)}")
+
+    def seed(self, seed: object) -> None:
+        expected = f"{self.operation}: seed must be an int in [-2^63, 2^63) or a 0-d int64 tensor"
+        if isinstance(seed, Tensor):
+            if seed.dtype != torch.int64 or seed.ndim != 0:
+                raise TypeError(f"{expected}, got {described(seed)}")
+        elif not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"{expected}, got {described(seed)}")
+        elif not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{expected}, got {seed}")
+
+    def sample_ids(self, sample_ids: Tensor | None) -> None:
+        if sample_ids is not None:
+            self.integers("sample_ids", sample_ids, "B")
+
+    def token_range(self, name: str, tokens: Tensor, vocab_size: int) -> None:
+        """Tokens in 0…V−1. On a GPU reading them back would stall it, and the gather's own assertion reports them."""
+        if tokens.device.type != "cpu" or tokens.numel() == 0:
+            return
+        low, high = tokens.aminmax()
+        if low < 0 or high >= vocab_size:
+            wrong = int(low) if low < 0 else int(high)
+            raise ValueError(f"{self.operation}: {name} must be in [0, {vocab_size}), got {wrong}")

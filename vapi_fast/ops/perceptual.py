@@ -1,0 +1,60 @@
+"""Distances between images that make up the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .backends import implementation
+from .checks import ArgumentChecks
+
+
+def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """LPIPS distance from feature maps; the reference image's are given once per group.
+
+    d = Σ_l mean_hw Σ_c w_lc (â − b̂)², with â = a / (|a| + 1e-10) over channels (Zhang et al. 2018, arXiv 1801.03924).
+
+    Args:
+        features_a: one map a level, floating `[B, C, H, W]` each, or `[B, G, C, H, W]` each.
+        features_b: one map a level, floating `[B, C, H, W]`; broadcast over G.
+        weights: one vector a level, floating `[C]`, non-negative.
+
+    Returns:
+        `[B]` or `[B, G]`, fp32 (float64 for float64), with gradients to features and weights; that of an all-zero
+        feature vector is finite.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device, or lists of different lengths.
+    """
+    levels = len(features_a), len(features_b), len(weights)
+    if not levels[0] == levels[1] == levels[2] > 0:
+        raise ValueError(
+            "lpips_distance: features_a, features_b and weights must have the same number of levels (at least one), "
+            f"got {levels[0]}, {levels[1]} and {levels[2]}"
+        )
+    grouped = isinstance(features_a[0], Tensor) and features_a[0].ndim == 5
+    batch = ArgumentChecks("lpips_distance")
+    for level, (a, b, weight) in enumerate(zip(features_a, features_b, weights, strict=True)):
+        checks = ArgumentChecks("lpips_distance")
+        checks.sizes.update({dim: size for dim, size in batch.sizes.items() if dim in ("B", "G")})
+        checks.floating(f"features_a[{level}]", a, "B G C H W" if grouped else "B C H W")
+        checks.not_empty(f"features_a[{level}]", "C", "H", "W")
+        checks.floating(f"features_b[{level}]", b, "B C H W")
+        checks.floating(f"weights[{level}]", weight, "C")
+        batch = checks
+    return implementation(features_a[0]).lpips_distance(features_a, features_b, weights)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each image, over channels and pixels.
+
+    a floating `[B, C, H, W]` or `[B, G, C, H, W]`, b floating `[B, C, H, W]`, broadcast over G → `[B]` or `[B, G]`,
+    fp32 (float64 for float64), with gradients to both. Raises TypeError or ValueError for an argument of the wrong
+    type, shape or device.
+    """
+    checks = ArgumentChecks("mse")
+    checks.floating("a", a, "B G C H W" if isinstance(a, Tensor) and a.ndim == 5 else "B C H W")
+    checks.not_empty("a", "C", "H", "W")
+    checks.floating("b", b, "B C H W")
+    return implementation(a).mse(a, b)

@@ -1,0 +1,121 @@
+"""Drawing tokens: groups of rollouts from teacher-forced logits, and the corruption of their context."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .backends import implementation
+from .checks import ArgumentChecks
+
+
+def _check_draw(
+    checks: ArgumentChecks,
+    group_size: int,
+    seed: int | Tensor,
+    sample_ids: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    checks.count("group_size", group_size, 1)
+    checks.seed(seed)
+    checks.sample_ids(sample_ids)
+    checks.positive("temperature", temperature)
+    checks.count("top_k", top_k, 0)
+    checks.within("top_p", top_p, 0.0, 1.0)
+
+
+def group_sample(
+    logits: Tensor,
+    group_size: int,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw G independent tokens per position from one softmax.
+
+    By inverse CDF in vocabulary order: the first token whose cumulative probability exceeds u·total, u = k·2⁻²⁴ from
+    Philox at (t, g, sample id). A rollout depends on the seed, its image's id and its index in the group alone.
+
+    Args:
+        logits: floating `[B, T, V]`; computed in fp32 (float64 in float64).
+        group_size: G ≥ 1.
+        seed: int in [−2⁶³, 2⁶³) or 0-d int64 tensor.
+        sample_ids: int64 `[B]`, global ids of the images; default 0…B−1. The low 32 bits count.
+        temperature: > 0, divides the logits.
+        top_k: keep the k largest logits and their ties; 0 keeps all.
+        top_p: then keep the most likely tokens up to the one that makes their probability exceed top_p; 1 keeps all.
+
+    Returns:
+        tokens int64 `[B, G, T]`; logprobs `[B, G, T]`, fp32 (float64 for float64), in nats, of the distribution drawn
+        from, after temperature and filters. No gradient. NaN logits give valid tokens and NaN logprobs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    checks = ArgumentChecks("group_sample")
+    checks.floating("logits", logits, "B T V")
+    checks.not_empty("logits", "V")
+    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
+    return implementation(logits).group_sample(
+        logits, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+
+
+def linear_group_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    group_size: int,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`group_sample` of the logits hidden·weightᵀ: the same draws, without the caller holding the logits.
+
+    hidden floating `[B, T, D]`, weight floating `[V, D]` (the LM head); the rest, the results and the errors are
+    those of `group_sample`.
+    """
+    checks = ArgumentChecks("linear_group_sample")
+    checks.floating("hidden", hidden, "B T D")
+    checks.floating("weight", weight, "V D")
+    checks.not_empty("weight", "V", "D")
+    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
+    return implementation(hidden).linear_group_sample(
+        hidden, weight, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+
+
+def noisy_prefix(
+    tokens: Tensor, noise_prob: float, vocab_size: int, *, seed: int | Tensor, sample_ids: Tensor | None = None
+) -> Tensor:
+    """Input tokens of a teacher-forced forward, each replaced with probability ξ by a uniformly random one.
+
+    The replacement may equal the original. The last token is never an input, so it is left out.
+
+    Args:
+        tokens: int64 `[B, T]`, T ≥ 1, in [0, vocab_size).
+        noise_prob: ξ in [0, 1].
+        vocab_size: V ≥ 1.
+        seed, sample_ids: as in `group_sample`.
+
+    Returns:
+        int64 `[B, T − 1]`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    checks = ArgumentChecks("noisy_prefix")
+    checks.integers("tokens", tokens, "B T")
+    checks.not_empty("tokens", "T")
+    checks.within("noise_prob", noise_prob, 0.0, 1.0)
+    checks.count("vocab_size", vocab_size, 1)
+    checks.seed(seed)
+    checks.sample_ids(sample_ids)
+    checks.token_range("tokens", tokens, vocab_size)
+    return implementation(tokens).noisy_prefix(tokens, noise_prob, vocab_size, seed=seed, sample_ids=sample_ids)

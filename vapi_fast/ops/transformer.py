@@ -1,0 +1,121 @@
+"""Pieces of LlamaGen's transformer: 2-D rotary positions, SwiGLU, attention of one query against a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vapi_fast import reference
+
+from .backends import implementation
+from .checks import ArgumentChecks, described
+
+
+def rotary_2d_table(grid_size: int, head_dim: int, prefix_len: int, base: float = 10000.0) -> Tensor:
+    """Cosines and sines for `rotary_2d`: zeros at the condition positions, then the image grid in raster order.
+
+    Pair i of a head turns by row · base^(−4i / head_dim) in its first half, pair head_dim/4 + i by column · the same.
+
+    grid_size ≥ 1 tokens a side, head_dim a multiple of 4, prefix_len ≥ 0 condition positions → fp32 on the CPU,
+    `[prefix_len + grid_size², head_dim / 2, 2]` (cosine, sine). Raises TypeError or ValueError for an argument of the
+    wrong type or range.
+    """
+    checks = ArgumentChecks("rotary_2d_table")
+    checks.count("grid_size", grid_size, 1)
+    checks.count("head_dim", head_dim, 4)
+    checks.count("prefix_len", prefix_len, 0)
+    checks.positive("base", base)
+    if head_dim % 4:
+        raise ValueError(f"rotary_2d_table: head_dim must be a multiple of 4, got {head_dim}")
+    return reference.rotary_2d_table(grid_size, head_dim, prefix_len, base)
+
+
+def rotary_2d(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate each interleaved pair (x₂ᵢ, x₂ᵢ₊₁) of a head by its position's angle.
+
+    x floating `[B, T, heads, head_dim]`; table floating `[T, head_dim / 2, 2]`, T rows of `rotary_2d_table`; a row of
+    zeros makes x vanish → like x, with a gradient to x. Raises TypeError or ValueError for an argument of the wrong
+    type, shape or device.
+    """
+    checks = ArgumentChecks("rotary_2d")
+    checks.floating("x", x, "B T heads head_dim")
+    checks.floating("table", table, "T pairs 2")
+    if table.shape[1:] != (x.shape[-1] // 2, 2) or x.shape[-1] % 2:
+        raise ValueError(
+            f"rotary_2d: table must be [T, head_dim / 2, 2] for x with head_dim={x.shape[-1]}, got {described(table)}"
+        )
+    return implementation(x).rotary_2d(x, table)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) · up.
+
+    gate and up floating `[..., D]` of the same shape → the same in gate's dtype, computed in fp32 (float64 for
+    float64), with gradients to both. Raises TypeError or ValueError for an argument of the wrong type, shape or device.
+    """
+    checks = ArgumentChecks("swiglu")
+    checks.floating("gate", gate, "... D")
+    checks.floating("up", up, "... D")
+    return implementation(gate).swiglu(gate, up)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per sequence against its group's shared prefix and its own cache.
+
+    softmax(q·kᵀ / sqrt(head_dim)) · v over the prefix's keys (where the mask allows) and own entries 0…position.
+
+    Args:
+        q: floating `[N, heads, head_dim]`, N ≥ 1.
+        k_cache, v_cache: floating `[N, heads, S, head_dim]`, the sequences' own entries; those past `position` are
+            ignored, whatever they hold.
+        position: index of the last valid own entry, in [0, S): an int, or a 0-d int64 tensor (range not checked).
+        prefix_k, prefix_v: floating `[P, heads, prefix_len, head_dim]`, one prefix for each of P groups; sequences
+            n·N/P … (n+1)·N/P − 1 belong to group n. Both or neither.
+        prefix_mask: bool `[P, prefix_len]`, False at prefix positions to leave out; default all True.
+
+    Returns:
+        `[N, heads, head_dim]` in q's dtype, computed in fp32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    checks = ArgumentChecks("decode_attention")
+    checks.floating("q", q, "N heads head_dim")
+    checks.not_empty("q", "N")
+    checks.floating("k_cache", k_cache, "N heads S head_dim")
+    checks.floating("v_cache", v_cache, "N heads S head_dim")
+    if (prefix_k is None) != (prefix_v is None) or (prefix_mask is not None and prefix_k is None):
+        raise ValueError("decode_attention: prefix_k and prefix_v must be given together, prefix_mask only with them")
+    if prefix_k is not None:
+        checks.floating("prefix_k", prefix_k, "P heads prefix_len head_dim")
+        checks.floating("prefix_v", prefix_v, "P heads prefix_len head_dim")
+        checks.not_empty("prefix_k", "P")
+        if q.shape[0] % prefix_k.shape[0]:
+            raise ValueError(
+                f"decode_attention: q's N={q.shape[0]} must be a multiple of prefix_k's P={prefix_k.shape[0]}"
+            )
+    if prefix_mask is not None:
+        checks.booleans("prefix_mask", prefix_mask, "P prefix_len")
+    _check_position(checks, position, k_cache.shape[2])
+    return implementation(q).decode_attention(
+        q, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v, prefix_mask=prefix_mask
+    )
+
+
+def _check_position(checks: ArgumentChecks, position: object, slots: int) -> None:
+    if isinstance(position, Tensor):
+        if position.dtype != torch.int64 or position.ndim != 0:
+            raise TypeError(f"decode_attention: position must be an int or 0-d int64, got {described(position)}")
+        return
+    checks.count("position", position, 0)
+    if position >= slots:
+        raise ValueError(f"decode_attention: position must be in [0, {slots}), k_cache's slots, got {position}")

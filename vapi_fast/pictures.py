@@ -1,0 +1,120 @@
+"""Pictures of a run: a grid of samples side by side and the reward over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .checkpoint import write_atomically
+
+MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor, without smoothing
+MARGIN, GAP, BLOCK_GAP = 16, 4, 24
+LANDSCAPE = 3 / 2
+BACKGROUND, INK = (243, 244, 246), (31, 41, 55)
+
+
+def save_grid(path: str | Path, columns: Sequence[tuple[str, Tensor]]) -> None:
+    """Write a labelled PNG: one column per (label, images [N, 3, H, W] in [−1, 1]), row n showing image n of each.
+
+    Many rows are broken into blocks side by side, so that the picture is about 3:2. The file appears whole or not at
+    all. Raises ValueError when there are no images, the shapes differ or a value is not finite.
+    """
+    _check_columns(columns)
+    count, _, height, width = columns[0][1].shape
+    factor = max(1, math.ceil(MIN_CELL / min(height, width)))
+    cell_height, cell_width = height * factor, width * factor
+    font = _fitting_font([label for label, _ in columns], cell_width)
+    header = 2 * int(font.size)
+    rows = _rows_per_block(count, len(columns) * (cell_width + GAP), cell_height + GAP, header)
+    blocks = math.ceil(count / rows)
+    block_width = len(columns) * (cell_width + GAP) - GAP
+
+    size = (
+        2 * MARGIN + blocks * (block_width + BLOCK_GAP) - BLOCK_GAP,
+        2 * MARGIN + header + rows * (cell_height + GAP) - GAP,
+    )
+    picture = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for block in range(blocks):
+        for position, (label, images) in enumerate(columns):
+            left = MARGIN + block * (block_width + BLOCK_GAP) + position * (cell_width + GAP)
+            draw.text((left + cell_width / 2, MARGIN + header / 2 - 2), label, fill=INK, font=font, anchor="mm")
+            for row, image in enumerate(images[block * rows : (block + 1) * rows]):
+                top = MARGIN + header + row * (cell_height + GAP)
+                cell = _to_picture(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+                picture.paste(cell, (left, top))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+
+
+def save_reward_curve(path: str | Path, rewards: Sequence[float], *, window: int = 9) -> None:
+    """Write a PNG of the mean reward of each step (steps count from 1) with its running mean over `window` steps.
+
+    The running mean is centred and uses fewer steps at both ends. The file appears whole or not at all.
+    Raises ValueError when there are no rewards.
+    """
+    if not rewards:
+        raise ValueError("no rewards to draw; expected one mean reward per step")
+    steps = range(1, len(rewards) + 1)
+    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, rewards, color="#93c5fd", linewidth=1, marker="o", markersize=2.5, label="each step")
+    axes.plot(steps, _running_mean(rewards, window), color="#1d4ed8", linewidth=2, label=f"mean over {window} steps")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward, −(MSE + LPIPS), weighted")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+
+
+def _rows_per_block(count: int, block_width: int, row_height: int, header: int) -> int:
+    """Rows in each block such that the picture is as near to 3:2 as it can be, whatever the last block leaves empty."""
+
+    def misfit(rows: int) -> float:
+        blocks = math.ceil(count / rows)
+        aspect = (blocks * (block_width + BLOCK_GAP)) / (rows * row_height + header)
+        return abs(math.log(aspect / LANDSCAPE))
+
+    best = min(range(1, count + 1), key=misfit)
+    return math.ceil(count / math.ceil(count / best))  # the same number of blocks, evenly filled
+
+
+def _fitting_font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+    size = max(13, width // 14)
+    while size > 7 and max(ImageFont.load_default(size).getlength(label) for label in labels) > width:
+        size -= 1
+    return ImageFont.load_default(size)
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    pixels = (image.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    reach = window // 2
+    spans = [values[max(0, step - reach) : step + reach + 1] for step in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
+def _check_columns(columns: Sequence[tuple[str, Tensor]]) -> None:
+    if not columns or not len(columns[0][1]):
+        raise ValueError("no images for the picture grid; expected at least one column of images [N, 3, H, W]")
+    shape = columns[0][1].shape
+    for label, images in columns:
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape != shape:
+            raise ValueError(
+                f"column '{label}' has shape {list(images.shape)}; every column must be [N, 3, H, W] "
+                f"and alike, the first is {list(shape)}"
+            )
+        if not images.isfinite().all():
+            raise ValueError(f"column '{label}' has values that are not finite; expected images in [-1, 1]")

@@ -1,0 +1,37 @@
+"""The operations of `vapi_fast.ops` in plain PyTorch: the truth in tests, and the path on a CPU.
+
+Each function has the name and the signature of the public operation, which documents it and checks its arguments;
+here they are taken as right. Inputs in fp16 and bf16 are computed in fp32, float64 in float64.
+"""
+
+from .losses import PolicyLoss, group_advantages, linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
+from .normalization import group_norm_silu, rms_norm
+from .perceptual import lpips_distance, mse
+from .philox import fold_seed, philox
+from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
+from .sampling import group_sample, linear_group_sample, noisy_prefix
+from .transformer import decode_attention, rotary_2d, rotary_2d_table, swiglu
+
+__all__ = [
+    "PolicyLoss",
+    "codebook_lookup",
+    "decode_attention",
+    "fold_seed",
+    "group_advantages",
+    "group_norm_silu",
+    "group_sample",
+    "linear_cross_entropy",
+    "linear_group_sample",
+    "lpips_distance",
+    "mse",
+    "noisy_prefix",
+    "noisy_prefix_cross_entropy",
+    "philox",
+    "policy_loss",
+    "rms_norm",
+    "rotary_2d",
+    "rotary_2d_table",
+    "straight_through_lookup",
+    "swiglu",
+    "vq_lookup",
+]

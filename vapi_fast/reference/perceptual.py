@@ -1,0 +1,37 @@
+"""Distances between images that make up the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .precision import accumulation_dtype
+
+CHANNEL_EPS = 1e-10
+
+
+def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """LPIPS from the feature maps of two image sets; see `vapi_fast.ops.lpips_distance`."""
+    return sum(level_distance(a, b, w) for a, b, w in zip(features_a, features_b, weights, strict=True))
+
+
+def level_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    dtype = accumulation_dtype(a, b)
+    unit_a, unit_b = unit_channels(a.to(dtype)), unit_channels(b.to(dtype))
+    if a.ndim > b.ndim:
+        unit_b = unit_b[:, None]
+    return ((unit_a - unit_b).square().mean((-2, -1)) * weight.to(dtype)).sum(-1)
+
+
+def unit_channels(features: Tensor) -> Tensor:
+    # vector_norm's gradient at the zero vector is zero, where that of sqrt(Σ x²) would be NaN.
+    return features / (torch.linalg.vector_norm(features, dim=-3, keepdim=True) + CHANNEL_EPS)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error per image; see `vapi_fast.ops.mse`."""
+    dtype = accumulation_dtype(a, b)
+    difference = a.to(dtype) - (b[:, None] if a.ndim > b.ndim else b).to(dtype)
+    return difference.square().mean((-3, -2, -1))

@@ -1,0 +1,252 @@
+"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (under 90 minutes, two cores).
+
+    python -m vapi_fast.tiny.build [--output-dir DIR] [--only images|perceptual|tokenizer|generator]
+
+Needs Debian's packages fonts-noto-color-emoji and unicode-data for the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import trange
+
+from vapi_fast import ops
+from vapi_fast.checkpoint import write_atomically
+from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.tiny import CLASSES, FILES, IMAGE_SIZE, TinyFiles, tiny_files
+from vapi_fast.tiny.images import render_all
+
+HELDOUT_SHARE = 5  # one image in five
+SEED = 0
+
+
+def build_images(output: TinyFiles) -> None:
+    """Render the glyphs and write the training and held-out parquet files."""
+    glyphs, pictures = zip(*render_all(), strict=True)
+    groups, subgroups = (
+        list(dict.fromkeys(names)) for names in zip(*((g.group, g.subgroup) for g in glyphs), strict=True)
+    )
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=groups),
+        subgroup=datasets.ClassLabel(names=subgroups),
+        name=datasets.Value("string"),
+    )
+    order = np.random.default_rng(SEED).permutation(len(glyphs))
+    heldout = set(order[: len(glyphs) // HELDOUT_SHARE].tolist())
+    for path, wanted in ((output.train_images, False), (output.heldout_images, True)):
+        rows = [
+            {"image": {"bytes": pictures[i], "path": None}, "label": g.group, "subgroup": g.subgroup, "name": g.name}
+            for i, g in enumerate(glyphs)
+            if (i in heldout) is wanted
+        ]
+        table = datasets.Dataset.from_list(rows, features=features)
+        write_atomically(path, table.to_parquet)
+        print(f"{path.name}: {len(rows)} images")
+
+
+def load_images(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """All images of a parquet file: float32 `[N,3,32,32]` in [−1, 1], group and subgroup labels int64 `[N]`."""
+    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / ".cache"))
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in table["image"]])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.tensor(table["label"]), torch.tensor(table["subgroup"])
+
+
+def shifted(images: Tensor, generator: torch.Generator, most: int = 3) -> Tensor:
+    """Each image moved by up to `most` pixels (white border) and mirrored half of the time."""
+    batch, _, size, _ = images.shape
+    padded = F.pad(images, (most,) * 4, value=1.0)
+    offsets = torch.randint(0, 2 * most + 1, (2, batch), generator=generator)
+    rows = offsets[0, :, None, None] + torch.arange(size)[None, :, None]
+    columns = offsets[1, :, None, None] + torch.arange(size)[None, None, :]
+    moved = padded[torch.arange(batch)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+    mirror = torch.rand(batch, generator=generator) < 0.5
+    return torch.where(mirror[:, None, None, None], moved.flip(3), moved)
+
+
+def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Colour gain, noise and a blanked-out square, so that the classifier looks at more than one cue."""
+    batch, _, size, _ = images.shape
+    gain = 1 + 0.2 * torch.randn(batch, 3, 1, 1, generator=generator)
+    strength = 0.15 * torch.rand(batch, 1, 1, 1, generator=generator)
+    images = images * gain + strength * torch.randn(images.shape, generator=generator)
+    corner = torch.randint(0, size - 8, (2, batch, 1, 1), generator=generator)
+    grid = torch.arange(size)
+    inside = ((grid[None, :, None] - corner[0]).abs() < 6) & ((grid[None, None, :] - corner[1]).abs() < 6)
+    return images.masked_fill(inside[:, None], 0.0)
+
+
+def batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` index batches from endless shuffled epochs."""
+    pool = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(pool) < batch_size:
+            pool = torch.cat([pool, torch.randperm(count, generator=generator)])
+        yield pool[:batch_size]
+        pool = pool[batch_size:]
+
+
+def optimizer_and_schedule(
+    module: nn.Module, lr: float, steps: int, weight_decay: float
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
+
+
+def save_half(module: nn.Module, path: Path) -> None:
+    """Weights as float16 safetensors: half the size, and loads into float32 modules."""
+    state = {key: value.detach().half().contiguous() for key, value in module.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+    print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def train_perceptual(output: TinyFiles, steps: int = 2500, batch_size: int = 128) -> None:
+    """A classifier of the 99 Unicode subgroups; its features measure distances and FID, its logits the Inception Score."""
+    images, _, labels = load_images(output.train_images)
+    heldout, _, heldout_labels = load_images(output.heldout_images)
+    generator = torch.Generator().manual_seed(SEED)
+    model = LPIPS.from_name("tiny").to(memory_format=torch.channels_last)
+    model.heads.requires_grad_(False)
+    optimizer, schedule = optimizer_and_schedule(model, 2e-3, steps, weight_decay=0.05)
+    progress = trange(steps, desc="perceptual network")
+    for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
+        inputs = disturbed(shifted(images[index], generator), generator).to(memory_format=torch.channels_last)
+        loss = F.cross_entropy(model.features_and_logits(inputs)[1], labels[index], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            with torch.no_grad():
+                correct = model.features_and_logits(heldout)[1].argmax(1) == heldout_labels
+            progress.set_postfix(loss=f"{loss.item():.3f}", heldout_accuracy=f"{correct.float().mean():.3f}")
+    save_half(model, output.perceptual)
+
+
+def nearest_centres(points: Tensor, count: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
+    """Spherical k-means: `count` unit vectors for unit vectors `points` `[N,C]`."""
+    centres = points[torch.randperm(len(points), generator=generator)[:count]]
+    for _ in range(rounds):
+        nearest = (points @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        empty = sums.norm(dim=1) == 0
+        sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
+        centres = F.normalize(sums, dim=1)
+    return centres
+
+
+def train_tokenizer(output: TinyFiles, steps: int = 6000, batch_size: int = 64, continuous_steps: int = 300) -> None:
+    """MSE + LPIPS + codebook and commitment losses; the first steps leave the latents continuous, then k-means."""
+    images, _, _ = load_images(output.train_images)
+    heldout, _, _ = load_images(output.heldout_images)
+    generator = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    perceptual = LPIPS.from_checkpoint(output.perceptual, "tiny").requires_grad_(False)
+    model = VQTokenizer.from_name("tiny").to(memory_format=torch.channels_last)
+    optimizer, schedule = optimizer_and_schedule(model, 1e-3, steps, weight_decay=1e-4)
+    codes = model.quantize.embedding.weight
+    used = torch.zeros(len(codes), dtype=torch.bool)
+    progress = trange(steps, desc="tokenizer")
+    for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
+        target = shifted(images[index], generator).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model.latents(target)
+        z = F.normalize(z.float(), dim=-1)
+        if step == continuous_steps:
+            with torch.no_grad():
+                sample = torch.cat(
+                    [F.normalize(model.latents(chunk), dim=-1).flatten(0, 2) for chunk in images.split(256)]
+                )
+                codes.copy_(nearest_centres(sample, len(codes), generator))
+        if step < continuous_steps:
+            z_q, codebook_loss = z, torch.zeros(())
+        else:
+            z_q, indices = ops.vq_lookup(z, codes)
+            chosen = model.codebook()[indices]
+            codebook_loss = F.mse_loss(chosen, z.detach()) + 0.25 * F.mse_loss(z, chosen.detach())
+            used[indices.flatten()] = True
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = model.decode_embeddings(z_q.flatten(1, 2)).float()
+            distance = perceptual(decoded, target).float().mean()
+        loss = F.mse_loss(decoded, target) + 0.1 * distance + codebook_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 250 == 249:
+            if step < 0.8 * steps:  # codes that no image chose start again at a latent that some image has
+                lost = (~used).nonzero().flatten()
+                latents = z.detach().flatten(0, 2)
+                codes.data[lost] = latents[torch.randint(len(latents), (len(lost),), generator=generator)]
+            with torch.no_grad():
+                error = F.mse_loss(model.decode(model.encode(heldout)).clamp(-1, 1), heldout)
+            progress.set_postfix(loss=f"{loss.item():.4f}", heldout_mse=f"{error:.4f}", codes=int(used.sum()))
+            used.zero_()
+    save_half(model, output.tokenizer)
+
+
+def train_generator(output: TinyFiles, steps: int = 700, batch_size: int = 64) -> None:
+    """LlamaGen's own pre-training: next-token cross-entropy, dropout 0.1, class dropped 10 % of the time."""
+    images, labels, _ = load_images(output.train_images)
+    heldout, heldout_labels, _ = load_images(output.heldout_images)
+    generator = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    tokenizer = VQTokenizer.from_checkpoint(output.tokenizer, "tiny").eval()
+    with torch.no_grad():
+        tokens, heldout_tokens = (torch.cat([tokenizer.encode(c) for c in x.split(256)]) for x in (images, heldout))
+    model = LlamaGen.from_name("tiny", num_classes=CLASSES, vocab_size=512, grid_size=IMAGE_SIZE // 4)
+    model.dropout = 0.1
+    optimizer, schedule = optimizer_and_schedule(model, 1e-3, steps, weight_decay=0.05)
+    progress = trange(steps, desc="generator")
+    for step, index in zip(progress, batches(len(tokens), batch_size, steps, generator), strict=True):
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(tokens[index, :-1], labels[index], return_hidden=True)
+        loss = ops.linear_cross_entropy(hidden, model.output.weight, tokens[index])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49:
+            model.eval()
+            with torch.no_grad():
+                hidden = model(heldout_tokens[:, :-1], heldout_labels, return_hidden=True)
+                error = ops.linear_cross_entropy(hidden, model.output.weight, heldout_tokens)
+            progress.set_postfix(cross_entropy=f"{loss.item():.3f}", heldout=f"{error:.3f}")
+    save_half(model, output.generator)
+
+
+PARTS = {
+    "images": build_images,
+    "perceptual": train_perceptual,
+    "tokenizer": train_tokenizer,
+    "generator": train_generator,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vapi_fast.tiny.build", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=FILES.train_images.parent, help="default: into the package")
+    parser.add_argument("--only", choices=PARTS, help="build one part from the others that are already there")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, build in PARTS.items():
+        if options.only in (None, name):
+            build(tiny_files(options.output_dir))
+
+
+if __name__ == "__main__":
+    main()
