@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi_fast import ops
+from vapi_fast.checkpoint import CheckpointError
 from vapi_fast.clock import StageClock
 from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
@@ -18,6 +19,7 @@ from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.reward import PixelReward
 from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
 
+DECODED_PIXELS = 1 << 21  # decoded at once, over the sequences of a chunk
 METRICS = ("loss", "reward", "mse", "lpips", "cross_entropy", "kl")
 
 
@@ -45,10 +47,16 @@ def load_models(config: AlignConfig, device: torch.device) -> Models:
     generator = LlamaGen.from_checkpoint(config.gpt_ckpt, config.model, grid_size=config.grid_size)
     for module in (tokenizer, lpips):
         module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if generator.config.caption_tokens:
+        raise CheckpointError(
+            f"{config.gpt_ckpt} is a text-conditioned generator, and the image data has class labels only: pass a "
+            "class-conditional checkpoint"
+        )
     generator.to(device)
     base = copy.deepcopy(generator).eval().requires_grad_(False) if config.prior == "kl" or config.compare else None
     generator.dropout = config.dropout
-    reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight)
+    chunk = max(1, min(64, DECODED_PIXELS // config.image_size**2))
+    reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, chunk)
     return Models(generator.train(), tokenizer, reward, base)
 
 
@@ -63,7 +71,7 @@ def make_optimizer(generator: nn.Module, config: AlignConfig) -> torch.optim.Ada
 def vapi_loss(
     models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: StageClock
 ) -> dict[str, Tensor]:
-    """The paper's objective on one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
+    """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
     with clock("rollout"):
         draw = {"seed": seed, "sample_ids": batch.sample_ids}
         rollout = roll_out(models.generator, tokens, batch.labels, config, **draw)
@@ -97,7 +105,7 @@ def vapi_loss(
 def ste_loss(
     models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: StageClock
 ) -> dict[str, Tensor]:
-    """The paper's straight-through baseline: MSE + LPIPS of a hard Gumbel-softmax draw, back-propagated to the logits."""
+    """Straight-through baseline: MSE + LPIPS of a hard Gumbel-softmax draw, back-propagated to the logits."""
     with clock("rollout"):
         draw = {"seed": seed, "sample_ids": batch.sample_ids}
         hidden = teacher_forced_hidden(models.generator, tokens, batch.labels, config, **draw)
@@ -136,26 +144,27 @@ def accumulate_gradients(
     """
     with clock("encode"), torch.no_grad():
         tokens = models.tokenizer.encode(batch.images)
-    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    zero = torch.zeros((), device=tokens.device)
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=tokens.device)
     for start in range(0, len(tokens), config.micro_batch):
         part = ImageBatch(*(value[start : start + config.micro_batch] for value in batch))
         terms = LOSSES[config.method](models, config, part, tokens[start : start + config.micro_batch], seed, clock)
         share = len(part.images) / config.batch_size
         with clock("backward"):
             (terms["loss"] * share).backward()
-        means = torch.stack([terms[n].detach().mean() if n in terms else torch.zeros(()) for n in METRICS]).double()
+        means = torch.stack([terms.get(name, zero).detach().mean() for name in METRICS]).double()
         if not means.isfinite().all():
             raise_non_finite(terms, part)
-        sums += means.cpu() * share
+        sums += means * share
     return dict(zip(METRICS, sum_over_ranks(sums).tolist(), strict=True))
 
 
 def raise_non_finite(terms: dict[str, Tensor], part: ImageBatch) -> None:
     for name in ("reward", "mse", "lpips", "loss", "cross_entropy", "kl"):
-        value = terms.get(name, torch.zeros(()))
-        if not value.isfinite().all():
-            bad = (~value.isfinite()).view(len(value), -1).any(1) if value.ndim else torch.ones(len(part.images)).bool()
-            ids = part.image_ids[bad.cpu()].tolist()
+        bad = ~terms.get(name, torch.zeros(())).isfinite()
+        if bad.any():
+            rows = bad.view(len(bad), -1).any(1) if bad.ndim else bad.expand(len(part.image_ids))
+            ids = part.image_ids[rows].tolist()
             raise NonFiniteError(f"{name} is not finite for the images with ids {ids[:8]}")
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
 import tempfile
-import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,11 +28,11 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         if isinstance(state.get(key), dict):
             state = state[key]
             break
-    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    state = {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
             f"{path}: no weights found; expected tensors at the top level or under {', '.join(CONTAINERS)}, "
-            f"got {', '.join(list(state)[:5]) or 'an empty file'}"
+            f"got {', '.join(list(state)[:5]) or 'an empty file'}; pass a checkpoint of weights"
         )
     return state
 
@@ -42,19 +41,31 @@ def load_file_checked(path: str | Path) -> dict[str, Any]:
     """Unpickle (`weights_only`) or read safetensors; raises CheckpointError with one line for any damage."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+        raise CheckpointError(f"{path}: no such checkpoint file; check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read, truncated or not a PyTorch checkpoint ({reason}); copy or download it again"
-        ) from error
+        # LlamaGen's training scripts store their command line beside the weights.
+        with torch.serialization.safe_globals([Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes the unpickler raises whatever its next step happens to
+        raise CheckpointError(f"{path}: {unreadable(error)}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+        raise CheckpointError(
+            f"{path}: holds a {type(state).__name__}, expected a state dict; save the model's weights alone"
+        )
     return state
+
+
+def unreadable(error: Exception) -> str:
+    """Why a checkpoint could not be read, and what to do about it, in one line."""
+    reason = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", reason)
+    if code:
+        return f"holds the Python object {code[1]}, which could run code and is not loaded; save its state dict alone"
+    # torch's own advice for a bad pickle is to load it unsafely: not repeated here.
+    detail = reason.splitlines()[0][:160] if reason and "weights_only" not in reason else type(error).__name__
+    return f"cannot be read, truncated or not a PyTorch checkpoint ({detail}); copy or download it again"
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
@@ -76,7 +87,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
         problems.append(f"{len(extra)} unknown weights ({', '.join(extra[:2])})")
     if problems:
         raise CheckpointError(
-            f"{path}: does not fit this {type(module).__name__}: {'; '.join(problems)}{'. ' + hint if hint else ''}"
+            f"{path}: does not fit this {type(module).__name__}: {'; '.join(problems)}{': ' + hint if hint else ''}"
         )
     module.load_state_dict(state)
 

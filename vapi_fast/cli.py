@@ -13,11 +13,13 @@ from vapi_fast.alignment import NonFiniteError
 from vapi_fast.checkpoint import CheckpointError
 from vapi_fast.config import METHODS, PRIORS, AlignConfig, ConfigError, flag
 from vapi_fast.data import DataError
+from vapi_fast.evaluation import EvaluationError
 from vapi_fast.models import LLAMAGEN_CONFIGS
 from vapi_fast.run import PublishedStep, align
 
 USAGE_ERROR = 2
 FAILURE = 1
+OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
 
 # Flag → (type or choices, help). Defaults are AlignConfig's: the paper's recipe, or the tiny preset's own.
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -47,6 +49,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "output_dir": (Path, "where the results go (default: runs/<model>-<method>-<time>)"),
     "checkpoint_every": (int, "steps between saved states for --resume"),
     "eval_samples": (int, "images drawn for each evaluation"),
+    "eval_batch": (int, "images drawn at once; lower it when memory runs out during an evaluation"),
     "cfg_scale": (float, "guidance scale of the second evaluation"),
 }
 
@@ -76,8 +79,8 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
     except ConfigError as error:
         return fail(USAGE_ERROR, error)
     except torch.OutOfMemoryError:
-        return fail(FAILURE, "out of GPU memory: lower --micro-batch (images in one forward)")
-    except (CheckpointError, DataError, NonFiniteError, OSError) as error:
+        return fail(FAILURE, OUT_OF_MEMORY)
+    except (CheckpointError, DataError, EvaluationError, NonFiniteError, OSError) as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
         return fail(FAILURE, "interrupted; --resume goes on from the last saved state")
@@ -104,3 +107,7 @@ def main() -> int:
     options = parser.parse_args()
     del options.command
     return align_main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,6 +29,7 @@ PAPER: dict[str, Any] = {
     "lr": 1e-6,
     "noise_prob": 0.0,
     "eval_samples": 50_000,
+    "eval_batch": 32,
     "cfg_scale": 1.75,
 }
 
@@ -46,6 +47,7 @@ TINY: dict[str, Any] = {
     "lr": 5e-5,
     "noise_prob": 0.0,
     "eval_samples": 2000,
+    "eval_batch": 250,
     "cfg_scale": 1.5,
 }
 
@@ -96,6 +98,7 @@ class AlignConfig:
     output_dir: Path = dataclasses.field(default=Path(""))  # "": runs/<model>-<method>-<time>
     checkpoint_every: int = 25
     eval_samples: int = PRESET
+    eval_batch: int = PRESET  # images drawn at once
     cfg_scale: float = PRESET  # of the evaluation with classifier-free guidance
     evaluate: bool = True
     compare: bool = False
@@ -120,7 +123,7 @@ class AlignConfig:
         self.check_files()
 
     def check_ranges(self) -> None:
-        positive = ("image_size", "batch_size", "group_size", "steps", "micro_batch", "checkpoint_every")
+        positive = ("image_size", "batch_size", "group_size", "steps", "micro_batch", "checkpoint_every", "eval_batch")
         bounds = {name: (1, float("inf")) for name in positive}
         bounds |= {name: (0, float("inf")) for name in ("prior_weight", "mse_weight", "lpips_weight", "weight_decay")}
         bounds |= {"top_k": (0, float("inf")), "noise_prob": (0, 1), "cfg_scale": (1, float("inf"))}

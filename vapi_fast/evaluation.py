@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_file_checked
+from vapi_fast.checkpoint import load_file_checked
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 CHUNK = 1024  # rows of a distance matrix held at once: 1024 × 50 000 float64 is 0.4 GB
+
+
+class EvaluationError(RuntimeError):
+    """The network that scores samples is not available; the message says what to install or pass."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,12 @@ class Inception(nn.Module):
 def load_inception(weights: str | Path | None = None) -> Inception:
     """The Inception network FID is defined by, from the optional package torch-fidelity.
 
-    `weights` is its weight file; None takes torch.hub's cached copy or downloads it. Raises RuntimeError when the
+    `weights` is its weight file; None takes torch.hub's cached copy or downloads it. Raises EvaluationError when the
     package or the weights are not there, CheckpointError when the file is damaged.
     """
     absent = [package for package in ("torch_fidelity", "torchvision") if find_spec(package) is None]
     if absent:
-        raise RuntimeError(
+        raise EvaluationError(
             f"FID needs the Inception network, but {' and '.join(absent)} cannot be found; "
             "run pip install 'vapi-fast[eval]' (torch-fidelity and torchvision), or pass --no-eval"
         )
@@ -196,7 +200,7 @@ def load_inception(weights: str | Path | None = None) -> Inception:
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         place = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        raise RuntimeError(
+        raise EvaluationError(
             f"the Inception weights did not load ({reason}); put torch-fidelity's {INCEPTION_FILE} at {place}, "
             "or pass --no-eval"
         ) from error
@@ -217,17 +221,18 @@ class _Gaussian:
         weights = counts.double()
         mean = weights @ features / weights.sum()
         covariance = features.T.cov(fweights=counts)
-        # Tr (Σ_a Σ_b)^½ through the symmetric Σ_a^½ Σ_b Σ_a^½: its eigenvalues are real and, rounding aside, not negative
+        # Tr (Σ_a Σ_b)^½ through the symmetric Σ_a^½ Σ_b Σ_a^½: its eigenvalues are real and, but for rounding, ≥ 0
         eigenvalues = torch.linalg.eigvalsh(self.root @ covariance @ self.root)
         trace = self.root.square().sum() + covariance.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
         return ((self.mean - mean).square().sum() + trace).clamp(min=0)
 
 
 def _inception_score(logprobs: Tensor, counts: Tensor) -> Tensor:
-    probs, weights = logprobs.exp(), counts / counts.sum()
-    marginal = weights.to(probs) @ probs
-    negative_entropy = (probs * logprobs).sum(dim=1)
-    return (weights.to(probs) @ negative_entropy - torch.xlogy(marginal, marginal).sum()).exp()
+    """Inception Score of float64 log-probabilities [N, K], row n taken counts[n] times."""
+    probs, weights = logprobs.exp(), counts.double() / counts.sum()
+    marginal = weights @ probs
+    mean_negative_entropy = weights @ (probs * logprobs).sum(dim=1)
+    return (mean_negative_entropy - torch.xlogy(marginal, marginal).sum()).exp()
 
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:

@@ -14,9 +14,14 @@ class KVCache:
 
     def __init__(self, model: LlamaGen, batch: int, max_length: int) -> None:
         config = model.config
-        weight = model.tok_embeddings.weight
         shape = (config.layers, batch, config.heads, max_length, config.width // config.heads)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        weight = model.layers[0].attention.wqkv.weight
+        dtype = (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )
+        self.keys = torch.empty(shape, dtype=dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
         self.length = 0  # the model moves it on once all layers have written
 

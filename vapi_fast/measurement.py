@@ -20,7 +20,6 @@ from vapi_fast.generation import generate
 from vapi_fast.models import LlamaGen
 from vapi_fast.rollout import roll_out
 
-SAMPLE_BATCH = 250
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
 
@@ -48,22 +47,24 @@ class Measurement:
 class Evaluator:
     """Holds the held-out images and their features, so that base and aligned generator meet the same test."""
 
+    @torch.no_grad()
     def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
         self.config = config
         self.models = models
         self.device = device
-        data = ImageData(config.eval_data or config.data, config.image_size, split="validation")
+        classes = models.generator.config.num_classes
+        data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
         self.network, self.network_name = feature_network(config, models)
         count = min(len(data), config.eval_samples)
-        features, self.labels, rewarded = [], [], []
-        for batch in shard_of(data, count):
+        features, labels, positions = [], [], []
+        for position, batch in shard_of(data, count, config.eval_batch):
             features.append(self.network.features_and_logits(batch.images.to(device))[0].cpu())
-            self.labels.append(batch.labels)
-            if len(rewarded) * SAMPLE_BATCH < REWARD_IMAGES:
-                rewarded.append(batch)
-        self.reference = gather_rows(torch.cat(features))
-        self.labels = gather_rows(torch.cat(self.labels))
-        self.rewarded = rewarded
+            labels.append(batch.labels)
+            positions.append(position)
+        order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
+        self.reference = gather_rows(torch.cat(features))[order]
+        self.labels = gather_rows(torch.cat(labels))[order]
+        self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
 
     @torch.no_grad()
     def measure(self, generator: LlamaGen, name: str) -> Measurement:
@@ -89,7 +90,7 @@ class Evaluator:
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
         with tqdm(total=len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
-            for part in ids.split(SAMPLE_BATCH):
+            for part in ids.split(self.config.eval_batch):
                 yield self.sample(generator, part, cfg_scale)
                 progress.update(len(part))
 
@@ -119,13 +120,14 @@ class Evaluator:
         return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 
-def shard_of(data: ImageData, count: int) -> Iterator[ImageBatch]:
-    """This rank's part of the first `count` images of the data's own shuffled order, in batches."""
-    size = SAMPLE_BATCH * world_size()
+def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
+    """This rank's part of the first `count` images of the data's own shuffled order: batches and their positions."""
+    size = batch_size * world_size()
     steps = -(-count // size)
     for step, batch in enumerate(data.batches(size, steps, seed=0, rank=rank(), world_size=world_size())):
-        wanted = step * size + batch.sample_ids < count
-        yield ImageBatch(*(value[wanted] for value in batch))
+        positions = step * size + batch.sample_ids
+        wanted = positions < count
+        yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
 
 
 def feature_network(config: AlignConfig, models: Models) -> tuple[FeatureNetwork, str]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from vapi_fast.checkpoint import write_atomically
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor, without smoothing
-MARGIN, GAP, BLOCK_GAP = 16, 4, 24
+MARGIN, GAP, BLOCK_GAP = 16, 6, 24
 LANDSCAPE = 3 / 2
 BACKGROUND, INK = (243, 244, 246), (31, 41, 55)
 
@@ -69,10 +70,11 @@ def save_reward_curve(path: str | Path, rewards: Sequence[float], *, window: int
     axes.plot(steps, _running_mean(rewards, window), color="#1d4ed8", linewidth=2, label=f"mean over {window} steps")
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward, −(MSE + LPIPS), weighted")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(0, len(rewards) + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 

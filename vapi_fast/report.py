@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vapi_fast.checkpoint import write_atomically
 from vapi_fast.distributed import world_size
@@ -78,16 +77,22 @@ def commit() -> str:
     return (head or "unknown") + ("+changes" if changes else "")
 
 
-def write(record: dict[str, Any], pictures: list[tuple[str, Tensor]], output: Path) -> None:
-    """Write `samples.png`, `reward.png`, `run.json` (last: it marks the run as finished) and print the table."""
-    if pictures:
-        save_grid(output / "samples.png", pictures)
-    if record["config"]["method"] != "ntp":
-        save_reward_curve(output / "reward.png", record["reward"])
+def write_pictures(run: Run, output: Path) -> None:
+    """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward."""
+    if run.pictures:
+        save_grid(output / "samples.png", run.pictures)
+    if run.config.method != "ntp":
+        save_reward_curve(output / "reward.png", run.curves["reward"])
+
+
+def write_record(record: dict[str, Any], output: Path) -> None:
+    """Write `run.json`, which marks the run as finished, and print the table."""
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
-    print(f"results in {output}: aligned.pt, run.json" + (", samples.png, reward.png" if pictures else ""))
+    print(
+        f"results in {output}: {', '.join(sorted(path.name for path in output.iterdir() if path.name != 'state.pt'))}"
+    )
 
 
 def table(record: dict[str, Any]) -> str:
@@ -97,10 +102,8 @@ def table(record: dict[str, Any]) -> str:
         lines += scores_table(record["base"], record["aligned"], record["config"]["cfg_scale"])
     seconds = record["seconds"]
     stages = ", ".join(f"{name} {value:.1f}" for name, value in seconds["stages"].items())
-    lines.append(
-        f"seconds: total {seconds['total']:.1f} = startup {seconds['startup']:.1f} + alignment {seconds['alignment']:.1f}"
-        f" + evaluation {seconds['evaluation']:.1f} + output; alignment: {stages}"
-    )
+    parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("startup", "alignment", "evaluation"))
+    lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}; alignment: {stages}")
     lines.append(f"{record['images_per_second']:.1f} images/s on {record['device']}")
     if record["skipped_images"]:
         lines.append(f"{len(record['skipped_images'])} unreadable images skipped: {record['skipped_images'][:5]}")

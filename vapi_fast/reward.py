@@ -31,7 +31,7 @@ class PixelReward:
     lpips: LPIPS
     mse_weight: float = 1.0
     lpips_weight: float = 1.0
-    chunk: int = 64
+    chunk: int = 8
 
     @torch.no_grad()
     def score(self, tokens: Tensor, images: Tensor) -> Reward:

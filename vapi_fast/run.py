@@ -25,7 +25,7 @@ from vapi_fast.measurement import Evaluator, Measurement
 GRID_IMAGES = 24
 COMPARED_STEPS = 3
 # Fields that may differ when a run is resumed: they do not touch what the steps compute.
-RESUMABLE = {"output_dir", "resume", "evaluate", "eval_samples", "checkpoint_every", "steps", "micro_batch", "compare"}
+RESUMABLE = {"output_dir", "resume", "evaluate", "checkpoint_every", "steps", "micro_batch", "compare", "eval_batch"}
 
 PublishedStep = Callable[[Models, AlignConfig, ImageBatch, int], float]
 
@@ -96,7 +96,7 @@ class Run:
 
     def picture(self, title: str, originals: bool = False) -> None:
         """Add a column to the picture grid: samples at fixed seeds, after the held-out images of the same classes."""
-        images = self.evaluator.rewarded[0].images[:GRID_IMAGES].to(self.device)
+        images = torch.cat([batch.images for batch in self.evaluator.rewarded])[:GRID_IMAGES].to(self.device)
         if originals:
             tokenizer = self.models.tokenizer
             with torch.no_grad():
@@ -194,12 +194,14 @@ class Run:
         return state["step"]
 
     def write_results(self) -> dict[str, Any]:
-        """The aligned checkpoint, pictures, table and `run.json`; the state for resuming is no longer needed."""
+        """The aligned checkpoint, the pictures, `run.json` and the table; the state for resuming is no longer needed."""
         output: Path = self.config.output_dir
+        if rank() == 0:
+            save_generator(output / "aligned.pt", self.models.generator)
+            report.write_pictures(self, output)
         self.seconds["total"] = time.perf_counter() - self.started
         record = report.run_record(self)
         if rank() == 0:
-            save_generator(output / "aligned.pt", self.models.generator)
-            report.write(record, self.pictures, output)
+            report.write_record(record, output)
             (output / "state.pt").unlink(missing_ok=True)
         return record

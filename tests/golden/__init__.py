@@ -53,5 +53,5 @@ def relative_error(ours: Tensor, public: Tensor) -> float:
     """‖ours − public‖ / ‖public‖; NaN where either holds NaN, inf where the shapes differ."""
     if ours.shape != public.shape:
         return math.inf
-    difference = ours.detach().double() - public.double()
-    return float(difference.norm() / public.double().norm())
+    ours, public = ours.detach().double(), public.detach().double()
+    return ((ours - public).norm() / public.norm()).item()

@@ -173,6 +173,7 @@ class LlamaGen(nn.Module):
         """
         config = llamagen_config(name)
         state = load_state_dict(path)
+        state.pop("freqs_cis", None)  # the rotary table, a buffer in LlamaGen's serving code
         for key in ("tok_embeddings.weight", "output.weight"):
             if key not in state or state[key].ndim != 2:
                 raise CheckpointError(f"{path}: no weight named {key}: not a LlamaGen generator's checkpoint")
@@ -193,7 +194,7 @@ class LlamaGen(nn.Module):
         elif "cls_embedding.embedding_table.weight" in state:
             changes["num_classes"] = state["cls_embedding.embedding_table.weight"].shape[0] - 1
         model = cls(replace(config, **changes))
-        load_into(model, state, path)
+        load_into(model, state, path, hint=f"pass a whole checkpoint of a LlamaGen of size {name}")
         return model
 
     def unconditional(self, condition: Tensor) -> Tensor:
@@ -237,6 +238,8 @@ class LlamaGen(nn.Module):
                 f"{end - self.config.prefix_len} image tokens do not fit a {self.config.grid_size}×"
                 f"{self.config.grid_size} grid"
             )
+        if condition_mask is None and 0 < start < end - 1:  # SDPA's own causal mask would start at the first key
+            condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
         mask = None if condition_mask is None else attention_mask(condition_mask, start, end)
         dropout = self.dropout if self.training else 0.0
         h = F.dropout(h, dropout)

@@ -80,7 +80,7 @@ class LPIPS(nn.Module):
         if name == "vgg16":
             return vgg16_from_state(load_state_dict(path), path)
         model = cls(lpips_config(name))
-        load_into(model, load_state_dict(path), path)
+        load_into(model, load_state_dict(path), path, hint=f"pass the perceptual network of the {name} preset")
         return model
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -122,7 +122,7 @@ def vgg16_from_state(state: dict[str, Tensor], source: str | Path) -> LPIPS:
     heads = load_file_checked(Path(str(files("torchmetrics") / "functional/image/lpips_models/vgg.pth")))
     for level in range(len(model.heads)):
         merged[f"heads.{level}"] = heads[f"lin{level}.model.1.weight"].flatten()
-    load_into(model, merged, source, hint="Expected torchvision's VGG16 (vgg16-397923af.pth)")
+    load_into(model, merged, source, hint="pass torchvision's VGG16 (vgg16-397923af.pth)")
     return model
 
 

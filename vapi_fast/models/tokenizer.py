@@ -220,7 +220,7 @@ class VQTokenizer(nn.Module):
         tokenizer = cls.from_name(name)
         state = load_state_dict(path)
         state.pop("quantize.codebook_used", None)  # usage statistics of LlamaGen's training
-        load_into(tokenizer, state, path)
+        load_into(tokenizer, state, path, hint=f"pass the checkpoint of a {name} tokenizer")
         return tokenizer
 
     def codebook(self) -> Tensor:

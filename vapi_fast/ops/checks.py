@@ -77,6 +77,14 @@ class ArgumentChecks:
         if value < minimum:
             raise ValueError(f"{self.operation}: {name} must be an int >= {minimum}, got {value}")
 
+    def position(self, name: str, value: object) -> None:
+        """An int ≥ 0, or a 0-d int64 tensor, whose value stays unread."""
+        if not isinstance(value, Tensor):
+            self.count(name, value, 0)
+        elif value.dtype != torch.int64 or value.ndim != 0:
+            expected = f"{self.operation}: {name} must be an int or a 0-d int64 tensor"
+            raise TypeError(f"{expected}, got {described(value)}")
+
     def positive(self, name: str, value: float) -> None:
         self._number(name, value)
         if not 0 < value < math.inf:

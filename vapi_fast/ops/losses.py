@@ -68,7 +68,7 @@ def policy_loss(
     checks.positive("temperature", temperature)
     if kl_weight > 0 and base_logprobs is None:
         raise ValueError(
-            f"policy_loss: kl_weight={kl_weight} needs base_logprobs [B, G, T] of the base model, got None"
+            f"policy_loss: base_logprobs must be floating [B, G, T] when kl_weight={kl_weight} > 0, got None"
         )
     checks.token_range("tokens", tokens, weight.shape[0])
     checks.token_range("targets", targets, weight.shape[0])

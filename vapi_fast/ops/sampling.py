@@ -34,6 +34,7 @@ def group_sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    first_position: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     """Draw G independent tokens per position from one softmax.
 
@@ -48,6 +49,7 @@ def group_sample(
         temperature: > 0, divides the logits.
         top_k: keep the k largest logits and their ties; 0 keeps all.
         top_p: then keep the most likely tokens up to the one that makes their probability exceed top_p; 1 keeps all.
+        first_position: t of `logits[:, 0]`, for token-by-token decoding: int ≥ 0, or 0-d int64 tensor (not checked).
 
     Returns:
         tokens int64 `[B, G, T]`; logprobs `[B, G, T]`, fp32 (float64 for float64), in nats, of the distribution drawn
@@ -60,8 +62,16 @@ def group_sample(
     checks.floating("logits", logits, "B T V")
     checks.not_empty("logits", "V")
     _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
+    checks.position("first_position", first_position)
     return implementation(logits).group_sample(
-        logits, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
+        logits,
+        group_size,
+        seed=seed,
+        sample_ids=sample_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        first_position=first_position,
     )
 
 
@@ -79,7 +89,7 @@ def linear_group_sample(
     """`group_sample` of the logits hidden·weightᵀ: the same draws, without the caller holding the logits.
 
     hidden floating `[B, T, D]`, weight floating `[V, D]` (the LM head); the rest, the results and the errors are
-    those of `group_sample`.
+    those of `group_sample`, at positions 0…T−1.
     """
     checks = ArgumentChecks("linear_group_sample")
     checks.floating("hidden", hidden, "B T D")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vapi_fast import reference
@@ -105,17 +104,9 @@ def decode_attention(
             )
     if prefix_mask is not None:
         checks.booleans("prefix_mask", prefix_mask, "P prefix_len")
-    _check_position(checks, position, k_cache.shape[2])
+    checks.position("position", position)
+    if isinstance(position, int) and position >= k_cache.shape[2]:
+        raise ValueError(f"decode_attention: position must be below k_cache's S={k_cache.shape[2]}, got {position}")
     return implementation(q).decode_attention(
         q, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v, prefix_mask=prefix_mask
     )
-
-
-def _check_position(checks: ArgumentChecks, position: object, slots: int) -> None:
-    if isinstance(position, Tensor):
-        if position.dtype != torch.int64 or position.ndim != 0:
-            raise TypeError(f"decode_attention: position must be an int or 0-d int64, got {described(position)}")
-        return
-    checks.count("position", position, 0)
-    if position >= slots:
-        raise ValueError(f"decode_attention: position must be in [0, {slots}), k_cache's slots, got {position}")

@@ -39,6 +39,7 @@ def group_sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    first_position: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     """G independent draws per position by inverse CDF in vocabulary order; see `vapi_fast.ops.group_sample`."""
     batch, length, vocab_size = logits.shape
@@ -48,7 +49,7 @@ def group_sample(
     total = cdf[..., -1:]
 
     counter = (
-        torch.arange(length, device=logits.device)[:, None],
+        torch.arange(length, device=logits.device)[:, None] + first_position,
         torch.arange(group_size, device=logits.device),
         default_sample_ids(batch, sample_ids, logits.device)[:, None, None],
         GROUP_SAMPLE,

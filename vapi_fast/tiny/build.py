@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
@@ -112,7 +111,7 @@ def save_half(module: nn.Module, path: Path) -> None:
 
 
 def train_perceptual(output: TinyFiles, steps: int = 2500, batch_size: int = 128) -> None:
-    """A classifier of the 99 Unicode subgroups; its features measure distances and FID, its logits the Inception Score."""
+    """A classifier of the 99 Unicode subgroups: features for LPIPS and FID, logits for the Inception Score."""
     images, _, labels = load_images(output.train_images)
     heldout, _, heldout_labels = load_images(output.heldout_images)
     generator = torch.Generator().manual_seed(SEED)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vapi_fast import AlignConfig
+from vapi_fast.alignment import Models, load_models
+from vapi_fast.data import ImageBatch, ImageData
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
+    """The tiny preset, cut down to what a test needs; keyword arguments change it further."""
+
+    def make(**changes: Any) -> AlignConfig:
+        small = {"batch_size": 4, "micro_batch": 4, "group_size": 4, "steps": 2, "output_dir": tmp_path / "run"}
+        return AlignConfig(model="tiny", **(small | {"evaluate": False} | changes))
+
+    return make
+
+
+@pytest.fixture
+def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
+    return load_models(tiny_config(compare=True), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> ImageBatch:
+    """The first four training images of seed 0."""
+    config = AlignConfig(model="tiny")
+    return next(iter(ImageData(config.data, config.image_size).batches(4, 1, seed=0)))

@@ -1,0 +1,202 @@
+"""The alignment step against the published recipe, and its independence of micro-batches and ranks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from reference_step import published_step
+from torch import Tensor
+
+from vapi_fast import AlignConfig, ops
+from vapi_fast.alignment import Models, NonFiniteError, accumulate_gradients, align_step, make_optimizer
+from vapi_fast.clock import StageClock
+from vapi_fast.data import ImageBatch
+from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
+
+Make = Callable[..., AlignConfig]
+
+
+def gradient(models: Models) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in models.generator.parameters()])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def our_gradient(models: Models, config: AlignConfig, batch: ImageBatch, step: int = 3) -> tuple[float, Tensor]:
+    models.generator.zero_grad()
+    metrics = accumulate_gradients(models, config, batch, ops.fold_seed(config.seed, step), StageClock())
+    return metrics["loss"], gradient(models)
+
+
+@pytest.mark.parametrize("noise_prob", [0.0, 0.5])
+@pytest.mark.parametrize("prior", ["ce", "kl"])
+def test_shared_forward_equals_published_recipe(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, prior: str, noise_prob: float
+) -> None:
+    """One forward an image for all G rollouts gives the loss and the gradient of the G-fold repeated batch."""
+    config = tiny_config(prior=prior, noise_prob=noise_prob, prior_weight=0.3)
+    torch.manual_seed(1)
+    for parameter in tiny_models.generator.parameters():  # away from the base, so that the KL term is not zero
+        parameter.data += 0.02 * parameter.std() * torch.randn_like(parameter)
+    loss, ours = our_gradient(tiny_models, config, tiny_batch)
+
+    seed = ops.fold_seed(config.seed, 3)
+    tokens = tiny_models.tokenizer.encode(tiny_batch.images)
+    draw = {"seed": seed, "sample_ids": tiny_batch.sample_ids}
+    drawn = roll_out(tiny_models.generator, tokens, tiny_batch.labels, config, **draw).tokens
+    tiny_models.generator.zero_grad()
+    published_loss = published_step(tiny_models, config, tiny_batch, 3, drawn)
+    assert loss == pytest.approx(published_loss, rel=1e-5)
+    assert relative(ours, gradient(tiny_models)) < 1e-5
+
+
+def test_published_recipe_draws_from_the_same_distribution(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch
+) -> None:
+    """Its own multinomial draws give, on average, the log-probability that ours give (both are the negative entropy)."""
+    from reference_step import draw
+
+    config = tiny_config(group_size=64)
+    tokens = tiny_models.tokenizer.encode(tiny_batch.images)
+    hidden = teacher_forced_hidden(
+        tiny_models.generator, tokens, tiny_batch.labels, config, seed=0, sample_ids=tiny_batch.sample_ids
+    )
+    weight = tiny_models.generator.output.weight
+    theirs = draw(hidden @ weight.T, 64, 1.0)
+    ours = roll_out(
+        tiny_models.generator, tokens, tiny_batch.labels, config, seed=0, sample_ids=tiny_batch.sample_ids
+    ).tokens
+    logprobs = [token_logprobs(hidden, weight, drawn, 1.0).double() for drawn in (ours, theirs)]
+    error = sum(float(x.var()) / x.numel() for x in logprobs) ** 0.5
+    assert abs(float(logprobs[0].mean() - logprobs[1].mean())) < 5 * error
+
+
+@pytest.mark.parametrize("method", ["vapi", "ste", "ntp"])
+def test_gradient_does_not_depend_on_micro_batch(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, method: str
+) -> None:
+    whole_loss, whole = our_gradient(tiny_models, tiny_config(method=method), tiny_batch)
+    for micro_batch in (1, 3):
+        config = tiny_config(method=method, micro_batch=micro_batch)
+        loss, split = our_gradient(tiny_models, config, tiny_batch)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        assert relative(split, whole) < 1e-5
+
+
+def test_kl_is_zero_at_the_base_and_its_gradient_too(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch
+) -> None:
+    config = tiny_config(prior="kl", prior_weight=1.0)
+    metrics = accumulate_gradients(tiny_models, config, tiny_batch, 1, StageClock())
+    assert abs(metrics["kl"]) < 1e-6
+    with_kl = gradient(tiny_models)
+    tiny_models.generator.zero_grad()
+    accumulate_gradients(tiny_models, tiny_config(prior_weight=0.0), tiny_batch, 1, StageClock())
+    assert relative(with_kl, gradient(tiny_models)) < 1e-5
+
+
+@pytest.mark.parametrize(("method", "metric"), [("vapi", "reward"), ("ste", "reward"), ("ntp", "cross_entropy")])
+def test_steps_improve_what_they_optimise(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, method: str, metric: str
+) -> None:
+    """A dozen steps on one batch at a high learning rate raise the reward (lower the cross-entropy) for new draws."""
+    config = tiny_config(method=method, lr=3e-4, prior_weight=0.0, group_size=8, steps=12)
+    optimizer = make_optimizer(tiny_models.generator, config)
+    measured = [align_step(tiny_models, optimizer, config, tiny_batch, s, StageClock())[metric] for s in range(12)]
+    gain = sum(measured[-3:]) / 3 - sum(measured[:3]) / 3
+    assert gain > 0.02 if metric == "reward" else gain < -0.1, measured
+
+
+def test_dropout_changes_the_forward_only_when_asked(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch
+) -> None:
+    config = tiny_config(method="ntp")
+    plain = our_gradient(tiny_models, config, tiny_batch)[0]
+    assert our_gradient(tiny_models, config, tiny_batch)[0] == plain
+    tiny_models.generator.dropout = 0.1
+    assert our_gradient(tiny_models, config, tiny_batch)[0] != plain
+
+
+@pytest.mark.parametrize("broken", ["reward", "loss", "gradient"])
+def test_non_finite_stops_before_the_optimizer_step(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    optimizer = make_optimizer(tiny_models.generator, config)
+    before = copy.deepcopy(tiny_models.generator.state_dict())
+    batch = tiny_batch
+    if broken == "reward":
+        images = batch.images.clone()
+        images[2, 0, 5, 5] = float("nan")
+        batch = batch._replace(images=images)
+        expected = rf"reward is not finite for the images with ids \[{int(batch.image_ids[2])}\]"
+    elif broken == "loss":
+        tiny_models.generator.norm.weight.data[0] = float("inf")
+        before = copy.deepcopy(tiny_models.generator.state_dict())
+        expected = "is not finite for the images with ids"
+    else:
+        tiny_models.generator.norm.weight.register_hook(lambda grad: grad * float("inf"))
+        expected = "gradient is not finite"
+    with pytest.raises(NonFiniteError, match=expected):
+        align_step(tiny_models, optimizer, config, batch, 0, StageClock())
+    for name, value in tiny_models.generator.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_weight_decay_spares_the_norms(tiny_config: Make, tiny_models: Models) -> None:
+    decayed, spared = make_optimizer(tiny_models.generator, tiny_config(lr=1e-3)).param_groups
+    assert decayed["weight_decay"] == 1e-4
+    assert spared["weight_decay"] == 0.0
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert len(spared["params"]) == 2 * 6 + 1
+    assert decayed["betas"] == (0.9, 0.999)
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """torchrun with two processes: the same weights as one process after three steps, to float rounding."""
+    weights = []
+    script = Path(__file__).parents[1] / "benchmarks" / "e2e_align.py"
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command += [
+            str(script),
+            "--model",
+            "tiny",
+            "--no-eval",
+            "--steps",
+            "3",
+            "--batch-size",
+            "8",
+            "--group-size",
+            "4",
+        ]
+        finished = subprocess.run(
+            [*command, "--output-dir", str(output)], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        weights.append(torch.load(output / "aligned.pt", weights_only=True)["model"])
+    start = torch.cat([p.flatten() for p in load_start().values()])
+    one, two = (torch.cat([w[name].flatten() for name in load_start()]) for w in weights)
+    assert (one - start).norm() > 0
+    assert (one - two).norm() < 1e-3 * (one - start).norm()
+
+
+def load_start() -> dict[str, Tensor]:
+    from vapi_fast.checkpoint import load_state_dict
+
+    return load_state_dict(AlignConfig(model="tiny").gpt_ckpt)
+
+
+def test_config_is_frozen(tiny_config: Make) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().lr = 1.0

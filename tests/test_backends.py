@@ -1,0 +1,82 @@
+"""The choice of backend, and that every operation runs on the one chosen."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vapi_fast import ops
+from vapi_fast.ops import backends
+
+
+def test_reference_is_the_default() -> None:
+    assert backends.backend_name(torch.zeros(1)) == "reference"
+    with ops.use_backend("reference"):
+        assert backends.backend_name(torch.zeros(1)) == "reference"
+
+
+@pytest.mark.parametrize(("name", "message"), [("triton", "not built in this version"), ("cuda", "expected one of")])
+def test_backends_that_cannot_be_had(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message), ops.use_backend(name):
+        pass
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second backend whose operations return their own name."""
+    names = [name for name in ops.__all__ if name.islower()]
+    fake = SimpleNamespace(**{name: lambda *_, _name=name, **__: _name for name in names})
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "triton", fake)
+    return "triton"
+
+
+def calls() -> dict[str, object]:
+    x, row, ids = torch.zeros(2, 4, 8), torch.zeros(8), torch.zeros(2, 4, dtype=torch.int64)
+    head, image, group = torch.zeros(5, 8), torch.zeros(2, 8, 3, 3), torch.zeros(2, 3, 4, dtype=torch.int64)
+    cache = torch.zeros(2, 4, 6, 8)
+    return {
+        "group_sample": lambda: ops.group_sample(x, 2, seed=0),
+        "linear_group_sample": lambda: ops.linear_group_sample(x, head, 2, seed=0),
+        "noisy_prefix": lambda: ops.noisy_prefix(ids, 0.5, 5, seed=0),
+        "policy_loss": lambda: ops.policy_loss(x, head, group, torch.zeros(2, 3), ids),
+        "group_advantages": lambda: ops.group_advantages(head),
+        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, head, ids),
+        "vq_lookup": lambda: ops.vq_lookup(x, head),
+        "codebook_lookup": lambda: ops.codebook_lookup(ids, head),
+        "straight_through_lookup": lambda: ops.straight_through_lookup(x, x[0].T, tau=1.0, seed=0),
+        "lpips_distance": lambda: ops.lpips_distance([image], [image], [row]),
+        "mse": lambda: ops.mse(image, image),
+        "group_norm_silu": lambda: ops.group_norm_silu(image, row, row, 4, 1e-6),
+        "rms_norm": lambda: ops.rms_norm(x, row),
+        "rotary_2d": lambda: ops.rotary_2d(cache, torch.zeros(4, 4, 2)),
+        "swiglu": lambda: ops.swiglu(x, x),
+        "decode_attention": lambda: ops.decode_attention(x, cache, cache, 0),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_every_operation_runs_on_the_chosen_backend(marked: str, name: str) -> None:
+    with ops.use_backend(marked):
+        assert calls()[name]() == name
+        with ops.use_backend("reference"):
+            assert calls()[name]() is not name
+        assert calls()[name]() == name
+    assert not isinstance(calls()[name](), str)
+
+
+def test_the_choice_is_the_threads_own(marked: str) -> None:
+    seen = []
+    with ops.use_backend(marked):
+        thread = threading.Thread(target=lambda: seen.append(backends.backend_name(torch.zeros(1))))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_the_choice_ends_with_an_error(marked: str) -> None:
+    with pytest.raises(RuntimeError), ops.use_backend(marked):
+        raise RuntimeError
+    assert backends.backend_name(torch.zeros(1)) == "reference"

@@ -1,0 +1,204 @@
+"""Bad input: one clear line, exit code 2 for usage and 1 for failure, no traceback, nothing overwritten."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vapi_fast import AlignConfig, cli, tiny
+from vapi_fast.checkpoint import load_state_dict
+
+PRESET = tiny.FILES
+
+
+@pytest.fixture
+def vapi_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable:
+    """Run `vapi-fast align …` in this process; returns (exit code, the error line)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["vapi-fast", "align", *map(str, arguments)])
+        try:
+            code = cli.main()
+        except SystemExit as usage:  # argparse's own
+            code = int(usage.code)
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if "error:" in line]
+        assert len(errors) == 1, lines
+        assert not any("Traceback" in line for line in lines)
+        return code, errors[0]
+
+    return run
+
+
+USAGE = [
+    (["--model", "huge"], "invalid choice: 'huge'"),
+    (["--model", "xxl"], "--vq-ckpt is required for --model xxl"),
+    (["--model", "tiny", "--steps", "0"], "--steps must be at least 1, got 0"),
+    (["--model", "tiny", "--steps", "many"], "invalid int value: 'many'"),
+    (["--model", "tiny", "--group-size", "1"], "--group-size must be at least 2"),
+    (["--model", "tiny", "--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
+    (["--model", "tiny", "--image-size", "30"], "--image-size must be a multiple of 4, got 30"),
+    (["--model", "tiny", "--noise-prob", "1.5"], "--noise-prob must be between 0 and 1, got 1.5"),
+    (["--model", "tiny", "--top-p", "nan"], "--top-p must be between 0 and 1, got nan"),
+    (["--model", "tiny", "--temperature", "0"], "--temperature must be greater than 0, got 0.0"),
+    (["--model", "tiny", "--dropout", "1"], "--dropout must be at least 0 and less than 1"),
+    (["--model", "tiny", "--lr", "-1"], "--lr must be at least 0"),
+    (["--model", "tiny", "--cfg-scale", "0.5"], "--cfg-scale must be at least 1"),
+    (["--model", "tiny", "--prior", "kl", "--method", "ste"], "--prior kl needs --method vapi"),
+    (["--model", "tiny", "--compare"], "--compare needs the published recipe: run benchmarks/e2e_align.py --compare"),
+    (["--model", "tiny", "--compare", "--dropout", "0.1"], "--compare needs --dropout 0"),
+    (["--model", "tiny", "--compare", "--method", "ntp"], "--compare needs --method vapi"),
+    (
+        ["--model", "tiny", "--mse-weight", "0", "--lpips-weight", "0", "--prior-weight", "0"],
+        "nothing to optimise",
+    ),
+    (["--model", "tiny", "--resume", "--output-dir", "empty"], "holds no state.pt to go on from"),
+    (["--model", "tiny", "--gpt-ckpt", "missing.pt"], "--gpt-ckpt missing.pt: no such file or folder"),
+    (["--model", "tiny", "--data", "missing"], "--data missing: no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE, ids=[message[:40] for _, message in USAGE])
+def test_usage_errors(vapi_fast: Callable, arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, error = vapi_fast(*arguments)
+    assert code == 2
+    assert message in error
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+def test_checkpoint_of_another_size(vapi_fast: Callable, tmp_path: Path) -> None:
+    state = load_state_dict(PRESET.generator)
+    torch.save({name: value for name, value in state.items() if "layers.5." not in name}, "five.pt")
+    code, error = vapi_fast("--model", "tiny", "--gpt-ckpt", "five.pt", "--output-dir", "out")
+    assert code == 1
+    assert "five.pt: holds 5 layers of width 192, but --model tiny has 6 of width 192" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_checkpoint(vapi_fast: Callable, tmp_path: Path) -> None:
+    Path("cut.safetensors").write_bytes(PRESET.tokenizer.read_bytes()[:5000])
+    code, error = vapi_fast("--model", "tiny", "--vq-ckpt", "cut.safetensors")
+    assert code == 1
+    assert "cut.safetensors: cannot be read, truncated" in error
+
+
+def test_swapped_checkpoints(vapi_fast: Callable) -> None:
+    code, error = vapi_fast("--model", "tiny", "--vq-ckpt", PRESET.generator, "--gpt-ckpt", PRESET.tokenizer)
+    assert code == 1
+    assert "does not fit this VQTokenizer" in error
+
+
+def save_images(folder: Path, classes: int) -> None:
+    for label in range(classes):
+        (folder / f"{label:02d}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * label, 90, 120)).save(folder / f"{label:02d}" / "a.png")
+
+
+def test_labels_out_of_range(vapi_fast: Callable) -> None:
+    save_images(Path("ten"), 10)
+    code, error = vapi_fast("--model", "tiny", "--data", "ten", "--no-eval")
+    assert code == 1
+    assert "label" in error
+    assert "9" in error
+
+
+def test_empty_data(vapi_fast: Callable) -> None:
+    Path("nothing").mkdir()
+    code, error = vapi_fast("--model", "tiny", "--data", "nothing", "--no-eval")
+    assert code == 1
+    assert "nothing" in error
+
+
+def test_nan_reward(vapi_fast: Callable, tmp_path: Path) -> None:
+    """A tokenizer that decodes to NaN: stopped before the first optimizer step, the good weights kept."""
+    state = load_state_dict(PRESET.tokenizer)
+    state["decoder.conv_out.bias"][0] = float("nan")
+    torch.save({"model": state}, "nan.pt")
+    code, error = vapi_fast(
+        *("--model", "tiny", "--vq-ckpt", "nan.pt", "--no-eval", "--batch-size", "4", "--output-dir", "out")
+    )
+    assert code == 1
+    assert "step 1: reward is not finite for the images with ids" in error
+    assert "the weights up to step 0 are in out/state.pt" in error
+    kept = torch.load("out/state.pt", weights_only=True)["generator"]
+    for name, value in load_state_dict(PRESET.generator).items():
+        assert torch.equal(kept[name], value.float()), name
+    assert not Path("out/run.json").exists()
+
+
+def test_finished_and_unfinished_runs_are_not_overwritten(vapi_fast: Callable) -> None:
+    for name, message in (("run.json", "holds a finished run"), ("state.pt", "pass --resume to go on with it")):
+        folder = Path(name.split(".")[0])
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        code, error = vapi_fast("--model", "tiny", "--output-dir", folder)
+        assert code == 2
+        assert message in error
+        assert (folder / name).read_text() == "precious"
+
+
+def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
+    Path("out").mkdir()
+    Path("out/state.pt").write_bytes(b"half a file")
+    code, error = vapi_fast("--model", "tiny", "--output-dir", "out", "--resume", "--no-eval")
+    assert code == 1
+    assert "out/state.pt: cannot be read" in error
+
+
+def test_resume_with_other_settings_is_refused(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vapi_fast import run
+
+    small = ("--model", "tiny", "--no-eval", "--batch-size", "4", "--output-dir", "out", "--checkpoint-every", "1")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.tqdm, "set_postfix", interrupt)
+        assert vapi_fast(*small, "--steps", "3") == (
+            1,
+            "vapi-fast: error: interrupted; --resume goes on from the last saved state",
+        )
+    code, error = vapi_fast(*small, "--steps", "3", "--resume")
+    assert code == 2
+    assert "holds no state.pt" in error  # nothing was saved before the first step ended
+
+
+def test_out_of_memory_says_which_flag_to_lower(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cli, "align", exhausted)
+    assert vapi_fast("--model", "tiny") == (1, f"vapi-fast: error: {cli.OUT_OF_MEMORY}")
+    assert "lower --micro-batch" in cli.OUT_OF_MEMORY
+
+
+def test_flags_cover_the_config_and_defaults_are_its_own() -> None:
+    import dataclasses
+
+    fields = {field.name for field in dataclasses.fields(AlignConfig)}
+    flags = set(cli.FLAGS) | {"evaluate", "compare", "resume"}
+    assert flags <= fields
+    assert fields - flags == {"tokenizer", "lpips", "weight_decay", "clip_grad_norm", "clip_range"}
+
+
+def test_paper_defaults() -> None:
+    paper = AlignConfig(model="xxl", vq_ckpt=PRESET.tokenizer, gpt_ckpt=PRESET.generator, data=PRESET.train_images)
+    assert (paper.image_size, paper.batch_size, paper.group_size, paper.steps) == (384, 128, 8, 100)
+    assert (paper.lr, paper.weight_decay, paper.prior_weight, paper.clip_range) == (1e-6, 1e-4, 0.1, 0.2)
+    assert (paper.mse_weight, paper.lpips_weight, paper.noise_prob, paper.dropout) == (1.0, 1.0, 0.0, 0.0)
+
+
+def test_console_script_help() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "vapi_fast.cli", "align", "--help"], capture_output=True, text=True, check=True
+    )
+    for name in cli.FLAGS:
+        assert f"--{name.replace('_', '-')}" in finished.stdout

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vapi_fast import ops
+from vapi_fast.generation import KVCache
+from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
+
+TOLERANCE = 1e-5  # relative L2, float32
+SMALL = LlamaGenConfig(layers=2, heads=4, width=64, grid_size=4)  # of the golden files; the rest is read from them
+CFG_SCALE = 2.5
+CONTAINERS = ("bare", "model", "module", "state_dict", "safetensors")
+
+
+def class_weights() -> dict[str, Tensor]:
+    return golden.read_weights("class_generator")
+
+
+def caption_weights() -> dict[str, Tensor]:
+    shared = {key: value for key, value in class_weights().items() if not key.startswith("cls_embedding.")}
+    return shared | golden.read_weights("caption_generator")
+
+
+def load(weights: dict[str, Tensor], folder: Path, container: str = "model") -> LlamaGen:
+    """The golden model through a file on disk."""
+    path = folder / ("generator.safetensors" if container == "safetensors" else "generator.pt")
+    if container == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights if container == "bare" else {container: weights, "steps": 100}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LLAMAGEN_CONFIGS, "small", SMALL)
+        return LlamaGen.from_checkpoint(path, "small")
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaGen:
+    return load(class_weights(), tmp_path_factory.mktemp("class")).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def caption_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaGen:
+    return load(caption_weights(), tmp_path_factory.mktemp("caption")).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def fresh_model() -> LlamaGen:
+    """Random weights; safe to change."""
+    torch.manual_seed(0)
+    return LlamaGen(LlamaGenConfig(layers=2, heads=4, width=64, vocab_size=97, grid_size=4, num_classes=7))
+
+
+# ---- equal to LlamaGen's public code
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_class_logits_equal_the_public_code(container: str, mode: str, tmp_path: Path) -> None:
+    public = golden.read("class_generator")
+    model = load(class_weights(), tmp_path, container).train(mode == "train")
+    logits = model(public["tokens"][:, :-1], public["labels"])
+    assert logits.dtype == torch.float32
+    assert golden.relative_error(logits, public[f"{mode}_logits"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_caption_logits_equal_the_public_code(mode: str, masked: bool, caption_model: LlamaGen) -> None:
+    public = golden.read("caption_generator")
+    mask = public["caption_mask"] if masked else None
+    logits = caption_model.train(mode == "train")(public["tokens"][:, :-1], public["captions"], condition_mask=mask)
+    expected = public[f"{'masked_' if masked else ''}{mode}_logits"]
+    if mode == "eval":  # the public code then returns the condition positions too
+        expected = expected[:, caption_model.config.prefix_len - 1 :]
+    assert golden.relative_error(logits, expected) <= TOLERANCE
+
+
+def test_class_and_captions_are_read_from_the_file(class_model: LlamaGen, caption_model: LlamaGen) -> None:
+    assert (class_model.config.vocab_size, class_model.config.num_classes, class_model.config.prefix_len) == (97, 7, 1)
+    assert (caption_model.config.caption_tokens, caption_model.config.caption_width) == (6, 24)
+    assert caption_model.config.prefix_len == 6
+
+
+def test_loss_equals_the_public_code(class_model: LlamaGen, caption_model: LlamaGen) -> None:
+    public = golden.read("class_generator")
+    hidden = class_model(public["tokens"][:, :-1], public["labels"], return_hidden=True)
+    loss = ops.linear_cross_entropy(hidden, class_model.output.weight, public["tokens"])
+    assert golden.relative_error(loss, public["loss"]) <= TOLERANCE
+    public = golden.read("caption_generator")
+    hidden = caption_model(
+        public["tokens"][:, :-1], public["captions"], condition_mask=public["caption_mask"], return_hidden=True
+    )
+    loss = ops.linear_cross_entropy(hidden, caption_model.output.weight, public["tokens"])
+    assert golden.relative_error(loss, public["masked_loss"]) <= TOLERANCE
+
+
+def greedy_along(model: LlamaGen, tokens: Tensor, condition: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """The most likely token after each prefix of `tokens`, with classifier-free guidance."""
+    logits = model(tokens[:, :-1], condition, condition_mask=mask)
+    unconditional = model(tokens[:, :-1], model.unconditional(condition), condition_mask=mask)
+    return (unconditional + scale * (logits - unconditional)).argmax(-1)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("greedy_tokens", 1.0), ("greedy_cfg_tokens", CFG_SCALE)])
+def test_public_greedy_class_samples_are_ours(name: str, scale: float, class_model: LlamaGen) -> None:
+    public = golden.read("class_generator")
+    ours = greedy_along(class_model, public[name], public["generation_labels"], scale, None)
+    assert torch.equal(ours, public[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "masked"),
+    [
+        ("greedy_tokens", 1.0, False),
+        ("masked_greedy_tokens", 1.0, True),
+        ("masked_greedy_cfg_tokens", CFG_SCALE, True),
+    ],
+)
+def test_public_greedy_caption_samples_are_ours(name: str, scale: float, masked: bool, caption_model: LlamaGen) -> None:
+    public = golden.read("caption_generator")
+    mask = public["caption_mask"] if masked else None
+    assert torch.equal(greedy_along(caption_model, public[name], public["captions"], scale, mask), public[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("b", 111), ("l", 343), ("xl", 775), ("xxl", 1411), ("xxxl", 3900), ("3b", 3100)]
+)
+def test_named_sizes_have_the_published_weights(name: str, millions: int) -> None:
+    with torch.device("meta"):
+        model = LlamaGen.from_name(name)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == golden.public_state_dict(f"GPT-{name.upper()}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_caption_model_has_the_published_weights() -> None:
+    with torch.device("meta"):
+        model = LlamaGen.from_name("xl", caption_tokens=120, grid_size=16)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == golden.public_state_dict("GPT-XL t2i")
+    assert shapes["cls_embedding.uncond_embedding"] == [120, 2048]
+
+
+def test_rotary_table_of_serving_checkpoints_is_ignored(tmp_path: Path, class_model: LlamaGen) -> None:
+    model = load(class_weights() | {"freqs_cis": torch.ones(17, 8, 2)}, tmp_path)
+    assert torch.equal(model.rotary, class_model.rotary)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown model 'xs': choose one of b, l, xl, xxl, xxxl, 3b, tiny"):
+        LlamaGen.from_name("xs")
+
+
+# ---- behaviour
+
+
+@pytest.mark.parametrize("position", [0, 7, 14])
+def test_a_token_changes_later_predictions_only(position: int, class_model: LlamaGen) -> None:
+    """Output i predicts token i: it may depend on the tokens before i alone."""
+    public = golden.read("class_generator")
+    tokens = public["tokens"][:, :-1]
+    changed = tokens.clone()
+    changed[:, position] = (tokens[:, position] + 1) % 97
+    difference = (class_model(tokens, public["labels"]) - class_model(changed, public["labels"])).abs().amax((0, 2))
+    assert difference[: position + 1].max() == 0
+    assert difference[position + 1 :].min() > 1e-3
+
+
+def test_every_prediction_depends_on_the_condition(class_model: LlamaGen) -> None:
+    tokens = golden.read("class_generator")["tokens"][:1, :-1]
+    difference = class_model(tokens, torch.tensor([1])) - class_model(tokens, torch.tensor([2]))
+    assert difference.abs().amax((0, 2)).min() > 1e-3
+
+
+def test_masked_caption_positions_are_invisible(caption_model: LlamaGen) -> None:
+    public = golden.read("caption_generator")
+    mask = public["caption_mask"]
+    assert not mask.all()
+    noise = torch.randn(public["captions"].shape, generator=torch.Generator().manual_seed(0))
+    scrambled = torch.where(mask[:, :, None], public["captions"], noise)
+    logits, again = (
+        caption_model(public["tokens"][:, :-1], c, condition_mask=mask) for c in (public["captions"], scrambled)
+    )
+    assert torch.equal(logits, again)
+    unmasked = caption_model(public["tokens"][:, :-1], scrambled)
+    assert golden.relative_error(unmasked, logits) > 0.1
+
+
+def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:
+    public = golden.read("class_generator")
+    hidden = class_model(public["tokens"][:, :-1], public["labels"], return_hidden=True)
+    assert hidden.shape == (3, 16, 64)
+    assert golden.relative_error(hidden @ class_model.output.weight.T, public["train_logits"]) <= TOLERANCE
+
+
+def test_logits_are_float32_for_a_bfloat16_model(fresh_model: LlamaGen) -> None:
+    logits = fresh_model.bfloat16()(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+
+
+def test_more_tokens_than_the_grid_are_refused(class_model: LlamaGen) -> None:
+    labels = torch.tensor([0])
+    assert class_model(torch.zeros(1, 16, dtype=torch.int64), labels).shape == (1, 17, 97)
+    with pytest.raises(ValueError, match="17 image tokens do not fit a 4×4 grid"):
+        class_model(torch.zeros(1, 17, dtype=torch.int64), labels)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 15, [15], [1, 5, 2, 7]])
+def test_cached_class_forward_equals_the_whole(chunks: list[int], class_model: LlamaGen) -> None:
+    public = golden.read("class_generator")
+    cache = KVCache(class_model, 3, 17)
+    outputs = [class_model(None, public["labels"], cache=cache)]
+    for chunk in public["tokens"][:, :-1].split(chunks, dim=1):
+        outputs.append(class_model(chunk, None, cache=cache))
+    assert golden.relative_error(torch.cat(outputs, dim=1), public["eval_logits"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("chunks", [[1] * 15, [1, 5, 2, 7]])
+def test_cached_caption_forward_equals_the_whole(chunks: list[int], caption_model: LlamaGen) -> None:
+    public = golden.read("caption_generator")
+    mask = {"condition_mask": public["caption_mask"]}
+    cache = KVCache(caption_model, 3, 22)
+    outputs = [caption_model(None, public["captions"], cache=cache, **mask)]
+    for chunk in public["tokens"][:, :-1].split(chunks, dim=1):
+        outputs.append(caption_model(chunk, None, cache=cache, **mask))
+    assert golden.relative_error(torch.cat(outputs, dim=1), public["masked_eval_logits"][:, 5:]) <= TOLERANCE
+
+
+def test_dropout_is_off_by_default(fresh_model: LlamaGen) -> None:
+    inputs = torch.arange(15)[None], torch.tensor([2])
+    assert torch.equal(fresh_model.train()(*inputs), fresh_model.eval()(*inputs))
+
+
+def test_dropout_acts_in_training_mode_only(fresh_model: LlamaGen) -> None:
+    inputs = torch.arange(15)[None], torch.tensor([2])
+    clean = fresh_model.eval()(*inputs)
+    fresh_model.dropout = 0.5
+    assert torch.equal(fresh_model(*inputs), clean)
+    fresh_model.train()
+    first, second = fresh_model(*inputs), fresh_model(*inputs)
+    assert golden.relative_error(first, clean) > 0.01
+    assert golden.relative_error(first, second) > 0.01
+
+
+def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) -> None:
+    """A share p of what enters a residual sum is zero, the rest is scaled by 1 / (1 − p)."""
+    tokens, labels = torch.randint(97, (8, 15)), torch.randint(7, (8,))
+    fresh_model.dropout = 0.25
+    block, seen = fresh_model.layers[0], {}
+
+    def keep(name: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _, inputs, output: seen.update({name: inputs[0], f"{name} out": output}))
+
+    for name in ("attention_norm", "attention", "ffn_norm", "feed_forward"):
+        keep(name, getattr(block, name))
+    keep("next", fresh_model.layers[1].attention_norm)
+    fresh_model.train()(tokens, labels)
+    embedded = fresh_model.tok_embeddings(tokens)
+    for total, clean in [
+        (seen["attention_norm"][:, 1:], embedded),
+        (seen["ffn_norm"] - seen["attention_norm"], seen["attention out"]),
+        (seen["next"] - seen["ffn_norm"], seen["feed_forward out"]),
+    ]:
+        kept = total.abs() > clean.abs()
+        assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+        assert torch.allclose(total[kept], clean[kept] / 0.75, atol=1e-5)
+        assert total[~kept].abs().max() < 1e-5
+
+
+def test_unconditional_class_is_the_last_row(class_model: LlamaGen) -> None:
+    assert class_model.unconditional(torch.tensor([0, 3])).tolist() == [7, 7]
+
+
+def test_unconditional_caption_is_the_stored_one(caption_model: LlamaGen) -> None:
+    captions = golden.read("caption_generator")["captions"]
+    unconditional = caption_model.unconditional(captions)
+    assert unconditional.shape == captions.shape
+    assert torch.equal(unconditional[1], caption_weights()["cls_embedding.uncond_embedding"])
+
+
+def test_conditions_are_dropped_whole_in_training(class_model: LlamaGen, caption_model: LlamaGen) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(4000) % 7
+    captions = torch.randn(200, 6, 24)
+    for model, condition, spread in ((class_model, labels, 0.03), (caption_model, captions, 0.12)):
+        assert torch.equal(model.train().drop_condition(condition), condition)
+        model.dropout = 0.3
+        try:
+            dropped = model.drop_condition(condition)
+            assert torch.equal(model.eval().drop_condition(condition), condition)
+        finally:
+            model.dropout = 0.0
+            model.eval()
+        rows = (dropped == model.unconditional(condition)).view(len(condition), -1).all(1)
+        assert rows.float().mean().item() == pytest.approx(0.3, abs=spread)
+        assert torch.equal(dropped[~rows], condition[~rows])

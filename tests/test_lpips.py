@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from urllib.error import URLError
+
+import golden
+import pytest
+import torch
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.checkpoint import CheckpointError
+from vapi_fast.models import LPIPS
+from vapi_fast.models.lpips import VGG16_URL
+
+TOLERANCE = 1e-5  # relative L2, float32
+VGG16_CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512}
+VGG16_CONVOLUTIONS |= {24: 512, 26: 512, 28: 512}
+
+
+def vgg16_weights() -> dict[str, Tensor]:
+    """A state dict laid out like torchvision's VGG16 file, with formula weights and a narrow classifier."""
+    shapes, channels = {}, 3
+    for index, width in VGG16_CONVOLUTIONS.items():
+        shapes[f"features.{index}.weight"] = [width, channels, 3, 3]
+        shapes[f"features.{index}.bias"] = [width]
+        channels = width
+    classifier = {f"classifier.{i}.{kind}": [8, 8] for i in (0, 3, 6) for kind in ("weight", "bias")}
+    return golden.formula_weights(shapes | classifier)
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory: pytest.TempPathFactory) -> LPIPS:
+    path = tmp_path_factory.mktemp("vgg16") / "vgg16-397923af.pth"
+    torch.save(vgg16_weights(), path)
+    model = LPIPS.from_checkpoint(path, "vgg16").requires_grad_(False)
+    path.unlink()  # 59 MB
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LPIPS:
+    torch.manual_seed(0)
+    return LPIPS.from_name("tiny").requires_grad_(False)
+
+
+def golden_images() -> tuple[Tensor, Tensor]:
+    public = golden.read("lpips")
+    return public["images_a"].float() / 127.5 - 1, public["images_b"].float() / 127.5 - 1
+
+
+# ---- equal to LlamaGen's public code
+
+
+def test_distances_equal_the_public_code(vgg16: LPIPS) -> None:
+    public = golden.read("lpips")["distance"]
+    assert public.min() == 0 < public.max()
+    assert golden.relative_error(vgg16(*golden_images()), public) <= TOLERANCE
+
+
+def test_each_level_equals_the_public_code(vgg16: LPIPS) -> None:
+    maps_a, maps_b = ([level[:1] for level in vgg16.feature_maps(images)] for images in golden_images())
+    levels = [ops.lpips_distance([a], [b], [w]) for a, b, w in zip(maps_a, maps_b, vgg16.heads, strict=True)]
+    assert golden.relative_error(torch.cat(levels), golden.read("lpips")["level_distances"]) <= TOLERANCE
+
+
+def test_deepest_features_equal_the_public_code(vgg16: LPIPS) -> None:
+    features = vgg16.feature_maps(golden_images()[0][:1])
+    assert [level.shape[1] for level in features] == [64, 128, 256, 512, 512]
+    assert golden.relative_error(features[-1], golden.read("lpips")["relu5_3"]) <= TOLERANCE
+
+
+def test_vgg16_heads_are_torchmetrics(vgg16: LPIPS) -> None:
+    path = str(files("torchmetrics") / "functional/image/lpips_models/vgg.pth")
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    for level, width in enumerate((64, 128, 256, 512, 512)):
+        assert torch.equal(vgg16.heads[level], stored[f"lin{level}.model.1.weight"].view(width))
+        assert (vgg16.heads[level] >= 0).all()
+
+
+def test_vgg16_loads_torchvisions_keys(vgg16: LPIPS) -> None:
+    expected = {key: value for key, value in vgg16_weights().items() if key.startswith("features.")}
+    loaded = {key: value for key, value in vgg16.state_dict().items() if key.startswith("features.")}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+# ---- behaviour
+
+
+def test_a_group_shares_its_reference(tiny: LPIPS) -> None:
+    images = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    reference = torch.rand(2, 3, 16, 16) * 2 - 1
+    grouped = [level.unflatten(0, (2, 3)) for level in tiny.feature_maps(images.flatten(0, 1))]
+    together = tiny.distance(grouped, tiny.feature_maps(reference))
+    assert together.shape == (2, 3)
+    single = torch.stack([tiny(images[:, g], reference) for g in range(3)], dim=1)
+    assert golden.relative_error(together, single) <= TOLERANCE
+
+
+def test_distance_of_a_picture_to_itself_is_zero(tiny: LPIPS) -> None:
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert tiny(images, images).tolist() == [0.0, 0.0]
+    assert (tiny(images, images.flip(-1)) > 0).all()
+    assert torch.equal(tiny(images, images.flip(-1)), tiny(images.flip(-1), images))
+
+
+def test_tiny_classifier_sees_the_pooled_last_level(tiny: LPIPS) -> None:
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    pooled, logits = tiny.features_and_logits(images)
+    assert torch.allclose(pooled, tiny.feature_maps(images)[-1].mean((2, 3)))
+    assert torch.allclose(logits, pooled @ tiny.classifier.weight.T + tiny.classifier.bias, atol=1e-6)
+    assert logits.shape == (2, 99)
+
+
+def test_vgg16_has_no_classifier(vgg16: LPIPS) -> None:
+    with pytest.raises(ValueError, match="no classifier: only the tiny preset's has one"):
+        vgg16.features_and_logits(torch.zeros(1, 3, 32, 32))
+
+
+def test_tiny_round_trip(tiny: LPIPS, tmp_path: Path) -> None:
+    path = tmp_path / "perceptual.pt"
+    torch.save(tiny.state_dict(), path)
+    images = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    assert torch.equal(LPIPS.from_checkpoint(path, "tiny")(*images), tiny(*images))
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown LPIPS network 'alex': choose one of vgg16, tiny"):
+        LPIPS.from_name("alex")
+
+
+def test_another_file_than_vgg16_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "vgg11.pth"
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}, path)
+    with pytest.raises(CheckpointError) as error:
+        LPIPS.from_checkpoint(path, "vgg16")
+    message = str(error.value)
+    assert message.startswith(
+        f"{path}: does not fit this LPIPS: 24 weights missing (features.2.weight, features.2.bias)"
+    )
+    assert message.endswith("pass torchvision's VGG16 (vgg16-397923af.pth)")
+
+
+def test_vgg16_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(VGG16_URL)}.*no route to host.*pass --vgg-weights FILE$"):
+        LPIPS.from_name("vgg16")
+
+
+def test_vgg16_online_uses_the_download(monkeypatch: pytest.MonkeyPatch, vgg16: LPIPS) -> None:
+    asked = []
+
+    def download(url: str, **options: object) -> dict[str, Tensor]:
+        asked.append((url, options["weights_only"], options["check_hash"]))
+        return vgg16_weights()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    model = LPIPS.from_name("vgg16")
+    assert asked == [("https://download.pytorch.org/models/vgg16-397923af.pth", True, True)]
+    assert torch.equal(model.features[28].weight, vgg16.features[28].weight)

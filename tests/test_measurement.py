@@ -1,0 +1,56 @@
+"""Measuring a generator: the same test for both, whatever the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vapi_fast import AlignConfig, evaluation
+from vapi_fast.alignment import Models
+from vapi_fast.measurement import Evaluator
+
+Make = Callable[..., AlignConfig]
+
+
+def evaluator(config: AlignConfig, models: Models) -> Evaluator:
+    return Evaluator(config, models, torch.device("cpu"))
+
+
+def test_measurement_does_not_depend_on_batch_sizes(tiny_config: Make, tiny_models: Models) -> None:
+    measured = [
+        evaluator(tiny_config(eval_samples=130, eval_batch=batch, micro_batch=micro), tiny_models)
+        .measure(tiny_models.generator, "base")
+        .as_record()
+        for batch, micro in ((130, 32), (48, 10))
+    ]
+    first, second = measured
+    assert first["fid"] == pytest.approx(second["fid"], rel=1e-3)
+    assert first["cfg"]["inception_score"] == pytest.approx(second["cfg"]["inception_score"], rel=1e-3)
+    assert first["reward"] == pytest.approx(second["reward"], rel=1e-3)
+    assert first["samples"] == 130
+
+
+def test_heldout_images_score_better_than_samples(tiny_config: Make, tiny_models: Models) -> None:
+    """Real images are near the reference in FID; the base generator's samples are worse than their reconstructions."""
+    test = evaluator(tiny_config(eval_samples=428), tiny_models)
+    images = torch.cat([batch.images for batch in test.rewarded])
+    with torch.no_grad():
+        reconstructed = tiny_models.tokenizer.decode(tiny_models.tokenizer.encode(images))
+        features = [tiny_models.reward.lpips.features_and_logits(x)[0] for x in (images, reconstructed)]
+    fids = [evaluation.frechet_distance(test.reference, f) for f in features]
+    base = test.measure(tiny_models.generator, "base")
+    assert abs(fids[0]) < 1e-6
+    assert 0 < fids[1] < base.plain.fid
+    assert base.cfg.fid != base.plain.fid
+
+
+def test_samples_follow_the_classes_of_the_heldout_images(tiny_config: Make, tiny_models: Models) -> None:
+    test = evaluator(tiny_config(eval_samples=428), tiny_models)
+    assert test.labels.bincount(minlength=9).min() >= 10
+    images = test.sample(tiny_models.generator, torch.tensor([5, 9]))
+    assert torch.equal(images, test.sample(tiny_models.generator, torch.tensor([5, 9])))
+    torch.testing.assert_close(images[1:], test.sample(tiny_models.generator, torch.tensor([9])), rtol=1e-3, atol=1e-3)
+    assert images.min() >= -1
+    assert images.max() <= 1

@@ -1,0 +1,138 @@
+"""A whole run on the tiny preset: what it writes, and that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from reference_step import published_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vapi_fast
+from vapi_fast import AlignConfig, run
+from vapi_fast.alignment import NonFiniteError, align_step
+from vapi_fast.models import LlamaGen
+
+Make = Callable[..., AlignConfig]
+SCORES = {"fid", "fid_se", "inception_score", "inception_score_se", "precision", "recall"}
+
+
+def weights(path: Path) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in LlamaGen.from_checkpoint(path, "tiny").state_dict().values()])
+
+
+def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(evaluate=True, compare=True, eval_samples=140, steps=3, lr=1e-3)
+    returned = vapi_fast.align(config, published_step=published_step)
+    output = config.output_dir
+    assert {path.name for path in output.iterdir()} == {
+        "run.json",
+        "samples.png",
+        "reward.png",
+        "aligned.pt",
+        "tensorboard",
+    }
+    record = json.loads((output / "run.json").read_text())
+    assert record == json.loads(json.dumps(returned))
+    assert record["config"]["lr"] == 1e-3
+    assert record["config"]["data"].endswith("train.parquet")
+    assert record["versions"]["torch"] == torch.__version__
+    for name in ("base", "aligned"):
+        for scores in (record[name], record[name]["cfg"]):
+            assert set(scores) >= SCORES
+            assert all(math.isfinite(scores[key]) and scores[key] >= 0 for key in SCORES)
+        figures = record[name]
+        assert figures["reward"] == pytest.approx(-figures["mse"] - figures["lpips"], rel=1e-5)
+    assert record["base"]["fid"] != record["aligned"]["fid"]
+    assert len(record["reward"]) == 3
+    assert all(-3 < reward < 0 for reward in record["reward"])
+    seconds = record["seconds"]
+    assert seconds["total"] >= seconds["startup"] + seconds["alignment"] + seconds["evaluation"]
+    assert sum(seconds["stages"].values()) == pytest.approx(seconds["alignment"], rel=0.1)
+    assert record["images_per_second"] == pytest.approx(12 / seconds["alignment"])
+    assert record["speedup_over_reference"] > 1
+    printed = capsys.readouterr().out
+    for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster"):
+        assert text in printed
+
+    moved = weights(output / "aligned.pt") - weights(config.gpt_ckpt)
+    assert 0 < moved.abs().max() <= 3.1e-3  # AdamW moves a weight by at most lr a step
+    with Image.open(output / "samples.png") as picture:
+        assert picture.size[0] > 1000
+    with Image.open(output / "reward.png") as picture:
+        assert picture.size[0] > 400
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("reward")]
+    assert logged == pytest.approx(record["reward"])
+
+
+def interrupted_at(step: int) -> Callable[..., Any]:
+    def stop(*arguments: Any) -> dict[str, float]:
+        if arguments[4] == step:
+            raise KeyboardInterrupt
+        return align_step(*arguments)
+
+    return stop
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = tiny_config(steps=5, output_dir=tmp_path / "whole")
+    record = vapi_fast.align(whole)
+    half = {"steps": 5, "output_dir": tmp_path / "half", "checkpoint_every": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "align_step", interrupted_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(**half))
+    resumed = vapi_fast.align(tiny_config(**half, resume=True))
+    assert resumed["reward"] == record["reward"]
+    assert torch.equal(weights(tmp_path / "half" / "aligned.pt"), weights(tmp_path / "whole" / "aligned.pt"))
+    assert not (tmp_path / "half" / "state.pt").exists()
+
+
+def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "align_step", interrupted_at(1))
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(checkpoint_every=1))
+    with pytest.raises(vapi_fast.config.ConfigError, match=r"was started with --lr .*, now it is 0\.5"):
+        vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, lr=0.5))
+
+
+def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """The state saved at a NaN is the weights before that step, and the run can go on from it."""
+
+    def broken_at_2(*arguments: Any) -> dict[str, float]:
+        if arguments[4] == 2:
+            raise NonFiniteError("reward is not finite for the images with ids [7]")
+        return align_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "align_step", broken_at_2)
+        with pytest.raises(NonFiniteError, match=r"step 3: reward is not finite .*weights up to step 2"):
+            vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan"))
+    vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan", resume=True))
+    vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "good"))
+    assert torch.equal(weights(tmp_path / "nan" / "aligned.pt"), weights(tmp_path / "good" / "aligned.pt"))
+
+
+def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path: Path) -> None:
+    rewards = [
+        vapi_fast.align(tiny_config(seed=seed, output_dir=tmp_path / name))["reward"]
+        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    ]
+    assert rewards[0] == rewards[1]
+    assert rewards[0] != rewards[2]
+
+
+def test_straight_through_and_next_token_runs(tiny_config: Make, tmp_path: Path) -> None:
+    for method in ("ste", "ntp"):
+        record = vapi_fast.align(tiny_config(method=method, output_dir=tmp_path / method))
+        assert all(math.isfinite(value) for value in record["curves"]["loss"])
+        assert (tmp_path / method / "reward.png").exists() is (method == "ste")

@@ -1,0 +1,123 @@
+"""The tiny preset that ships: its images, networks, sizes, and that its build makes them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vapi_fast import ops, tiny
+from vapi_fast.data import ImageData
+from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.tiny import build, images
+
+GROUPS = {
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+}
+
+
+@pytest.fixture(scope="module")
+def heldout() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return build.load_images(tiny.FILES.heldout_images)
+
+
+def test_shipped_files_are_small() -> None:
+    pictures = sum(path.stat().st_size for path in (tiny.FILES.train_images, tiny.FILES.heldout_images))
+    networks = sum(path.stat().st_size for path in (tiny.FILES.perceptual, tiny.FILES.tokenizer, tiny.FILES.generator))
+    assert pictures <= 6e6
+    assert networks <= 12e6
+
+
+def test_images_are_distinct_and_heldout_ones_unseen(heldout: tuple[torch.Tensor, ...]) -> None:
+    train, labels, _ = build.load_images(tiny.FILES.train_images)
+    pixels = torch.cat([train, heldout[0]]).flatten(1)
+    assert len(pixels.unique(dim=0)) == len(pixels) > 2000
+    assert set(ImageData(tiny.FILES.train_images, 32).class_names) == GROUPS
+    assert len(labels.unique()) == tiny.CLASSES
+    share = labels.bincount().max() / len(labels)
+    assert share < 0.35  # "People & Body" is thinned
+
+
+def test_tokenizer_reconstructs_heldout_images(heldout: tuple[torch.Tensor, ...]) -> None:
+    tokenizer = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny")
+    with torch.no_grad():
+        tokens = tokenizer.encode(heldout[0])
+        error = (tokenizer.decode(tokens).clamp(-1, 1) - heldout[0]).square().mean()
+    assert tokens.shape == (len(heldout[0]), 64)
+    assert tokens.unique().numel() > 400  # the codebook is in use
+    assert error < 0.03
+
+
+def test_perceptual_network_recognises_heldout_images(heldout: tuple[torch.Tensor, ...]) -> None:
+    network = LPIPS.from_checkpoint(tiny.FILES.perceptual, "tiny")
+    with torch.no_grad():
+        correct = network.features_and_logits(heldout[0])[1].argmax(1) == heldout[2]
+        shifted = network(heldout[0].roll(1, 3), heldout[0])
+        other = network(heldout[0].roll(1, 0), heldout[0])
+    assert correct.float().mean() > 0.45  # of 99 subgroups
+    assert (shifted < other).float().mean() > 0.95  # a pixel's shift is nearer than another glyph
+
+
+def test_generator_predicts_heldout_tokens(heldout: tuple[torch.Tensor, ...]) -> None:
+    tokenizer = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny")
+    generator = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny").eval()
+    with torch.no_grad():
+        tokens = tokenizer.encode(heldout[0])
+        hidden = generator(tokens[:, :-1], heldout[1], return_hidden=True)
+        cross_entropy = ops.linear_cross_entropy(hidden, generator.output.weight, tokens)
+    assert cross_entropy < 4.5  # uniform: ln 512 = 6.24
+
+
+@pytest.mark.skipif(
+    not images.FONT.exists() or not images.EMOJI_TEST.exists(), reason="Debian's emoji font not installed"
+)
+def test_images_render_as_shipped() -> None:
+    glyphs = [glyph for glyph, _ in images.render_all()]
+    assert len(glyphs) == len(ImageData(tiny.FILES.train_images, 32)) + len(ImageData(tiny.FILES.heldout_images, 32))
+    assert {glyph.group for glyph in glyphs} == GROUPS
+    assert len({glyph.subgroup for glyph in glyphs}) == 99
+
+
+def test_missing_font_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="install Debian's package fonts-noto-color-emoji"):
+        next(images.render_all(font_path=tmp_path / "none.ttf"))
+
+
+def test_thinning_keeps_one_skin_tone() -> None:
+    names = [f"waving hand: {tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark")]
+    tones = [chr(code) for code in images.SKIN_TONES]
+    glyphs = [images.Glyph("👋", "waving hand", "People & Body", "hand")]
+    glyphs += [images.Glyph("👋" + t, n, "People & Body", "hand") for t, n in zip(tones, names, strict=True)]
+    glyphs += [images.Glyph("🐒", "monkey", "Animals & Nature", "animal-mammal")]
+    kept = images.thin(glyphs)
+    assert [glyph.text for glyph in kept[::2]] == ["👋", "🐒"]
+    assert len(kept) == 3
+
+
+def test_build_trains_each_network_from_the_images(tmp_path: Path) -> None:
+    """A few steps of each: the files load, and the generator's loss is below that of a uniform guess."""
+    files = tiny.tiny_files(tmp_path)
+    for source, target in zip(tiny.FILES[:2], files[:2], strict=True):
+        shutil.copy(source, target)
+    build.train_perceptual(files, steps=3, batch_size=16)
+    build.train_tokenizer(files, steps=5, batch_size=8, continuous_steps=2)
+    build.train_generator(files, steps=30, batch_size=8)
+    assert LPIPS.from_checkpoint(files.perceptual, "tiny").classifier is not None
+    tokenizer = VQTokenizer.from_checkpoint(files.tokenizer, "tiny")
+    assert tokenizer.codebook().norm(dim=1).sub(1).abs().max() < 1e-3
+    generator = LlamaGen.from_checkpoint(files.generator, "tiny")
+    pictures, labels, _ = build.load_images(files.train_images)
+    with torch.no_grad():
+        tokens = tokenizer.encode(pictures[:64])
+        hidden = generator(tokens[:, :-1], labels[:64], return_hidden=True)
+        assert ops.linear_cross_entropy(hidden, generator.output.weight, tokens) < 6.2
