@@ -62,7 +62,7 @@ def test_shared_forward_equals_published_recipe(
 def test_published_recipe_draws_from_the_same_distribution(
     tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch
 ) -> None:
-    """Its own multinomial draws give, on average, the log-probability that ours give (both are the negative entropy)."""
+    """Its own multinomial draws have the mean log-probability that ours have: the negative entropy."""
     from reference_step import draw
 
     config = tiny_config(group_size=64)

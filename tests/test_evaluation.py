@@ -34,21 +34,6 @@ def scores(fid: float, fid_se: float) -> evaluation.Scores:
     return evaluation.Scores(fid, fid_se, 5.0, 0.1, precision=0.5, recall=0.5, samples=100, feature_network="none")
 
 
-class Brightness(nn.Module):
-    """Features and logits that can be told from the images; remembers the batches it saw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(2.0))
-        self.dropout = nn.Dropout(0.5)
-        self.seen: list[int] = []
-
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(len(images))
-        means = self.dropout(images.mean((2, 3)))
-        return means * self.gain, means.sum(dim=1, keepdim=True)
-
-
 class PixelRecorder(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return pixels, pixels.flatten(1)
@@ -201,21 +186,6 @@ def test_difference_is_positive_for_a_better_aligned_model() -> None:
     assert (delta, error) == (pytest.approx(5.5), pytest.approx(0.5))
 
 
-def test_extract_batches_tensors_and_iterables_alike() -> None:
-    images = normal(7, 12, 0).view(7, 3, 2, 2).float()
-    network = Brightness().train()
-    features, logits = evaluation.extract(network, images, batch_size=3)
-    assert network.seen == [3, 3, 1]
-    assert not network.training
-    torch.testing.assert_close(features, 2 * images.mean((2, 3)))
-    assert logits.shape == (7, 1)
-    assert not features.requires_grad
-    streamed = evaluation.extract(network, iter(images.bfloat16().split(5)), batch_size=4)
-    assert network.seen[3:] == [4, 1, 2]
-    assert streamed[0].dtype == streamed[1].dtype == torch.float32
-    torch.testing.assert_close(streamed[0], features, atol=0.02, rtol=0.02)
-
-
 @pytest.mark.parametrize(
     ("reference", "features", "logits", "message"),
     [
@@ -242,9 +212,7 @@ def test_values_that_are_not_finite_raise(value: float, which: int) -> None:
         evaluation.score(*inputs)
 
 
-def test_extract_and_bootstrap_name_what_is_missing() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        evaluation.extract(Brightness(), [])
+def test_bootstrap_needs_two_resamples() -> None:
     with pytest.raises(ValueError, match="at least 2 resamples"):
         evaluation.score(normal(9, 2, 0), normal(9, 2, 1), normal(9, 3, 2), bootstrap=1)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vapi_fast import ops
 from vapi_fast.generation import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
+from vapi_fast.models.llamagen import attention_mask
 
 TOLERANCE = 1e-5  # relative L2, float32
 SMALL = LlamaGenConfig(layers=2, heads=4, width=64, grid_size=4)  # of the golden files; the rest is read from them
@@ -190,6 +191,18 @@ def test_masked_caption_positions_are_invisible(caption_model: LlamaGen) -> None
     assert torch.equal(logits, again)
     unmasked = caption_model(public["tokens"][:, :-1], scrambled)
     assert golden.relative_error(unmasked, logits) > 0.1
+
+
+def test_attention_mask_by_hand() -> None:
+    """Two condition positions, the first padded (or both): a position sees itself and what is not padding before it."""
+    mask = attention_mask(torch.tensor([[False, True], [False, False]]), 0, 4)
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+    ]
+    later = attention_mask(torch.tensor([[False, True]]), 2, 4)
+    assert later[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]]]
 
 
 def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,26 +140,6 @@ def precision_recall(reference_features: Tensor, features: Tensor, neighbours: i
     precision = _covered(features, reference, _radii(reference, neighbours))
     recall = _covered(reference, features, _radii(features, neighbours))
     return precision, recall
-
-
-def extract(network: nn.Module, images: Tensor | Iterable[Tensor], batch_size: int = 250) -> tuple[Tensor, Tensor]:
-    """Features [N, F] and logits [N, K] of images [N, 3, H, W] in [−1, 1], float32, on the network's device.
-
-    `images` is one tensor or an iterable of batches; at most `batch_size` go through the network at a time.
-    The network, which offers `features_and_logits(images)`, is put in evaluation mode. Raises ValueError for no images.
-    """
-    network.eval()
-    device = next(network.parameters()).device
-    features, logits = [], []
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for group in [images] if isinstance(images, Tensor) else images:
-            for batch in group.split(batch_size):
-                batch_features, batch_logits = network.features_and_logits(batch.to(device, torch.float32))
-                features.append(batch_features.float())
-                logits.append(batch_logits.float())
-    if not features:
-        raise ValueError("no images to extract features from; expected at least one batch [N, 3, H, W]")
-    return torch.cat(features), torch.cat(logits)
 
 
 class Inception(nn.Module):

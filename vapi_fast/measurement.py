@@ -54,7 +54,7 @@ class Evaluator:
         self.device = device
         classes = models.generator.config.num_classes
         data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
-        self.network, self.network_name = feature_network(config, models)
+        self.network, self.network_name = feature_network(config, models, device)
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(data, count, config.eval_batch):
@@ -62,7 +62,7 @@ class Evaluator:
             labels.append(batch.labels)
             positions.append(position)
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
-        self.reference = gather_rows(torch.cat(features))[order]
+        self.reference = gather_rows(torch.cat(features))[order].to(device)
         self.labels = gather_rows(torch.cat(labels))[order]
         self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
 
@@ -80,8 +80,8 @@ class Evaluator:
             logits.append(parts[1].cpu())
         return evaluation.score(
             self.reference,
-            gather_rows(torch.cat(features)),
-            gather_rows(torch.cat(logits)),
+            gather_rows(torch.cat(features)).to(self.device),
+            gather_rows(torch.cat(logits)).to(self.device),
             feature_network=self.network_name,
         )
 
@@ -130,8 +130,8 @@ def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Ten
         yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
 
 
-def feature_network(config: AlignConfig, models: Models) -> tuple[FeatureNetwork, str]:
+def feature_network(config: AlignConfig, models: Models, device: torch.device) -> tuple[FeatureNetwork, str]:
     """The tiny preset scores with its own classifier; every other model with Inception, as papers do."""
     if config.lpips == "tiny":
         return models.reward.lpips, "tiny perceptual network"
-    return evaluation.load_inception(None), "Inception-v3"
+    return evaluation.load_inception().to(device), "Inception-v3"

@@ -194,7 +194,7 @@ class Run:
         return state["step"]
 
     def write_results(self) -> dict[str, Any]:
-        """The aligned checkpoint, the pictures, `run.json` and the table; the state for resuming is no longer needed."""
+        """The aligned checkpoint, the pictures, `run.json` and the table; the resumable state goes."""
         output: Path = self.config.output_dir
         if rank() == 0:
             save_generator(output / "aligned.pt", self.models.generator)

@@ -46,7 +46,6 @@ def group_sample(
     logits = filter_logits(logits.to(accumulation_dtype(logits)) / temperature, top_k, top_p)
     logprobs = logits.log_softmax(-1)
     cdf = logprobs.exp().cumsum(-1)
-    total = cdf[..., -1:]
 
     counter = (
         torch.arange(length, device=logits.device)[:, None] + first_position,
@@ -55,11 +54,9 @@ def group_sample(
         GROUP_SAMPLE,
     )
     uniform = uniform24(philox(counter, seed_key(seed))[0], cdf.dtype)  # [B, T, G]
-    # First index whose cumulative probability exceeds u·total. Rounding may lift u·total to the total itself: the
-    # last token with a probability is the first index that reaches the total. NaN logits end at a valid index too.
-    tokens = torch.searchsorted(cdf, (uniform * total).contiguous(), right=True)
-    last = torch.searchsorted(cdf, total.contiguous())
-    tokens = torch.minimum(tokens, last).clamp(max=vocab_size - 1)
+    # First index whose cumulative probability exceeds u·total. It has a probability, as the sum grows there, and it
+    # exists, as u ≤ 1 − 2⁻²⁴ leaves u·total below the total after rounding too; only NaN needs the clamp.
+    tokens = torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True).clamp(max=vocab_size - 1)
     return tokens.transpose(1, 2).contiguous(), logprobs.gather(-1, tokens).transpose(1, 2).contiguous()
 
 
