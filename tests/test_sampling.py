@@ -115,6 +115,7 @@ def test_a_rollout_depends_on_seed_sample_id_position_and_rollout_alone() -> Non
     assert torch.equal(later, tokens[:, :, 6:])
     last, _ = ops.group_sample(logits[:, 8:], 8, seed=1, sample_ids=ids, first_position=torch.tensor(8))
     assert torch.equal(last, tokens[:, :, 8:])
+    assert torch.equal(ops.group_sample(logits, 8, seed=1, sample_ids=ids % 2**32)[0], tokens)
     assert not torch.equal(ops.group_sample(logits, 8, seed=2, sample_ids=ids)[0], tokens)
     assert not torch.equal(ops.group_sample(logits, 8, seed=1)[0], tokens)
     equal_rows = ops.group_sample(torch.zeros(2, 6, 50), 6, seed=0)[0]
