@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vapi_fast import ops
+from vapi_fast import generate, ops
 from vapi_fast.generation import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.models.llamagen import attention_mask
@@ -113,6 +113,8 @@ def test_public_greedy_class_samples_are_ours(name: str, scale: float, class_mod
     public = golden.read("class_generator")
     ours = greedy_along(class_model, public[name], public["generation_labels"], scale, None)
     assert torch.equal(ours, public[name])
+    drawn = generate(class_model, public["generation_labels"], cfg_scale=scale, top_k=1)
+    assert torch.equal(drawn, public[name])
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,8 @@ def test_public_greedy_caption_samples_are_ours(name: str, scale: float, masked:
     public = golden.read("caption_generator")
     mask = public["caption_mask"] if masked else None
     assert torch.equal(greedy_along(caption_model, public[name], public["captions"], scale, mask), public[name])
+    drawn = generate(caption_model, public["captions"], cfg_scale=scale, top_k=1, condition_mask=mask)
+    assert torch.equal(drawn, public[name])
 
 
 @pytest.mark.parametrize(

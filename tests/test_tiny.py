@@ -27,7 +27,7 @@ GROUPS = {
 
 
 @pytest.fixture(scope="module")
-def heldout() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def heldout() -> tuple[torch.Tensor, torch.Tensor]:
     return build.load_images(tiny.FILES.heldout_images)
 
 
@@ -39,7 +39,7 @@ def test_shipped_files_are_small() -> None:
 
 
 def test_images_are_distinct_and_heldout_ones_unseen(heldout: tuple[torch.Tensor, ...]) -> None:
-    train, labels, _ = build.load_images(tiny.FILES.train_images)
+    train, labels = build.load_images(tiny.FILES.train_images)
     pixels = torch.cat([train, heldout[0]]).flatten(1)
     assert len(pixels.unique(dim=0)) == len(pixels) > 2000
     assert set(ImageData(tiny.FILES.train_images, 32).class_names) == GROUPS
@@ -61,10 +61,10 @@ def test_tokenizer_reconstructs_heldout_images(heldout: tuple[torch.Tensor, ...]
 def test_perceptual_network_recognises_heldout_images(heldout: tuple[torch.Tensor, ...]) -> None:
     network = LPIPS.from_checkpoint(tiny.FILES.perceptual, "tiny")
     with torch.no_grad():
-        correct = network.features_and_logits(heldout[0])[1].argmax(1) == heldout[2]
+        correct = network.features_and_logits(heldout[0])[1].argmax(1) == heldout[1]
         shifted = network(heldout[0].roll(1, 3), heldout[0])
         other = network(heldout[0].roll(1, 0), heldout[0])
-    assert correct.float().mean() > 0.45  # of 99 subgroups
+    assert correct.float().mean() > 0.6  # nine groups, the largest is 30 % of them
     assert (shifted < other).float().mean() > 0.95  # a pixel's shift is nearer than another glyph
 
 
@@ -116,7 +116,7 @@ def test_build_trains_each_network_from_the_images(tmp_path: Path) -> None:
     tokenizer = VQTokenizer.from_checkpoint(files.tokenizer, "tiny")
     assert tokenizer.codebook().norm(dim=1).sub(1).abs().max() < 1e-3
     generator = LlamaGen.from_checkpoint(files.generator, "tiny")
-    pictures, labels, _ = build.load_images(files.train_images)
+    pictures, labels = build.load_images(files.train_images)
     with torch.no_grad():
         tokens = tokenizer.encode(pictures[:64])
         hidden = generator(tokens[:, :-1], labels[:64], return_hidden=True)

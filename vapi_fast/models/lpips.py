@@ -26,7 +26,7 @@ class LPIPSConfig:
 
 LPIPS_CONFIGS = {
     "vgg16": LPIPSConfig(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))),
-    "tiny": LPIPSConfig(((32, 2), (64, 2), (128, 2)), classes=99),
+    "tiny": LPIPSConfig(((32, 2), (64, 2), (128, 2)), classes=9),
 }
 
 
