@@ -55,7 +55,9 @@ def test_shared_forward_equals_published_recipe(
     drawn = roll_out(tiny_models.generator, tokens, tiny_batch.labels, config, **draw).tokens
     tiny_models.generator.zero_grad()
     published_loss = published_step(tiny_models, config, tiny_batch, 3, drawn)
-    assert loss == pytest.approx(published_loss, rel=1e-5)
+    assert loss == pytest.approx(
+        published_loss, rel=1e-5, abs=1e-6
+    )  # the policy term cancels: its parts are of order 1
     assert relative(ours, gradient(tiny_models)) < 1e-5
 
 
@@ -75,8 +77,8 @@ def test_published_recipe_draws_from_the_same_distribution(
     ours = roll_out(
         tiny_models.generator, tokens, tiny_batch.labels, config, seed=0, sample_ids=tiny_batch.sample_ids
     ).tokens
-    logprobs = [token_logprobs(hidden, weight, drawn, 1.0).double() for drawn in (ours, theirs)]
-    error = sum(float(x.var()) / x.numel() for x in logprobs) ** 0.5
+    logprobs = [token_logprobs(hidden, weight, drawn, 1.0).detach().double() for drawn in (ours, theirs)]
+    error = sum(x.var().item() / x.numel() for x in logprobs) ** 0.5
     assert abs(float(logprobs[0].mean() - logprobs[1].mean())) < 5 * error
 
 
@@ -88,7 +90,7 @@ def test_gradient_does_not_depend_on_micro_batch(
     for micro_batch in (1, 3):
         config = tiny_config(method=method, micro_batch=micro_batch)
         loss, split = our_gradient(tiny_models, config, tiny_batch)
-        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        assert loss == pytest.approx(whole_loss, rel=1e-5, abs=1e-6)
         assert relative(split, whole) < 1e-5
 
 
@@ -104,14 +106,16 @@ def test_kl_is_zero_at_the_base_and_its_gradient_too(
     assert relative(with_kl, gradient(tiny_models)) < 1e-5
 
 
-@pytest.mark.parametrize(("method", "metric"), [("vapi", "reward"), ("ste", "reward"), ("ntp", "cross_entropy")])
+@pytest.mark.parametrize(
+    ("method", "metric", "lr"), [("vapi", "reward", 5e-5), ("ste", "reward", 1e-4), ("ntp", "cross_entropy", 1e-4)]
+)
 def test_steps_improve_what_they_optimise(
-    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, method: str, metric: str
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, method: str, metric: str, lr: float
 ) -> None:
-    """A dozen steps on one batch at a high learning rate raise the reward (lower the cross-entropy) for new draws."""
-    config = tiny_config(method=method, lr=3e-4, prior_weight=0.0, group_size=8, steps=12)
+    """Ten steps on one batch raise the reward of new draws (lower the cross-entropy)."""
+    config = tiny_config(method=method, lr=lr, prior_weight=0.0, group_size=16)
     optimizer = make_optimizer(tiny_models.generator, config)
-    measured = [align_step(tiny_models, optimizer, config, tiny_batch, s, StageClock())[metric] for s in range(12)]
+    measured = [align_step(tiny_models, optimizer, config, tiny_batch, s, StageClock())[metric] for s in range(10)]
     gain = sum(measured[-3:]) / 3 - sum(measured[:3]) / 3
     assert gain > 0.02 if metric == "reward" else gain < -0.1, measured
 

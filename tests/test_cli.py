@@ -152,12 +152,12 @@ def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
     assert "out/state.pt: cannot be read" in error
 
 
-def test_resume_with_other_settings_is_refused(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from vapi_fast import run
 
     small = ("--model", "tiny", "--no-eval", "--batch-size", "4", "--output-dir", "out", "--checkpoint-every", "1")
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

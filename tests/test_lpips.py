@@ -112,7 +112,7 @@ def test_tiny_classifier_sees_the_pooled_last_level(tiny: LPIPS) -> None:
     pooled, logits = tiny.features_and_logits(images)
     assert torch.allclose(pooled, tiny.feature_maps(images)[-1].mean((2, 3)))
     assert torch.allclose(logits, pooled @ tiny.classifier.weight.T + tiny.classifier.bias, atol=1e-6)
-    assert logits.shape == (2, 99)
+    assert logits.shape == (2, 9)
 
 
 def test_vgg16_has_no_classifier(vgg16: LPIPS) -> None:

@@ -7,11 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vapi_fast import AlignConfig, evaluation
+from vapi_fast import AlignConfig, evaluation, measurement
 from vapi_fast.alignment import Models
 from vapi_fast.measurement import Evaluator
+from vapi_fast.tiny import build
 
 Make = Callable[..., AlignConfig]
+
+
+@pytest.fixture(autouse=True)
+def few_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "REWARD_IMAGES", 24)
 
 
 def evaluator(config: AlignConfig, models: Models) -> Evaluator:
@@ -34,8 +40,9 @@ def test_measurement_does_not_depend_on_batch_sizes(tiny_config: Make, tiny_mode
 
 def test_heldout_images_score_better_than_samples(tiny_config: Make, tiny_models: Models) -> None:
     """Real images are near the reference in FID; the base generator's samples are worse than their reconstructions."""
-    test = evaluator(tiny_config(eval_samples=428), tiny_models)
-    images = torch.cat([batch.images for batch in test.rewarded])
+    config = tiny_config(eval_samples=428)
+    test = evaluator(config, tiny_models)
+    images, _ = build.load_images(config.eval_data)
     with torch.no_grad():
         reconstructed = tiny_models.tokenizer.decode(tiny_models.tokenizer.encode(images))
         features = [tiny_models.reward.lpips.features_and_logits(x)[0] for x in (images, reconstructed)]
