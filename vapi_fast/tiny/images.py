@@ -18,7 +18,7 @@ IMAGE_SIZE = 32
 
 
 class Glyph(NamedTuple):
-    """One emoji: its text, name, Unicode group (the class) and subgroup (the classifier's label)."""
+    """One emoji: its text, name, Unicode group (the class) and subgroup."""
 
     text: str
     name: str
