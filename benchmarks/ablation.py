@@ -39,7 +39,8 @@ def row(name: str, figures: list[dict[str, Any]]) -> str:
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else scores[0][f"{key}_se"]
             cells.append(f"{statistics.mean(values):.2f} ± {error:.2f}")
         if scores is figures:
-            cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall", "reward")]
+            cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall")]
+            cells.append(f"{-statistics.mean(f['mse'] + f['lpips'] for f in figures):.3f}")  # the full reward for all
     return "| " + " | ".join(cells) + " |"
 
 
