@@ -153,7 +153,7 @@ def nearest_centres(points: Tensor, count: int, generator: torch.Generator, roun
     return centres
 
 
-def train_tokenizer(output: TinyFiles, steps: int = 6000, batch_size: int = 64, continuous_steps: int = 300) -> None:
+def train_tokenizer(output: TinyFiles, steps: int = 3500, batch_size: int = 64, continuous_steps: int = 300) -> None:
     """MSE + LPIPS + codebook and commitment losses; the first steps leave the latents continuous, then k-means."""
     images, _ = load_images(output.train_images)
     heldout, _ = load_images(output.heldout_images)

@@ -1,0 +1,238 @@
+"""RMSNorm, and GroupNorm with SiLU over channels-last maps. All bound by memory bandwidth.
+
+| kernel                       | bytes moved (x: bytes of the input)              | FLOPs per element |
+|------------------------------|--------------------------------------------------|-------------------|
+| rms_norm_forward             | 2x (x read, y written)                           | 4                 |
+| rms_norm_backward            | 3x (x and dy read, dx written)                   | 10                |
+| group_norm_statistics        | x read                                           | 4                 |
+| group_norm_finish            | partial sums only: 8·B·SPLITS·C                  | -                 |
+| group_norm_silu_apply        | 2x                                               | 8                 |
+| group_norm_silu_reduce       | 2x (x and dy read)                               | 20                |
+| group_norm_silu_backward     | 3x (x and dy read, dx written)                   | 25                |
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_forward(
+    x_ptr, weight_ptr, y_ptr, rows, D, stride_x, eps, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """y = cast(x / sqrt(mean x² + eps)) · weight for BLOCK_ROWS rows a program; y is contiguous `[rows, D]`."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    row = row.to(tl.int64)
+    x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    normed = (wide * rstd[:, None]).to(x.dtype).to(tl.float32)
+    y = normed * weight[None, :]
+    tl.store(y_ptr + row[:, None] * D + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    dweight_ptr,
+    rows,
+    D,
+    stride_x,
+    eps,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """dx, and each program's share of dweight (fp32 `[programs, D]`), over every programs-th block of rows."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        inside = (row < rows)[:, None] & (column < D)[None, :]
+        row = row.to(tl.int64)
+        x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
+        normed = wide * rstd
+        dweight += tl.sum(dy * normed.to(x.dtype).to(tl.float32), axis=0)
+        dnormed = dy * weight[None, :]
+        dx = rstd * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
+        tl.store(dx_ptr + row[:, None] * D + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dweight_ptr + program.to(tl.int64) * D + column, dweight, mask=column < D)
+
+
+@triton.jit
+def group_norm_statistics(
+    x_ptr, sums_ptr, P, C, pixels_per_split, SPLITS, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Σ(x − k) and Σ(x − k)² of every channel over one split of the P pixels: fp32 `[B, SPLITS, 2, C]`.
+
+    k is the channel's first pixel: near the mean, so that the variance does not vanish in the difference of sums.
+    """
+    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    channel = tl.arange(0, BLOCK_C)
+    base = x_ptr + image.to(tl.int64) * P * C
+    shift = tl.load(base + channel, mask=channel < C, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    last = tl.minimum(P, (split + 1) * pixels_per_split)
+    for start in range(split * pixels_per_split, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = (pixel < last)[:, None] & (channel < C)[None, :]
+        x = tl.load(base + pixel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, x - shift[None, :], 0.0)
+        total += tl.sum(centred, axis=0)
+        squares += tl.sum(centred * centred, axis=0)
+    out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
+    tl.store(out, total, mask=channel < C)
+    tl.store(out + C, squares, mask=channel < C)
+
+
+@triton.jit
+def group_norm_finish(
+    x_ptr, sums_ptr, mean_ptr, rstd_ptr, P, C, groups, SPLITS, eps, BLOCK_SPLITS: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Mean and 1 / sqrt(variance + eps) of one group of one image, fp32 `[B, groups]`, from the channels' sums."""
+    image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    size = C // groups
+    within = tl.arange(0, BLOCK_G)
+    channel = group * size + within
+    shift = tl.load(x_ptr + image.to(tl.int64) * P * C + channel, mask=within < size, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    squares = tl.zeros([BLOCK_G], tl.float32)
+    for start in range(0, SPLITS, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        inside = (split < SPLITS)[:, None] & (within < size)[None, :]
+        row = sums_ptr + (image.to(tl.int64) * SPLITS + split[:, None]) * 2 * C + channel[None, :]
+        total += tl.sum(tl.load(row, mask=inside, other=0.0), axis=0)
+        squares += tl.sum(tl.load(row + C, mask=inside, other=0.0), axis=0)
+    channel_mean = shift + total / P
+    mean = tl.sum(tl.where(within < size, channel_mean, 0.0), axis=0) / size
+    deviation = tl.where(within < size, channel_mean - mean, 0.0)
+    variance = tl.sum((squares - total * (total / P)) / P + deviation * deviation, axis=0) / size
+    tl.store(mean_ptr + tl.program_id(0), mean)
+    tl.store(rstd_ptr + tl.program_id(0), tl.rsqrt(tl.maximum(variance, 0.0) + eps))
+
+
+@triton.jit
+def group_norm_silu_apply(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    y_ptr,
+    P,
+    C,
+    groups,
+    blocks,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = SiLU((x − mean) · rstd · weight + bias) for BLOCK_P pixels of one image, all channels."""
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    channel = tl.arange(0, BLOCK_C)
+    pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (pixel < P)[:, None] & (channel < C)[None, :]
+    group = image * groups + channel // (C // groups)
+    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)
+    scale = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)
+    scale *= tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    h = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    tl.store(y_ptr + offset, (h * tl.sigmoid(h)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def group_norm_silu_reduce(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    P,
+    C,
+    groups,
+    pixels_per_split,
+    SPLITS,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Σ dh and Σ dh·x̂ of every channel over one split of the pixels: fp32 `[B, SPLITS, 2, C]`; h is SiLU's input."""
+    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    channel = tl.arange(0, BLOCK_C)
+    group = image * groups + channel // (C // groups)
+    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)[None, :]
+    weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros([BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_C], tl.float32)
+    last = tl.minimum(P, (split + 1) * pixels_per_split)
+    for start in range(split * pixels_per_split, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        inside = (pixel < last)[:, None] & (channel < C)[None, :]
+        offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        normed = (x - mean) * rstd
+        h = normed * weight + bias
+        gate = tl.sigmoid(h)
+        dh = dy * gate * (1 + h * (1 - gate))
+        total += tl.sum(dh, axis=0)
+        products += tl.sum(dh * normed, axis=0)
+    out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
+    tl.store(out, total, mask=channel < C)
+    tl.store(out + C, products, mask=channel < C)
+
+
+@triton.jit
+def group_norm_silu_backward(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dmean_ptr,
+    dproduct_ptr,
+    dx_ptr,
+    P,
+    C,
+    groups,
+    blocks,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx = rstd · (dh·w − mean(dh·w) − x̂ · mean(dh·w·x̂)); the two means of a group are fp32 `[B, groups]`."""
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    channel = tl.arange(0, BLOCK_C)
+    pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (pixel < P)[:, None] & (channel < C)[None, :]
+    group = image * groups + channel // (C // groups)
+    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)[None, :]
+    dmean = tl.load(dmean_ptr + group, mask=channel < C, other=0.0)[None, :]
+    dproduct = tl.load(dproduct_ptr + group, mask=channel < C, other=0.0)[None, :]
+    weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    normed = (x - mean) * rstd
+    h = normed * weight + bias
+    gate = tl.sigmoid(h)
+    dh = dy * gate * (1 + h * (1 - gate))
+    dx = rstd * (dh * weight - dmean - normed * dproduct)
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)

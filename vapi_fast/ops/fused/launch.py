@@ -1,0 +1,105 @@
+"""How a kernel is launched: with the settings of its device's launch table, or recorded for compilation elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vapi_fast.kernels.tables import launch_settings
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Recording:
+    """Launches that were asked for instead of carried out: kernel, positional and keyword arguments, in order."""
+
+    architecture: str
+    launches: list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def recorded(architecture: str) -> Iterator[Recording]:
+    """Launch nothing inside the `with` block, but note what would be launched on `architecture` ("sm_90").
+
+    For ahead-of-time compilation on a machine without a GPU, with tensors on the "meta" device.
+    """
+    global _recording
+    _recording = Recording(architecture)
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+@functools.cache
+def device_architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; elsewhere a small number, so that every code path is taken."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def settings(kernel: str, tensor: Tensor) -> dict[str, int]:
+    """The launch table's entry of `kernel` for the device of `tensor`."""
+    if _recording is not None:
+        return launch_settings(kernel, _recording.architecture)
+    return launch_settings(kernel, device_architecture(tensor.device.index) if tensor.is_cuda else "sm_90")
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run `kernel` over `grid` on the device of its first argument, a tensor; an empty grid runs nothing.
+
+    constants: the kernel's compile-time arguments, num_warps and num_stages.
+    """
+    if _recording is not None:
+        _recording.launches.append((kernel, args, constants))
+        return
+    if 0 in grid:
+        return
+    device = args[0].device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants)
+    elif isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            f"vapi_fast: Triton kernels run on CUDA tensors, got one on {device}; use_backend('reference') runs "
+            "anywhere, and TRITON_INTERPRET=1 in the environment interprets the kernels on CPU tensors"
+        )
+    else:
+        kernel[grid](*args, **constants)
+
+
+def check_dtypes(operation: str, **tensors: Tensor | None) -> None:
+    """TypeError for a floating tensor of a dtype that no kernel takes (float64, float8)."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{operation}: {name} must be float32, bfloat16 or float16 on the 'triton' backend, got "
+                f"{str(tensor.dtype).removeprefix('torch.')}; use_backend('reference') takes any floating dtype"
+            )
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as 0-d int64 tensor on the device, so that a captured graph reads it anew at every replay."""
+    if isinstance(seed, Tensor):
+        return seed.to(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def next_power_of_2(n: int) -> int:
+    return triton.next_power_of_2(max(n, 1))
