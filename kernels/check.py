@@ -32,7 +32,7 @@ from vapi_fast.ops.fused.production import PRODUCTION
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
 MATRIX_INSTRUCTION = re.compile(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|HMMA|IMMA|QMMA)\b")
-GLOBAL_LOAD = re.compile(r"\b(?:LDG|LDGSTS|UBLKCP|UTMALDG)(?:\.[\w]+)*")
+GLOBAL_LOAD = re.compile(r"\b(?:LDGSTS|LDG|UBLKCP|UTMALDG)\b(?:\.\w+)*")
 POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -66,7 +66,9 @@ class Report:
             found.append(f"spills {self.spilled} bytes a thread: use smaller blocks or more warps")
         if self.shared > SHARED_LIMIT[self.architecture]:
             limit = SHARED_LIMIT[self.architecture]
-            found.append(f"needs {self.shared} bytes of shared memory, {limit} is the limit: use smaller blocks or stages")
+            found.append(
+                f"needs {self.shared} bytes of shared memory, {limit} is the limit: use smaller blocks or stages"
+            )
         if self.dots and self.matrix_instruction == "-":
             found.append("has a dot that did not become a matrix instruction: check its shape and precision")
         return found

@@ -16,9 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_forward(
-    x_ptr, weight_ptr, y_ptr, rows, D, stride_x, eps, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
+def rms_norm_forward(x_ptr, weight_ptr, y_ptr, rows, D, stride_x, eps, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """y = cast(x / sqrt(mean x² + eps)) · weight for BLOCK_ROWS rows a program; y is contiguous `[rows, D]`."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)

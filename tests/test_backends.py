@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -12,16 +15,30 @@ from vapi_fast import ops
 from vapi_fast.ops import backends
 
 
-def test_reference_is_the_default() -> None:
+def test_the_default_follows_the_device() -> None:
     assert backends.backend_name(torch.zeros(1)) == "reference"
+    assert backends.backend_name(SimpleNamespace(is_cuda=True)) == "triton"
     with ops.use_backend("reference"):
-        assert backends.backend_name(torch.zeros(1)) == "reference"
+        assert backends.backend_name(SimpleNamespace(is_cuda=True)) == "reference"
 
 
-@pytest.mark.parametrize(("name", "message"), [("triton", "not built in this version"), ("cuda", "expected one of")])
-def test_backends_that_cannot_be_had(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message), ops.use_backend(name):
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="expected one of 'reference', 'triton', got 'cuda'"), ops.use_backend("cuda"):
         pass
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(backends.IMPLEMENTATIONS, "triton")
+    with pytest.raises(ValueError, match="needs the package triton"), ops.use_backend("triton"):
+        pass
+
+
+def test_a_compiled_kernel_on_a_cpu_tensor() -> None:
+    call = "with ops.use_backend('triton'): ops.rms_norm(torch.ones(4), torch.ones(4))"
+    code = f"import torch; from vapi_fast import ops\n{call}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ValueError: vapi_fast: Triton kernels run on CUDA tensors, got one on cpu" in ended.stderr
 
 
 @pytest.fixture

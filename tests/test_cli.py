@@ -46,7 +46,7 @@ USAGE = [
     (["--model", "tiny", "--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
     (["--model", "tiny", "--image-size", "30"], "--image-size must be a multiple of 4, got 30"),
     (["--model", "tiny", "--noise-prob", "1.5"], "--noise-prob must be between 0 and 1, got 1.5"),
-    (["--model", "tiny", "--top-p", "nan"], "--top-p must be between 0 and 1, got nan"),
+    (["--model", "tiny", "--top-p", "nan"], "--top-p must be greater than 0 and at most 1, got nan"),
     (["--model", "tiny", "--temperature", "0"], "--temperature must be greater than 0, got 0.0"),
     (["--model", "tiny", "--dropout", "1"], "--dropout must be at least 0 and less than 1"),
     (["--model", "tiny", "--lr", "-1"], "--lr must be at least 0"),

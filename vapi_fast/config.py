@@ -127,13 +127,15 @@ class AlignConfig:
         bounds = {name: (1, float("inf")) for name in positive}
         bounds |= {name: (0, float("inf")) for name in ("prior_weight", "mse_weight", "lpips_weight", "weight_decay")}
         bounds |= {"top_k": (0, float("inf")), "noise_prob": (0, 1), "cfg_scale": (1, float("inf"))}
-        bounds |= {"lr": (0, float("inf")), "top_p": (0, 1), "eval_samples": (2, float("inf")), "seed": (0, 2**63 - 1)}
+        bounds |= {"lr": (0, float("inf")), "eval_samples": (2, float("inf")), "seed": (0, 2**63 - 1)}
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
                 raise ConfigError(f"{flag(name)} must be {limits}, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ConfigError(f"--temperature must be greater than 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout must be at least 0 and less than 1, got {self.dropout}")
         for name, choices in (("method", METHODS), ("prior", PRIORS)):

@@ -26,11 +26,11 @@ def launch_table() -> dict[str, dict[str, dict[str, int]]]:
 def launch_settings(kernel: str, architecture: str) -> dict[str, int]:
     """Settings of a kernel on an architecture (`sm_90`), to be passed on as keyword arguments of the launch.
 
-    An architecture newer than those of the table takes the newest one's settings. Raises KeyError for a kernel that
-    no table names.
+    An architecture without settings of its own takes those of the nearest older one, or the default. Raises KeyError
+    for a kernel that no table names.
     """
     by_architecture = launch_table()[kernel]
     number = int(architecture.removeprefix("sm_"))
-    measured = [int(name.removeprefix("sm_")) for name in by_architecture if name != "default"]
-    usable = [a for a in measured if a <= number and a // 10 == number // 10 or (a == max(measured) and a < number)]
+    measured = (int(name.removeprefix("sm_")) for name in by_architecture if name != "default")
+    usable = [each for each in measured if each <= number]
     return by_architecture[f"sm_{max(usable)}"] if usable else by_architecture["default"]

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+# A kernel holds one row of logits in registers; LlamaGen's and Janus-Pro's vocabularies are 16384.
+MAX_VOCABULARY = 65536
+
 
 def described(value: object) -> str:
     """`float32 [4, 7]` for a tensor, the type's name for anything else."""
@@ -85,15 +88,27 @@ class ArgumentChecks:
             expected = f"{self.operation}: {name} must be an int or a 0-d int64 tensor"
             raise TypeError(f"{expected}, got {described(value)}")
 
+    def vocabulary(self, name: str) -> None:
+        """Size V of the vocabulary: at least 1, and within what a kernel can hold."""
+        self.not_empty(name, "V")
+        if self.sizes["V"] > MAX_VOCABULARY:
+            raise ValueError(f"{self.operation}: {name} must have V <= {MAX_VOCABULARY}, got V={self.sizes['V']}")
+
     def positive(self, name: str, value: float) -> None:
         self._number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{self.operation}: {name} must be positive and finite, got {value}")
 
-    def within(self, name: str, value: float, low: float, high: float) -> None:
+    def not_negative(self, name: str, value: float) -> None:
         self._number(name, value)
-        if not low <= value <= high:
-            raise ValueError(f"{self.operation}: {name} must be in [{low}, {high}], got {value}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{self.operation}: {name} must be finite and not negative, got {value}")
+
+    def probability(self, name: str, value: float, *, zero: bool = True) -> None:
+        """A number in [0, 1], or in (0, 1]."""
+        self._number(name, value)
+        if not 0 <= value <= 1 or (value == 0 and not zero):
+            raise ValueError(f"{self.operation}: {name} must be in {'[' if zero else '('}0, 1], got {value}")
 
     def _number(self, name: str, value: object) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):

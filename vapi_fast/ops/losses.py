@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from vapi_fast.reference.losses import PolicyLoss
@@ -35,7 +33,7 @@ def policy_loss(
 
     Args:
         hidden: floating `[B, T, D]`, the hidden states that predict each token.
-        weight: floating `[V, D]`, the LM head.
+        weight: floating `[V, D]`, the LM head, V ≤ 65536.
         tokens: int64 `[B, G, T]`, the rollouts.
         advantages: floating `[B, G]`, as `group_advantages` gives them (clipped there).
         targets: int64 `[B, T]`, the image's own tokens.
@@ -54,6 +52,7 @@ def policy_loss(
     checks.floating("hidden", hidden, "B T D")
     checks.not_empty("hidden", "B", "T", "D")
     checks.floating("weight", weight, "V D")
+    checks.vocabulary("weight")
     checks.integers("tokens", tokens, "B G T")
     checks.not_empty("tokens", "G")
     checks.floating("advantages", advantages, "B G")
@@ -62,9 +61,9 @@ def policy_loss(
         checks.floating("old_logprobs", old_logprobs, "B G T")
     if base_logprobs is not None:
         checks.floating("base_logprobs", base_logprobs, "B G T")
-    checks.within("clip_range", clip_range, 0.0, math.inf)
-    checks.within("prior_weight", prior_weight, 0.0, math.inf)
-    checks.within("kl_weight", kl_weight, 0.0, math.inf)
+    checks.not_negative("clip_range", clip_range)
+    checks.not_negative("prior_weight", prior_weight)
+    checks.not_negative("kl_weight", kl_weight)
     checks.positive("temperature", temperature)
     if kl_weight > 0 and base_logprobs is None:
         raise ValueError(
@@ -113,6 +112,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     checks.floating("hidden", hidden, "B T D")
     checks.not_empty("hidden", "B", "T", "D")
     checks.floating("weight", weight, "V D")
+    checks.vocabulary("weight")
     checks.integers("targets", targets, "B T")
     checks.token_range("targets", targets, weight.shape[0])
     return implementation(hidden).linear_cross_entropy(hidden, weight, targets)

@@ -22,7 +22,7 @@ def _check_draw(
     checks.sample_ids(sample_ids)
     checks.positive("temperature", temperature)
     checks.count("top_k", top_k, 0)
-    checks.within("top_p", top_p, 0.0, 1.0)
+    checks.probability("top_p", top_p, zero=False)
 
 
 def group_sample(
@@ -42,13 +42,14 @@ def group_sample(
     Philox at (t, g, sample id). A rollout depends on the seed, its image's id and its index in the group alone.
 
     Args:
-        logits: floating `[B, T, V]`; computed in fp32 (float64 in float64).
+        logits: floating `[B, T, V]`, V ≤ 65536; computed in fp32 (float64 in float64).
         group_size: G ≥ 1.
         seed: int in [−2⁶³, 2⁶³) or 0-d int64 tensor.
         sample_ids: int64 `[B]`, global ids of the images; default 0…B−1. The low 32 bits count.
         temperature: > 0, divides the logits.
         top_k: keep the k largest logits and their ties; 0 keeps all.
-        top_p: then keep the most likely tokens up to the one that makes their probability exceed top_p; 1 keeps all.
+        top_p: in (0, 1]; then keep the most likely tokens up to the one that makes their probability exceed top_p; 1
+            keeps all.
         first_position: t of `logits[:, 0]`, for token-by-token decoding: int ≥ 0, or 0-d int64 tensor (not checked).
 
     Returns:
@@ -60,7 +61,7 @@ def group_sample(
     """
     checks = ArgumentChecks("group_sample")
     checks.floating("logits", logits, "B T V")
-    checks.not_empty("logits", "V")
+    checks.vocabulary("logits")
     _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
     checks.position("first_position", first_position)
     return implementation(logits).group_sample(
@@ -94,7 +95,8 @@ def linear_group_sample(
     checks = ArgumentChecks("linear_group_sample")
     checks.floating("hidden", hidden, "B T D")
     checks.floating("weight", weight, "V D")
-    checks.not_empty("weight", "V", "D")
+    checks.vocabulary("weight")
+    checks.not_empty("weight", "D")
     _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
     return implementation(hidden).linear_group_sample(
         hidden, weight, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
@@ -123,7 +125,7 @@ def noisy_prefix(
     checks = ArgumentChecks("noisy_prefix")
     checks.integers("tokens", tokens, "B T")
     checks.not_empty("tokens", "T")
-    checks.within("noise_prob", noise_prob, 0.0, 1.0)
+    checks.probability("noise_prob", noise_prob)
     checks.count("vocab_size", vocab_size, 1)
     checks.seed(seed)
     checks.sample_ids(sample_ids)

@@ -115,9 +115,7 @@ def pixel_splits(x: Tensor, block_p: int) -> tuple[int, int]:
     return triton.cdiv(height * width, per_split), per_split
 
 
-def group_norm_silu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def group_norm_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     x, weight, bias = channels_last(x), weight.contiguous(), bias.contiguous()
     batch, channels, height, width = x.shape
     pixels = height * width
@@ -211,9 +209,7 @@ def group_norm_silu_backward(
     return dx, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 
 
-group_norm_silu_op = torch.library.custom_op(
-    "vapi_fast::group_norm_silu", group_norm_silu_forward, mutates_args=()
-)
+group_norm_silu_op = torch.library.custom_op("vapi_fast::group_norm_silu", group_norm_silu_forward, mutates_args=())
 group_norm_silu_backward_op = torch.library.custom_op(
     "vapi_fast::group_norm_silu_backward", group_norm_silu_backward, mutates_args=()
 )
@@ -226,9 +222,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple
 
 
 @group_norm_silu_backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight), torch.empty_like(bias)
 
 
