@@ -124,7 +124,7 @@ def compile_entry(entry: str, architecture: str, output_dir: Path | None) -> lis
     with recorded(architecture) as recording:
         PRODUCTION[entry]()
     reports: dict[str, Report] = {}
-    for kernel, args, constants in recording.launches:
+    for kernel, _, args, constants in recording.launches:
         source, options = source_of(kernel, args, constants)
         if source.hash() + str(options) in reports:
             continue

@@ -7,7 +7,6 @@ with the global random state. The tests hold both to torchmetrics' values.
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,14 +86,6 @@ def score(
         samples=samples,
         feature_network=feature_network,
     )
-
-
-def difference(base: Scores, aligned: Scores) -> tuple[float, float]:
-    """FID(base) − FID(aligned), positive when alignment helped, and its standard error √(se² + se²).
-
-    The two sample sets count as independent; sampling both from the same seeds makes the true error smaller.
-    """
-    return base.fid - aligned.fid, math.hypot(base.fid_se, aligned.fid_se)
 
 
 def frechet_distance(reference_features: Tensor, features: Tensor) -> float:

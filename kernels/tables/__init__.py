@@ -29,7 +29,11 @@ def launch_settings(kernel: str, architecture: str) -> dict[str, int]:
     An architecture without settings of its own takes those of the nearest older one, or the default. Raises KeyError
     for a kernel that no table names.
     """
-    by_architecture = launch_table()[kernel]
+    return nearest(launch_table()[kernel], architecture)
+
+
+def nearest(by_architecture: dict[str, dict[str, int]], architecture: str) -> dict[str, int]:
+    """A kernel's settings for an architecture, out of those that it has."""
     number = int(architecture.removeprefix("sm_"))
     measured = (int(name.removeprefix("sm_")) for name in by_architecture if name != "default")
     usable = [each for each in measured if each <= number]

@@ -32,20 +32,16 @@ SEED = 0
 def build_images(output: TinyFiles) -> None:
     """Render the glyphs and write the training and held-out parquet files."""
     glyphs, pictures = zip(*render_all(), strict=True)
-    groups, subgroups = (
-        list(dict.fromkeys(names)) for names in zip(*((g.group, g.subgroup) for g in glyphs), strict=True)
-    )
     features = datasets.Features(
         image=datasets.Image(),
-        label=datasets.ClassLabel(names=groups),
-        subgroup=datasets.ClassLabel(names=subgroups),
+        label=datasets.ClassLabel(names=list(dict.fromkeys(g.group for g in glyphs))),
         name=datasets.Value("string"),
     )
     order = np.random.default_rng(SEED).permutation(len(glyphs))
     heldout = set(order[: len(glyphs) // HELDOUT_SHARE].tolist())
     for path, wanted in ((output.train_images, False), (output.heldout_images, True)):
         rows = [
-            {"image": {"bytes": pictures[i], "path": None}, "label": g.group, "subgroup": g.subgroup, "name": g.name}
+            {"image": {"bytes": pictures[i], "path": None}, "label": g.group, "name": g.name}
             for i, g in enumerate(glyphs)
             if (i in heldout) is wanted
         ]

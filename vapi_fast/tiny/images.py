@@ -1,4 +1,4 @@
-"""Render the tiny preset's images: the glyphs of Noto Color Emoji at 32×32, labelled by Unicode group and subgroup."""
+"""Render the tiny preset's images: the glyphs of Noto Color Emoji at 32×32, labelled by Unicode group."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,29 +17,51 @@ from vapi_fast.kernels.tables import launch_settings
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel: `kernel[grid](*args, **constants)`."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 @dataclass
 class Recording:
-    """Launches that were asked for instead of carried out: kernel, positional and keyword arguments, in order."""
+    """Launches that were asked for, in order."""
 
     architecture: str
-    launches: list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    carry_out: bool
+    launches: list[Launch] = field(default_factory=list)
 
 
 _recording: Recording | None = None
+_override: dict[str, dict[str, int]] = {}
 
 
 @contextmanager
-def recorded(architecture: str) -> Iterator[Recording]:
-    """Launch nothing inside the `with` block, but note what would be launched on `architecture` ("sm_90").
+def recorded(architecture: str, *, carry_out: bool = False) -> Iterator[Recording]:
+    """Note what is launched inside the `with` block, with the launch table of `architecture` ("sm_90").
 
-    For ahead-of-time compilation on a machine without a GPU, with tensors on the "meta" device.
+    Launches nothing, for ahead-of-time compilation with tensors on the "meta" device, unless `carry_out`, for tuning
+    with real ones.
     """
     global _recording
-    _recording = Recording(architecture)
+    _recording = Recording(architecture, carry_out)
     try:
         yield _recording
     finally:
         _recording = None
+
+
+@contextmanager
+def overridden(kernel: str, choice: dict[str, int]) -> Iterator[None]:
+    """Launch `kernel` with these settings instead of the launch table's inside the `with` block; not nested."""
+    _override[kernel] = choice
+    try:
+        yield
+    finally:
+        del _override[kernel]
 
 
 @functools.cache
@@ -56,6 +78,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def settings(kernel: str, tensor: Tensor) -> dict[str, int]:
     """The launch table's entry of `kernel` for the device of `tensor`."""
+    if kernel in _override:
+        return _override[kernel]
     if _recording is not None:
         return launch_settings(kernel, _recording.architecture)
     return launch_settings(kernel, device_architecture(tensor.device.index) if tensor.is_cuda else "sm_90")
@@ -67,8 +91,9 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
     constants: the kernel's compile-time arguments, num_warps and num_stages.
     """
     if _recording is not None:
-        _recording.launches.append((kernel, args, constants))
-        return
+        _recording.launches.append(Launch(kernel, grid, args, constants))
+        if not _recording.carry_out:
+            return
     if 0 in grid:
         return
     device = args[0].device
