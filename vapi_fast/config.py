@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
     "image_size": tiny.IMAGE_SIZE,
     "batch_size": 32,
     "micro_batch": 32,
-    "lr": 1e-5,
+    "lr": 2e-5,
     "noise_prob": 0.0,
     "eval_samples": 2000,
     "eval_batch": 250,

@@ -200,8 +200,11 @@ def train_tokenizer(output: TinyFiles, steps: int = 3500, batch_size: int = 64, 
     save_half(model, output.tokenizer)
 
 
-def train_generator(output: TinyFiles, steps: int = 1000, batch_size: int = 32) -> None:
-    """LlamaGen's own pre-training: next-token cross-entropy at a constant learning rate, dropout 0.1 for all."""
+def train_generator(output: TinyFiles, steps: int = 650, batch_size: int = 32) -> None:
+    """LlamaGen's own pre-training: next-token cross-entropy at a constant learning rate, dropout 0.1 for all.
+
+    650 steps end near the lowest held-out cross-entropy; with more the model learns the training images by heart.
+    """
     images, labels = load_images(output.train_images)
     heldout, heldout_labels = load_images(output.heldout_images)
     generator = torch.Generator().manual_seed(SEED)
