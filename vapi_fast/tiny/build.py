@@ -8,6 +8,7 @@ Needs Debian's packages fonts-noto-color-emoji and unicode-data for the images.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,10 +53,11 @@ def build_images(output: TinyFiles) -> None:
 
 def load_images(path: Path) -> tuple[Tensor, Tensor]:
     """All images of a parquet file: float32 `[N,3,32,32]` in [−1, 1], and their labels int64 `[N]`."""
-    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / ".cache"))
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in table["image"]])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return images, torch.tensor(table["label"])
+    with tempfile.TemporaryDirectory() as cache:
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in table["image"]])
+        labels = torch.tensor(table["label"])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 
 def shifted(images: Tensor, generator: torch.Generator, most: int = 3) -> Tensor:
