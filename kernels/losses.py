@@ -7,11 +7,11 @@ n rows (B·T) of V logits, which cuBLAS has written in fp32; their gradient goes
 | head_loss      | n·V·(4 + 2), in fp32 4 + 4, without a gradient 4           | 6 + 1 exponential  |
 | scale_gradient | each gradient read (hidden's dtype, fp32) and written once | 1                  |
 
-Both are bound by memory bandwidth; the whole operation is bound by the matrix products of `vapi_fast.ops.fused.head`,
-of which it has three (the logits of plain PyTorch's fourth and fifth, forward and backward, are one chunk here).
-Predicted for an H100 with 798 TFLOP/s and 3.0 TB/s, bf16, n = 9216, V = 16384, D = 1536: products 1.74 ms and 0.3 of
-tails and of writing fp32 logits, head_loss 0.30 (0.9 GB), ∇weight read and written by four chunks 0.2 (0.7 GB),
-scale_gradient 0.09: 2.65 ms. Memory: logits 151 MB, ∇weight 101 MB, ∇hidden 28 MB, a bf16 copy of an fp32 weight 50 MB.
+Both are bound by memory bandwidth; the whole operation is bound by its three matrix products, those of
+`vapi_fast.ops.fused.head`. Predicted for an H100 of 798 TFLOP/s and 3.0 TB/s, bf16, n = 9216, V = 16384, D = 1536:
+products 1.74 ms, and 0.3 for their tails and for writing fp32 logits; head_loss 0.30 (0.9 GB); four chunks' ∇weight
+read and written, 0.2 (0.7 GB); scale_gradient 0.09 (0.26 GB): 2.65 ms. Memory: logits 151 MB, ∇weight 101 MB, ∇hidden
+28 MB, the bf16 copy of an fp32 weight 50 MB.
 """
 
 import triton

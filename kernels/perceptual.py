@@ -7,8 +7,8 @@
 | mse_forward    | a + b                                                                | 3                      |
 | mse_backward   | as lpips_backward                                                    | 3                      |
 
-A program holds one tile of the reference in registers while the group's tiles go by, STAGES of them under way. Sums
-over pixels leave it as one partial sum a rollout, to be added up afterwards in an order that never changes.
+A program holds one tile of the reference in registers while the group's tiles go by, the next STAGES − 1 of them under
+way. Sums over pixels leave it as one partial sum a rollout, to be added up afterwards in an order that never changes.
 
 The LPIPS kernels are launched without contraction to fused multiply-adds: a·s − b̂ with b̂ rounded and a·s not would
 give equal features a distance.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
 
-from vapi_fast import AlignConfig
-from vapi_fast.alignment import Models, load_models
-from vapi_fast.data import ImageBatch, ImageData
+if TYPE_CHECKING:  # imported where they are used: tests of kernels run without the package `datasets`
+    from vapi_fast import AlignConfig
+    from vapi_fast.alignment import Models
+    from vapi_fast.data import ImageBatch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
     """The tiny preset, cut down to what a test needs; keyword arguments change it further."""
+    from vapi_fast import AlignConfig
 
     def make(**changes: Any) -> AlignConfig:
         small = {"batch_size": 4, "micro_batch": 4, "group_size": 4, "steps": 2, "output_dir": tmp_path / "run"}
@@ -36,11 +38,16 @@ def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
 
 @pytest.fixture
 def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
+    from vapi_fast.alignment import load_models
+
     return load_models(tiny_config(compare=True), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def tiny_batch() -> ImageBatch:
     """The first four training images of seed 0."""
+    from vapi_fast import AlignConfig
+    from vapi_fast.data import ImageData
+
     config = AlignConfig(model="tiny")
     return next(iter(ImageData(config.data, config.image_size).batches(4, 1, seed=0)))

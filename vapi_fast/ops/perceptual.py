@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .backends import implementation
-from .checks import ArgumentChecks
+from .checks import ArgumentChecks, described
 
 
 def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -27,6 +27,9 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device, or lists of different lengths.
     """
+    for name, sequence in (("features_a", features_a), ("features_b", features_b), ("weights", weights)):
+        if not isinstance(sequence, list | tuple):
+            raise TypeError(f"lpips_distance: {name} must be a list or tuple of tensors, got {described(sequence)}")
     levels = len(features_a), len(features_b), len(weights)
     if not levels[0] == levels[1] == levels[2] > 0:
         raise ValueError(

@@ -6,16 +6,29 @@ here they are taken as right, except that the dtypes a kernel takes are fewer.
 
 from vapi_fast.reference import group_advantages
 
-from .losses import linear_cross_entropy, policy_loss
+from .losses import linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
 from .normalization import group_norm_silu, rms_norm
 from .perceptual import lpips_distance, mse
+from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
+from .sampling import group_sample, linear_group_sample, noisy_prefix
+from .transformer import decode_attention, rotary_2d, swiglu
 
 __all__ = [
+    "codebook_lookup",
+    "decode_attention",
     "group_advantages",
     "group_norm_silu",
+    "group_sample",
     "linear_cross_entropy",
+    "linear_group_sample",
     "lpips_distance",
     "mse",
+    "noisy_prefix",
+    "noisy_prefix_cross_entropy",
     "policy_loss",
     "rms_norm",
+    "rotary_2d",
+    "straight_through_lookup",
+    "swiglu",
+    "vq_lookup",
 ]

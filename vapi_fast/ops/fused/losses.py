@@ -1,8 +1,8 @@
 """The policy loss and cross-entropy of a head's logits on Triton: launches, registration with PyTorch, gradients.
 
 The forward computes the gradients too, chunk by chunk, while the logits are there: three matrix products instead of
-four, and the backward only multiplies by the incoming gradient. Gradients are kept as those of the sum over all rows,
-whose size does not shrink with the batch, so that fp16 holds them without loss scaling.
+four, and the backward only multiplies by the incoming gradient. Until then gradients are those of the sum over the
+rows: the mean's would vanish in fp16, before the loss scaling that the incoming gradient brings.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi_fast.kernels import losses as kernels
 from vapi_fast.reference import PolicyLoss
 
 from .head import head_operands, logits_chunks, product
 from .launch import check_dtypes, launch, next_power_of_2, settings
+from .sampling import noisy_prefix
 
 # Slots of a row, one a rollout and one for the target, are compared with one another.
 MAX_GROUP = 127
@@ -54,7 +55,9 @@ def head_loss(
     )
 
     block = dict(settings("head_loss", hidden))
-    block_v, block_g = min(next_power_of_2(vocab_size), block["BLOCK_V"]), next_power_of_2(group_size + 1)
+    whole_row = vocab_size <= block["BLOCK_V"]  # in registers; otherwise in blocks, several times over
+    block_v = next_power_of_2(vocab_size) if whole_row else block["BLOCK_V"] // 2
+    block_g = next_power_of_2(group_size + 1)
     warps = max(block_v, block_g**2) // block.pop("ELEMENTS_PER_WARP")
     block |= {"BLOCK_V": block_v, "BLOCK_G": block_g, "num_warps": max(warps, 1)}
     for first, logits in logits_chunks(states, head):
@@ -85,7 +88,7 @@ def head_loss(
             1 / temperature,
             TEMPERED=temperature != 1,
             GRADIENT=needs_hidden or needs_weight,
-            WHOLE_ROW=vocab_size <= block_v,
+            WHOLE_ROW=whole_row,
             **block,
         )
         gradient = gradient[:, :vocab_size]
@@ -250,6 +253,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """Mean cross-entropy, with its gradients, from chunks of logits; see `vapi_fast.ops.linear_cross_entropy`."""
     check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight)
     return linear_cross_entropy_op(hidden, weight, targets, *gradients_needed(hidden, weight))[0]
+
+
+def noisy_prefix_cross_entropy(
+    model: nn.Module,
+    tokens: Tensor,
+    condition: Tensor,
+    *,
+    noise_prob: float,
+    seed: int | Tensor,
+    sample_ids: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the clean tokens after a corrupted prefix; see `vapi_fast.ops.noisy_prefix_cross_entropy`."""
+    weight = model.output.weight
+    prefix = noisy_prefix(tokens, noise_prob, weight.shape[0], seed=seed, sample_ids=sample_ids)
+    return linear_cross_entropy(model(prefix, condition, return_hidden=True), weight, tokens)
 
 
 def gradients_needed(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:

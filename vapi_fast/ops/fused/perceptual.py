@@ -57,6 +57,7 @@ def lpips_forward(features_a: list[Tensor], features_b: list[Tensor], weights: l
             rollouts,
             partial.stride(0),
             enable_fp_fusion=False,
+            STAGES=tables[level]["num_stages"],
             **tables[level],
         )
     return partial.sum(-1).view(features_a[0].shape[:-3])
@@ -111,6 +112,7 @@ def lpips_level_backward(
         NEEDS_B=needs_b,
         NEEDS_WEIGHT=needs_weight,
         enable_fp_fusion=False,
+        STAGES=block["num_stages"],
         **block,
     )
     return da, db, shares.sum(0).to(weight.dtype) if needs_weight else None
@@ -198,6 +200,7 @@ def mse_forward(a: Tensor, b: Tensor) -> Tensor:
         blocks,
         splits,
         rollouts,
+        STAGES=block["num_stages"],
         **block,
     )
     return partial.sum(-1).view(a.shape[:-3])
@@ -227,6 +230,7 @@ def mse_backward(derror: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: b
         rollouts,
         NEEDS_A=needs_a,
         NEEDS_B=needs_b,
+        STAGES=block["num_stages"],
         **block,
     )
     return [gradient for gradient in (da, db) if gradient is not None]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import losses, normalization, perceptual
+from . import losses, normalization, perceptual, quantization, sampling, transformer
 
 IMAGES, GROUP, TOKENS, VOCABULARY, WIDTH, HEADS, HEAD_DIM, HIDDEN = 16, 8, 576, 16384, 1536, 24, 64, 4096
 
@@ -83,7 +83,11 @@ def group_map(channels: int, size: int, dtype: torch.dtype = torch.bfloat16) -> 
 
 def lpips_distance(channels: int, size: int, dtype: torch.dtype, *needs: bool) -> None:
     """needs: gradients to a, b and weights; none of them for the forward."""
-    levels = [group_map(channels, size, dtype)], [image_map(channels, size, dtype)], [new(channels, dtype=torch.float32)]
+    levels = (
+        [group_map(channels, size, dtype)],
+        [image_map(channels, size, dtype)],
+        [new(channels, dtype=torch.float32)],
+    )
     if needs:
         perceptual.lpips_backward(new(IMAGES, GROUP, dtype=torch.float32), *levels, *needs)
     else:
@@ -97,6 +101,80 @@ def mse(dtype: torch.dtype) -> None:
         perceptual.mse_backward(new(IMAGES, GROUP, dtype=torch.float32), a, b, *needs)
 
 
+def group_sample(
+    dtype: torch.dtype, *, top_k: int = 0, top_p: float = 1.0, images: int = IMAGES, vocab_size: int = VOCABULARY
+) -> None:
+    """One step of generation if filtered: 256 rows; otherwise all positions of the images."""
+    rows = (256, 1) if top_k or top_p < 1 else (images, TOKENS)
+    group_size = 1 if top_k or top_p < 1 else GROUP
+    seed, ids = new(dtype=torch.int64), new(rows[0], dtype=torch.int64)
+    logits = new(*rows, vocab_size, dtype=dtype)
+    sampling.group_sample_forward(logits, group_size, seed, ids, 1.0, top_k, top_p, new(dtype=torch.int64))
+
+
+def linear_group_sample(dtype: torch.dtype) -> None:
+    hidden, weight = new(IMAGES, TOKENS, WIDTH, dtype=dtype), new(VOCABULARY, WIDTH, dtype=dtype)
+    seed, ids = new(dtype=torch.int64), new(IMAGES, dtype=torch.int64)
+    sampling.linear_group_sample_forward(hidden, weight, GROUP, seed, ids, 1.0, 0, 1.0)
+
+
+def noisy_prefix() -> None:
+    tokens, ids = new(IMAGES, TOKENS, dtype=torch.int64), new(IMAGES, dtype=torch.int64)
+    sampling.noisy_prefix_forward(tokens, 0.5, VOCABULARY, new(dtype=torch.int64), ids)
+
+
+def vq_lookup(dtype: torch.dtype) -> None:
+    z, codebook = new(IMAGES, 24, 24, 8, dtype=dtype), new(VOCABULARY, 8, dtype=torch.float32)
+    quantization.vq_lookup_forward(z, codebook, True)
+    quantization.unit_backward(z, z)
+
+
+def codebook_lookup(dtype: torch.dtype) -> None:
+    indices, codebook = new(IMAGES * GROUP, TOKENS, dtype=torch.int64), new(VOCABULARY, 8, dtype=dtype)
+    entries = quantization.codebook_lookup_forward(indices, codebook, True)
+    quantization.codebook_lookup_backward(entries, indices, codebook, True)
+
+
+def straight_through_lookup(dtype: torch.dtype, soft: bool, *needs: bool) -> None:
+    """needs: gradients to logits and to the codebook."""
+    logits, codebook = new(IMAGES, TOKENS, VOCABULARY, dtype=dtype), new(VOCABULARY, 8, dtype=torch.float32)
+    draw = new(dtype=torch.int64), new(IMAGES, dtype=torch.int64)
+    z_q, _, *statistics = quantization.straight_through_forward(logits, codebook, *draw, 1.0, soft)
+    if soft:
+        quantization.straight_through_backward(z_q, logits, codebook, *draw, *statistics, 1.0, *needs)
+
+
+def rotary_2d(dtype: torch.dtype, heads: int = HEADS, head_dim: int = HEAD_DIM) -> None:
+    _, keys, _ = new(IMAGES, TOKENS, 3, heads, head_dim, dtype=dtype).unbind(2)
+    table = new(TOKENS, head_dim // 2, 2, dtype=torch.float32)
+    transformer.rotary_2d_forward(keys, table, False)
+    transformer.rotary_2d_forward(new(IMAGES, TOKENS, heads, head_dim, dtype=dtype), table, True)
+
+
+def swiglu(dtype: torch.dtype) -> None:
+    gate, up = (new(IMAGES, TOKENS, HIDDEN, dtype=dtype) for _ in range(2))
+    transformer.swiglu_forward(gate, up)
+    transformer.swiglu_backward(gate, gate, up)
+
+
+def decode_attention(
+    dtype: torch.dtype,
+    *,
+    sequences: int = 256,
+    heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
+    group_size: int = 1,
+    prefix_len: int = 0,
+) -> None:
+    """The last step of generation; a prefix has a mask, as a caption has, if it is longer than a class's one entry."""
+    slots, groups = TOKENS + 1, sequences // group_size
+    keys, values = new(2, sequences, heads, slots, head_dim, dtype=dtype)
+    prefix_k, prefix_v = new(2, groups, heads, prefix_len, head_dim, dtype=dtype) if prefix_len else (None, None)
+    mask = new(groups, prefix_len, dtype=torch.int64, below=4) > 0 if prefix_len > 1 else None
+    position = new(dtype=torch.int64, below=1) + slots - 1
+    transformer.decode_attention_forward(keys[:, :, 0], keys, values, position, prefix_k, prefix_v, mask)
+
+
 PRODUCTION: dict[str, Callable[[], None]] = {
     "rms_norm": lambda: rms_norm(torch.bfloat16),
     "rms_norm fp32": lambda: rms_norm(torch.float32),
@@ -108,6 +186,7 @@ PRODUCTION: dict[str, Callable[[], None]] = {
     "policy_loss anchored": lambda: policy_loss(torch.bfloat16, anchored=True),
     "policy_loss anchored fp32": lambda: policy_loss(torch.float32, anchored=True),
     "policy_loss anchored V 65536": lambda: policy_loss(torch.bfloat16, anchored=True, vocab_size=65536),
+    "policy_loss fp32 V 65536": lambda: policy_loss(torch.float32, vocab_size=65536),
     "linear_cross_entropy": lambda: linear_cross_entropy(torch.bfloat16),
     "linear_cross_entropy fp32": lambda: linear_cross_entropy(torch.float32),
     "lpips_distance 64": lambda: lpips_distance(64, 384, torch.bfloat16),
@@ -121,4 +200,46 @@ PRODUCTION: dict[str, Callable[[], None]] = {
     "lpips_distance 64 fp32, all gradients": lambda: lpips_distance(64, 384, torch.float32, True, True, True),
     "mse": lambda: mse(torch.bfloat16),
     "mse fp32": lambda: mse(torch.float32),
+    "group_sample": lambda: group_sample(torch.bfloat16),
+    "group_sample fp32": lambda: group_sample(torch.float32),
+    "group_sample V 65536": lambda: group_sample(torch.bfloat16, images=1, vocab_size=65536),
+    "group_sample fp32 V 65536": lambda: group_sample(torch.float32, images=1, vocab_size=65536),
+    "group_sample top-k": lambda: group_sample(torch.bfloat16, top_k=2000),
+    "group_sample top-p": lambda: group_sample(torch.bfloat16, top_p=0.9),
+    "group_sample top-k top-p": lambda: group_sample(torch.bfloat16, top_k=2000, top_p=0.9),
+    "group_sample top-k fp32": lambda: group_sample(torch.float32, top_k=2000),
+    "group_sample top-k top-p fp32": lambda: group_sample(torch.float32, top_k=2000, top_p=0.9),
+    "group_sample top-k top-p fp32 V 65536": lambda: group_sample(
+        torch.float32, top_k=2000, top_p=0.9, vocab_size=65536
+    ),
+    "linear_group_sample": lambda: linear_group_sample(torch.bfloat16),
+    "noisy_prefix": noisy_prefix,
+    "vq_lookup": lambda: vq_lookup(torch.bfloat16),
+    "vq_lookup fp32": lambda: vq_lookup(torch.float32),
+    "codebook_lookup": lambda: codebook_lookup(torch.bfloat16),
+    "codebook_lookup fp32": lambda: codebook_lookup(torch.float32),
+    "straight_through_lookup": lambda: straight_through_lookup(torch.bfloat16, True, True, False),
+    "straight_through_lookup fp32": lambda: straight_through_lookup(torch.float32, True, True, False),
+    "straight_through_lookup, both gradients": lambda: straight_through_lookup(torch.bfloat16, True, True, True),
+    "straight_through_lookup fp32, both": lambda: straight_through_lookup(torch.float32, True, True, True),
+    "straight_through_lookup, no gradient": lambda: straight_through_lookup(torch.bfloat16, False),
+    "rotary_2d": lambda: rotary_2d(torch.bfloat16),
+    "rotary_2d fp32": lambda: rotary_2d(torch.float32),
+    "rotary_2d 3B": lambda: rotary_2d(torch.bfloat16, 32, 100),
+    "swiglu": lambda: swiglu(torch.bfloat16),
+    "swiglu fp32": lambda: swiglu(torch.float32),
+    "decode_attention": lambda: decode_attention(torch.bfloat16),
+    "decode_attention fp32": lambda: decode_attention(torch.float32),
+    "decode_attention of one": lambda: decode_attention(torch.bfloat16, sequences=1),
+    "decode_attention class": lambda: decode_attention(torch.bfloat16, group_size=8, prefix_len=1),
+    "decode_attention caption": lambda: decode_attention(torch.bfloat16, group_size=16, prefix_len=120),
+    "decode_attention caption G 64": lambda: decode_attention(torch.bfloat16, group_size=64, prefix_len=120),
+    "decode_attention caption fp32": lambda: decode_attention(torch.float32, group_size=16, prefix_len=120),
+    "decode_attention caption G 64 fp32": lambda: decode_attention(torch.float32, group_size=64, prefix_len=120),
+    "decode_attention 3B": lambda: decode_attention(
+        torch.bfloat16, heads=32, head_dim=100, group_size=64, prefix_len=120
+    ),
+    "decode_attention 3B fp32": lambda: decode_attention(
+        torch.float32, sequences=64, heads=32, head_dim=100, group_size=64, prefix_len=120
+    ),
 }

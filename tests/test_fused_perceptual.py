@@ -1,0 +1,248 @@
+"""LPIPS distance and mean squared error on Triton against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import RELATIVE_L2, relative_l2
+from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned, strided
+from torch import Tensor
+
+from vapi_fast import ops
+
+SMALL = ((3, 5, 7), (100, 3, 5), (64, 1, 1))  # C, H, W of the levels
+
+
+def images(batch: int, group: int | None, *shape: int) -> list[Tensor]:
+    """a `[B, (G,) C, H, W]` and b `[B, C, H, W]`, channels last in memory."""
+    maps = torch.randn(batch * (1 if group is None else group), *shape).to(memory_format=torch.channels_last)
+    a = maps if group is None else maps.unflatten(0, (batch, group))
+    return [a, torch.randn(batch, *shape).to(memory_format=torch.channels_last)]
+
+
+def features(batch: int, group: int | None, *levels: tuple[int, ...]) -> list[Tensor]:
+    """features_a, features_b and weights, all in one list."""
+    maps = [images(batch, group, *level) for level in levels]
+    return [a for a, _ in maps] + [b for _, b in maps] + [torch.rand(level[0]) for level in levels]
+
+
+def lpips_distance(*inputs: Tensor) -> Tensor:
+    levels = len(inputs) // 3
+    return ops.lpips_distance(inputs[:levels], inputs[levels : 2 * levels], inputs[2 * levels :])
+
+
+def on_triton(operation: object, *inputs: Tensor) -> Tensor:
+    with ops.use_backend("triton"):
+        return operation(*inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [None, 1, 8, 16])
+def test_lpips_distance(group: int | None, dtype: torch.dtype) -> None:
+    assert_fused_accurate(lpips_distance, features(3, group, *SMALL), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [(512, 9, 11), (64, 24, 24)])
+def test_lpips_distance_over_several_blocks(level: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_fused_accurate(lpips_distance, features(1, 3, level), dtype)
+
+
+def test_lpips_distance_of_one_channel() -> None:
+    """Unit vectors of one channel are −1 or 1: the distance counts signs, and the gradient is nothing but rounding."""
+    inputs = features(2, 3, (1, 3, 5))
+    assert_fused_accurate(lpips_distance, inputs, torch.float32, gradients=False)
+    a, b, weight = (x.to(DEVICE).requires_grad_() for x in inputs)
+    gradients = torch.autograd.grad(on_triton(lpips_distance, a, b, weight).sum(), (a, b))
+    assert all(bool((g.abs() <= 1e-6 / x.abs()).all()) for g, x in zip(gradients, (a, b), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.contiguous(),
+        lambda a: misaligned(a.contiguous()),
+        lambda a: strided(a.contiguous()),
+        lambda a: misaligned(a.movedim(2, -1)).movedim(-1, 2),
+        lambda a: a.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda a: a.repeat(1, 2, 1, 1, 1)[:, ::2],
+    ],
+)
+@pytest.mark.parametrize("operation", [lpips_distance, ops.mse])
+def test_any_strides(operation: object, change: object) -> None:
+    a, b = images(2, 4, 20, 4, 5)
+    b = change(b[:, None].expand(-1, 4, -1, -1, -1))[:, 1]
+    weights = [torch.rand(20)] if operation is lpips_distance else []
+    assert_fused_accurate(operation, [change(a), b, *weights], torch.float32)
+
+
+def test_one_rollout_expanded_to_a_group() -> None:
+    a, b, weight = (x.to(DEVICE) for x in features(2, 1, (20, 4, 5)))
+    for operation, rest in ((lpips_distance, (b, weight)), (ops.mse, (b,))):
+        one = on_triton(operation, a, *rest)
+        assert torch.equal(on_triton(operation, a.expand(-1, 4, -1, -1, -1), *rest), one.expand(-1, 4))
+
+
+@pytest.mark.parametrize("operation", [lpips_distance, ops.mse])
+def test_gradients_of_each_layout_are_dense(operation: object) -> None:
+    """A view of channels-last maps is read as it is, and its gradient lies in memory as the maps do."""
+    a, b = (x.to(DEVICE).requires_grad_() for x in images(2, 4, 16, 4, 5))
+    weights = [torch.rand(16, device=DEVICE)] if operation is lpips_distance else []
+    gradients = torch.autograd.grad(on_triton(operation, a, b, *weights).sum(), (a, b))
+    assert [g.stride() for g in gradients] == [a.stride(), b.stride()]
+
+
+@pytest.mark.parametrize(("batch", "group"), [(0, 2), (0, None), (1, 0)])
+def test_empty_batch_and_group(batch: int, group: int | None) -> None:
+    inputs = [x.to(DEVICE).requires_grad_() for x in features(batch, group, *SMALL)]
+    distance = on_triton(lpips_distance, *inputs)
+    assert distance.shape == ((batch,) if group is None else (batch, group))
+    for x, gradient in zip(inputs, torch.autograd.grad(distance.sum(), inputs), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+    a, b = inputs[0], inputs[3]
+    error = on_triton(ops.mse, a, b)
+    assert error.shape == distance.shape
+    for x, gradient in zip((a, b), torch.autograd.grad(error.sum(), (a, b)), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1)])
+def test_gradients_to_some_inputs(needed: tuple[int, ...]) -> None:
+    inputs = features(2, 3, *SMALL)
+    leaves = [index for kind in needed for index in range(3 * kind, 3 * kind + 3)]
+    low = [x.to(DEVICE).requires_grad_(i in leaves) for i, x in enumerate(inputs)]
+    exact = [x.detach().double().requires_grad_(i in leaves) for i, x in enumerate(low)]
+    direction = torch.randn(2, 3, device=DEVICE)
+    lpips_distance(*exact).backward(direction.double())
+    on_triton(lpips_distance, *low).backward(direction)
+    for i, (x, y) in enumerate(zip(low, exact, strict=True)):
+        assert (x.grad is None) == (i not in leaves)
+        assert x.grad is None or relative_l2(x.grad, y.grad) < RELATIVE_L2[torch.float32]
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,)])
+def test_mse_gradients_to_one_input(needed: tuple[int, ...]) -> None:
+    low = [x.to(DEVICE).requires_grad_(i in needed) for i, x in enumerate(images(2, 3, 3, 5, 7))]
+    exact = [x.detach().double().requires_grad_(i in needed) for i, x in enumerate(low)]
+    ops.mse(*exact).sum().backward()
+    on_triton(ops.mse, *low).sum().backward()
+    for i, (x, y) in enumerate(zip(low, exact, strict=True)):
+        assert (x.grad is None) == (i not in needed)
+        assert x.grad is None or relative_l2(x.grad, y.grad) < RELATIVE_L2[torch.float32]
+
+
+def test_mixed_dtypes() -> None:
+    a, b, weight = features(2, 3, (20, 3, 5))
+    a, b, weight = a.to(DEVICE).bfloat16().requires_grad_(), b.to(DEVICE), weight.to(DEVICE)
+    for operation, rest in ((lpips_distance, (b, weight)), (ops.mse, (b,))):
+        expected = operation(a.detach().double().requires_grad_(), *(x.double() for x in rest))
+        actual = on_triton(operation, a, *rest)
+        assert actual.dtype == torch.float32
+        assert relative_l2(actual.detach(), expected.detach()) < RELATIVE_L2[torch.float32]
+        assert torch.autograd.grad(actual.sum(), a)[0].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"lpips_distance: features_b\[0\] must be float32, bfloat16 or float16"):
+        on_triton(lpips_distance, a, b.double(), weight)
+    with pytest.raises(TypeError, match="mse: a must be float32, bfloat16 or float16 on the 'triton' backend"):
+        on_triton(ops.mse, a.double(), b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_inputs_have_no_distance(dtype: torch.dtype) -> None:
+    for level in ((64, 9, 11), (100, 3, 5), (512, 4, 4), (1, 5, 5)):
+        _, b, weight = (x.to(DEVICE, dtype) for x in features(2, 3, level))
+        a = b[:, None].repeat_interleave(3, 1).movedim(2, -1).contiguous().movedim(-1, 2).requires_grad_()
+        for operation, rest in ((lpips_distance, (b, weight)), (ops.mse, (b,))):
+            distance = on_triton(operation, a, *rest)
+            assert distance.tolist() == [[0.0] * 3] * 2
+            assert not torch.autograd.grad(distance.sum(), a)[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_features(dtype: torch.dtype) -> None:
+    inputs = features(2, 3, (8, 3, 5))
+    inputs[0][:, :, :, 1] = 0
+    inputs[1][:, :, 1:] = 0  # in row 1 both vanish, in row 2 only b
+    assert_fused_accurate(lpips_distance, inputs, dtype)
+    a, b, weight = (x.to(DEVICE, dtype).requires_grad_() for x in inputs)
+    for gradient in torch.autograd.grad(on_triton(lpips_distance, a, b, weight).sum(), (a, b, weight)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_values(dtype: torch.dtype, scale: float) -> None:
+    *maps, weight = features(2, 3, (20, 3, 5))
+    maps = [scale * x for x in maps]
+    assert_fused_accurate(lpips_distance, [*maps, weight], dtype)
+    assert_fused_accurate(ops.mse, maps, dtype)
+
+
+def test_nan_does_not_pass() -> None:
+    a, b, weight = (x.to(DEVICE) for x in features(2, 3, (20, 3, 5)))
+    a[0, 1, 19, 2, 4] = torch.nan
+    b[1, 0, 0, 0] = torch.nan
+    expected = [[False, True, False], [True] * 3]
+    a.requires_grad_()
+    for operation, rest in ((lpips_distance, (b, weight)), (ops.mse, (b,))):
+        distance = on_triton(operation, a, *rest)
+        assert distance.isnan().tolist() == expected
+        assert torch.autograd.grad(distance.sum(), a)[0].isnan().any((2, 3, 4)).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "shape"), [(None, (3, 17, 17)), (8, (1, 1, 1)), (16, (3, 9, 11)), (2, (3, 48, 48))])
+def test_mse(group: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_fused_accurate(ops.mse, images(3, group, *shape), dtype)
+    assert_fused_accurate(ops.mse, [x.contiguous() for x in images(1, group, *shape)], dtype)
+
+
+def test_a_result_is_the_same_bit_for_bit_in_any_batch() -> None:
+    a, b, weight = (x.to(DEVICE) for x in features(6, 4, (32, 11, 13)))
+    whole, part = on_triton(lpips_distance, a, b, weight), on_triton(lpips_distance, a[3:4], b[3:4], weight)
+    assert torch.equal(whole[3:4], part)
+    assert torch.equal(on_triton(ops.mse, a, b)[3:4], on_triton(ops.mse, a[3:4], b[3:4]))
+
+
+def test_opcheck() -> None:
+    a, b, weight = features(2, 3, (5, 3, 4))
+    lists = [[x.to(DEVICE).requires_grad_() for x in level] for level in ([a, a.contiguous()], [b, b], [weight] * 2)]
+    dy = torch.randn(2, 3, device=DEVICE)
+    torch.library.opcheck(torch.ops.vapi_fast.lpips_distance.default, lists)
+    single = [[x[0][:, 0] if x[0].ndim == 5 else x[0]] for x in lists]
+    torch.library.opcheck(torch.ops.vapi_fast.lpips_distance.default, single)
+    lists = [[x.detach() for x in level] for level in lists]
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        torch.library.opcheck(torch.ops.vapi_fast.lpips_distance_backward.default, (dy, *lists, *needs))
+    pair = lists[0][0], lists[1][0]
+    torch.library.opcheck(torch.ops.vapi_fast.mse.default, [x.clone().requires_grad_() for x in pair])
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.vapi_fast.mse_backward.default, (dy, *pair, *needs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [(64, 384, 384), (128, 192, 192), (256, 96, 96), (512, 48, 48), (512, 24, 24)])
+def test_production_sizes(level: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_fused_accurate(lpips_distance, features(2, 8, level), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mse_at_production_size(dtype: torch.dtype) -> None:
+    assert_fused_accurate(ops.mse, images(4, 8, 3, 384, 384), dtype)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    shape, options = (29 * 8, 64, 384, 384), {"dtype": torch.bfloat16, "device": DEVICE}
+    maps = torch.empty(shape, memory_format=torch.channels_last, **options).normal_()
+    a = maps.unflatten(0, (29, 8))
+    b = a[:, 3].contiguous(memory_format=torch.channels_last)
+    distance, error = on_triton(lpips_distance, a, b, torch.ones(64, device=DEVICE)), on_triton(ops.mse, a, b)
+    assert not distance[:, 3].any()
+    assert not error[:, 3].any()
+    # Of independent normal numbers, |â − b̂|² and (a − b)² are 2 on average.
+    for values in (distance[:, :3], error[:, :3]):
+        torch.testing.assert_close(values, torch.full_like(values, 2.0), rtol=0, atol=1e-2)
