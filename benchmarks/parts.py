@@ -161,7 +161,8 @@ def nvidia_smi(query: str) -> list[str]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [field.strip() for field in ended.stdout.splitlines()[0].split(",")]
+    lines = ended.stdout.splitlines()
+    return [field.strip() for field in lines[0].split(",")] if lines else []
 
 
 class Readings:

@@ -232,9 +232,9 @@ def codebook_scatter(
 
 @triton.jit
 def hardware_log2(x):
-    """log₂ x by the special function unit, absolute error 2⁻²² between ½ and 2 and relative elsewhere.
+    """log₂ x by the special function unit: wrong by 2⁻²² at most between ½ and 2, by 2⁻²² of itself elsewhere.
 
-    tl.log2 is correctly rounded but for 0.6 units in the last place, and costs 28 instructions.
+    tl.log2, which is wrong by one unit in the last place at most, takes 28 instructions.
     """
     if INTERPRETED:
         return tl.log2(x)
@@ -244,18 +244,18 @@ def hardware_log2(x):
 
 @triton.jit
 def log_gumbel(word):
-    """log₂ of an exponential draw, log₂(−log₂ u) with u = open_uniform23(word), to 4·10⁻⁷.
+    """log₂(−log₂ u) with u = open_uniform23(word), to 10⁻⁶, or 2⁻²² of itself where that is more.
 
-    Near 1, where the largest noise comes from, the hardware's logarithm is exact in absolute terms only. There
-    −log₂(1 − w) is w times a polynomial: the minimax one of degree 5 for w ≤ ¼, wrong by 4·10⁻⁸ of it at most.
+    For u near 1, where the largest noise comes from, the hardware's logarithm is too coarse. There −log₂(1 − w) is
+    w times a polynomial: the minimax one of degree 5 for w ≤ ¼, wrong by 4·10⁻⁸ of it at most.
     """
     u = open_uniform23(word)
     w = 1.0 - u
-    series = 0.20762724 + w * 0.49022426
-    series = 0.37192594 + w * series
-    series = 0.48021065 + w * series
-    series = 0.72136269 + w * series
-    series = 1.44269499 + w * series
+    series = 0.20762554 + w * 0.49022423
+    series = 0.37192596 + w * series
+    series = 0.48021064 + w * series
+    series = 0.72136267 + w * series
+    series = 1.44269498 + w * series
     return hardware_log2(tl.where(u > 0.75, w * series, -hardware_log2(u)))
 
 
@@ -423,12 +423,12 @@ def straight_through_finish(
     soft = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for split in range(splits):
         offset = tl.cast(split, tl.int64) * rows + row
-        peak = tl.load(maximum_ptr + offset, mask=row < rows, other=float("-inf"))
+        peak = tl.load(maximum_ptr + offset, mask=row < rows, other=0.0)
         first = tl.where(peak > maximum, tl.load(first_ptr + offset, mask=row < rows, other=0), first)
         higher = tl.maximum(maximum, peak)
         shift = finite_shift(higher)
         decay, growth = tl.exp2((maximum - shift) * scale), tl.exp2((peak - shift) * scale)
-        total = total * decay + growth * tl.load(total_ptr + offset, mask=row < rows, other=0.0)
+        total = total * decay + growth * tl.load(total_ptr + offset, mask=row < rows, other=1.0)
         if SOFT:
             sums = tl.load(sums_ptr + offset[:, None] * C + channel[None, :], mask=inside, other=0.0)
             soft = soft * decay[:, None] + growth[:, None] * sums

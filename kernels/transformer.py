@@ -206,7 +206,7 @@ def decode_attention(
     entries, tiles = tiles_of_split(tl.load(position_ptr), S, splits, BLOCK_S)
     first = split * tiles * BLOCK_S
     last = tl.minimum(entries, first + tiles * BLOCK_S)
-    if not WHOLE:
+    if not WHOLE:  # noqa: SIM102 - known when it is compiled, unlike the other condition
         if first >= entries:
             return
     column = tl.arange(0, BLOCK_D)
@@ -288,7 +288,8 @@ def decode_attention_prefix(
     """Up to BLOCK_Q queries of a group, the rows of the dots, against one split of their prefix: piece `split`.
 
     k and v are `[P, heads, L, head_dim]`, strides in multiples of UNIT elements; mask (or None) is contiguous `[P, L]`.
-    What it leaves out is not read. WIDE: dots of fp32, as where q and the prefix differ in dtype. scale includes log2 e.
+    What it leaves out is not read. WIDE: operands become fp32, as where q and the prefix differ in dtype. scale
+    includes log2 e.
     """
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
     block, rest = rest % query_blocks, rest // query_blocks

@@ -66,7 +66,6 @@ def assert_vq_accurate(
         ((1, 8), 1),
         ((63, 1), 5),
         ((65, 3), 1000),
-        ((33, 8), 16384),
         ((5, 16), 2049),
         ((7, 100), 130),
         ((2, 3, 4, 8), 129),
@@ -75,6 +74,11 @@ def assert_vq_accurate(
 )
 def test_vq_lookup(shape: tuple[int, ...], vocab: int, l2_norm: bool, dtype: torch.dtype) -> None:
     assert_vq_accurate(torch.randn(shape), torch.randn(vocab, shape[-1]), dtype, l2_norm=l2_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vq_lookup_of_16384_codes(dtype: torch.dtype) -> None:
+    assert_vq_accurate(torch.randn(32, 8), torch.randn(16384, 8), dtype)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -98,16 +102,15 @@ def test_codes_of_very_different_norms() -> None:
     assert_vq_accurate(z, codebook)
 
 
-@pytest.mark.parametrize("width", [8, 100])
-@pytest.mark.parametrize("vocab", [131, 5000])
+@pytest.mark.parametrize(("vocab", "width"), [(131, 8), (4200, 8), (2100, 20)])
 def test_ties_go_to_the_lowest_index(vocab: int, width: int) -> None:
     codebook = torch.randn(vocab, width)
     codebook[-1] = codebook[vocab // 2] = codebook[7]
-    z = (codebook[7] + 1e-3 * torch.randn(33, width)).to(DEVICE)
+    z = (codebook[7] + 1e-3 * torch.randn(9, width)).to(DEVICE)
     with ops.use_backend("triton"):
         for l2_norm in (False, True):
-            assert ops.vq_lookup(z, codebook.to(DEVICE), l2_norm=l2_norm)[1].tolist() == [7] * 33
-            assert ops.vq_lookup(z, torch.ones_like(codebook).to(DEVICE), l2_norm=l2_norm)[1].tolist() == [0] * 33
+            assert ops.vq_lookup(z, codebook.to(DEVICE), l2_norm=l2_norm)[1].tolist() == [7] * 9
+            assert ops.vq_lookup(z, torch.ones_like(codebook).to(DEVICE), l2_norm=l2_norm)[1].tolist() == [0] * 9
 
 
 def vq_on(backend: str, z: Tensor, codebook: Tensor, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,11 +124,13 @@ def vq_on(backend: str, z: Tensor, codebook: Tensor, l2_norm: bool) -> tuple[Ten
 def test_vq_lookup_of_zero_tiny_large_and_nan(l2_norm: bool) -> None:
     codebook, z = torch.randn(200, 8, device=DEVICE), torch.randn(9, 8, device=DEVICE)
     z[0], z[1], z[2], z[3], z[4, 3] = 0, z[1] * 1e-14, z[2] * 1e-6, z[3] * 1e4, math.nan
-    results = [vq_on(backend, z, codebook, l2_norm) for backend in ("triton", "reference")]
-    assert results[0][0].isnan().any(-1).tolist() == [row == 4 for row in range(9)]
-    assert results[0][1][4] == results[1][1][4]
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    (z_q, indices, gradient), expected = (vq_on(backend, z, codebook, l2_norm) for backend in ("triton", "reference"))
+    assert z_q.isnan().any(-1).tolist() == [row == 4 for row in range(9)]
+    assert 0 <= indices[0] < 200
+    first = 1 if l2_norm else 0  # all unit vectors are equally far from 0, and rounding decides
+    assert torch.equal(indices[first:], expected[1][first:])
+    torch.testing.assert_close(z_q[first:], expected[0][first:], equal_nan=True)
+    torch.testing.assert_close(gradient, expected[2], rtol=1e-4, atol=1e-5, equal_nan=True)
 
     codebook[150, 2] = math.nan  # such a code is the nearest of all, as torch.argmin has it: never hidden
     z_q, indices, _ = vq_on("triton", z[5:], codebook, l2_norm)
@@ -182,6 +187,7 @@ def assert_straight_through_accurate(
     tau: float = 1.0,
     seed: int | Tensor = 5,
     sample_ids: Tensor | None = None,
+    variants: bool = True,
 ) -> Tensor:
     """The code drawn in float64 but for rounding, its entry as it is, gradients near float64's; returns the codes."""
     low = [cast(x, dtype).requires_grad_() for x in (logits, codebook)]
@@ -191,12 +197,8 @@ def assert_straight_through_accurate(
         expected, codes = ops.straight_through_lookup(*exact, **draw)
     with ops.use_backend("triton"):
         z_q, indices = ops.straight_through_lookup(*low, **draw)
-        with torch.no_grad():
-            without_gradient = ops.straight_through_lookup(*low, **draw)
     assert (z_q.dtype, indices.dtype, indices.shape) == (dtype, torch.int64, logits.shape[:2])
     assert torch.equal(z_q.detach(), low[1].detach()[indices])
-    assert torch.equal(without_gradient[0], z_q.detach())
-    assert torch.equal(without_gradient[1], indices)
 
     noisy = perturbed(exact[0].detach(), tau, seed, sample_ids)
     gap = noisy.amax(-1) - noisy.gather(-1, indices[..., None])[..., 0]
@@ -213,8 +215,12 @@ def assert_straight_through_accurate(
             assert gradient.abs().max() < 1e-5  # a softmax of one class has no gradient
         else:
             assert relative_l2(gradient, expected_gradient) < RELATIVE_L2[dtype]
-    for x, gradient in zip(low, gradients, strict=True):  # one of them alone
-        assert torch.equal(torch.autograd.grad(z_q, x, direction, retain_graph=True)[0], gradient)
+    if variants:  # one of the gradients alone, and none
+        for x, gradient in zip(low, gradients, strict=True):
+            assert torch.equal(torch.autograd.grad(z_q, x, direction, retain_graph=True)[0], gradient)
+        with ops.use_backend("triton"), torch.no_grad():
+            for again, before in zip(ops.straight_through_lookup(*low, **draw), (z_q, indices), strict=True):
+                assert torch.equal(again, before)
     return indices
 
 
@@ -226,7 +232,6 @@ def assert_straight_through_accurate(
         ((1, 63, 5), 1, 2.0),
         ((1, 65, 66), 3, 0.5),
         ((2, 3, 1000), 16, 1.0),
-        ((1, 2, 16384), 8, 1.0),
         ((1, 577, 7), 8, 1.0),
         ((2, 5, 300), 100, 1.0),
     ],
@@ -235,6 +240,11 @@ def test_straight_through_lookup(
     shape: tuple[int, int, int], width: int, tau: float, dtype: torch.dtype
 ) -> None:
     assert_straight_through_accurate(torch.randn(shape), torch.randn(shape[-1], width), dtype, tau=tau)
+
+
+def test_straight_through_lookup_of_16384_codes() -> None:
+    logits, codebook = torch.randn(1, 3, 16384), F.normalize(torch.randn(16384, 8), dim=-1)
+    assert_straight_through_accurate(logits, codebook, variants=False)
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 10.0])
@@ -319,7 +329,7 @@ def test_straight_through_of_a_codebook_with_nan_is_nan() -> None:
 
 
 def test_straight_through_draws_from_the_softmax() -> None:
-    rows, logits = 4000, torch.randn(7, device=DEVICE)
+    rows, logits = 2000, torch.randn(7, device=DEVICE)
     with ops.use_backend("triton"):
         repeated = logits.expand(4, rows // 4, 7)
         _, indices = ops.straight_through_lookup(repeated, torch.eye(7, device=DEVICE), tau=0.3, seed=8)
@@ -327,13 +337,15 @@ def test_straight_through_draws_from_the_softmax() -> None:
     assert stats.chisquare(counts, logits.double().softmax(-1).cpu().numpy() * rows).pvalue > 1e-3
 
 
-def test_the_tail_of_the_noise() -> None:
-    """Where u is next to 0 or to 1 no accuracy is lost: over words of all sizes the drawn code is the reference's."""
-    logits = torch.zeros(1, 40, 4096, device=DEVICE)
-    noise = gumbel_noise(logits.shape, 3, None, torch.float64, logits.device)
-    for sign in (1, -1):  # all perturbed logits of a row within 1e-2 of each other
-        x = (-noise + sign * 1e-2 * torch.rand_like(noise)).float()
-        assert_straight_through_accurate(x, torch.randn(4096, 8), seed=3)
+def test_the_tails_of_the_noise() -> None:
+    """Perturbed logits that are equal but for a little show an error of the noise of any size."""
+    noise = gumbel_noise(torch.Size([1, 20, 4096]), 3, None, torch.float64, DEVICE)
+    assert noise.max() > 8
+    logits = (1e-3 * torch.randn_like(noise) - noise).float()
+    with ops.use_backend("triton"):
+        _, indices = ops.straight_through_lookup(logits, torch.randn(4096, 1, device=DEVICE), tau=1.0, seed=3)
+    exact = logits + noise
+    assert (exact.amax(-1) - exact.gather(-1, indices[..., None])[..., 0]).max() < 1e-5
 
 
 def test_empty_batches() -> None:

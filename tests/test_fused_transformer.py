@@ -381,3 +381,21 @@ def test_a_captured_graph_follows_the_position() -> None:
         position.fill_(p)
         graph.replay()
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    options = {"dtype": torch.bfloat16, "device": DEVICE}
+    gate = torch.randn(2**31 // 4096 + 5, 4096, **options)
+    out = on_triton(ops.swiglu, gate, gate)
+    assert torch.equal(out[-3:], on_triton(ops.swiglu, gate[-3:], gate[-3:]))
+    del out
+    x, table = gate[:-4].view(-1, 1, 64, 64), rotary_table(2, 64)[1:]
+    out = on_triton(ops.rotary_2d, x, table)
+    assert torch.equal(out[-3:], on_triton(ops.rotary_2d, x[-3:], table))
+    del gate, x, out
+    keys, values = torch.randn(2, 60, 24, 24001, 64, **options)
+    q, position = torch.randn(60, 24, 64, **options), 24000
+    out = on_triton(ops.decode_attention, q, keys, values, position)
+    last = on_triton(ops.decode_attention, q[-1:], keys[-1:], values[-1:], position)
+    assert relative_l2(out[-1:], last.double()) < RELATIVE_L2[torch.bfloat16]

@@ -19,7 +19,7 @@ START = {"BLOCK_ROWS": 4, "LEVELS": 3, "num_warps": 8, "num_stages": 1}
 FOREVER = math.inf
 
 
-def valley(settings: dict[str, int]) -> float:
+def valley(settings: dict[str, int], beat: float = math.inf) -> float:
     """Least at 16 rows and 2 warps; more than 64 rows do not fit."""
     rows, warps = math.log2(settings["BLOCK_ROWS"]), math.log2(settings["num_warps"])
     return math.inf if rows > 6 else 1 + (rows - 4) ** 2 + (warps - 1) ** 2
@@ -35,9 +35,10 @@ def test_variations_change_one_value() -> None:
 def test_descent_finds_the_fastest_and_tries_nothing_twice() -> None:
     tried = []
 
-    def measure(candidate: dict[str, int]) -> float:
+    def measure(candidate: dict[str, int], beat: float) -> float:
         tried.append(json.dumps(candidate))
-        return valley(candidate)
+        seconds = valley(candidate)
+        return math.inf if seconds >= beat else seconds
 
     best, seconds, first = tune.descend(START, measure, FOREVER)
     assert best == START | {"BLOCK_ROWS": 16, "num_warps": 2}
@@ -46,7 +47,7 @@ def test_descent_finds_the_fastest_and_tries_nothing_twice() -> None:
 
 
 def test_descent_ignores_noise_and_stops_in_time() -> None:
-    assert tune.descend(START, lambda s: 1.0 - 0.01 * (s != START), FOREVER)[0] == START
+    assert tune.descend(START, lambda s, beat: 1.0 - 0.01 * (s != START), FOREVER)[0] == START
     assert tune.descend(START, valley, time.monotonic() - 1) == (START, valley(START), valley(START))
 
 
@@ -58,8 +59,8 @@ def test_descent_leaves_settings_that_do_not_run() -> None:
 
 def test_gain_must_be_confirmed() -> None:
     times = iter([1.0, 0.5, 0.6, 0.7, 1.0, 0.9])  # start, best, start, best, …
-    assert tune.confirmed(START, {}, lambda _: next(times)) == (True, 0.6, 0.5)
-    assert not tune.confirmed(START, {}, lambda _: 1.0)[0]
+    assert tune.confirmed(START, {}, lambda *_: next(times)) == (True, 0.6, 0.5)
+    assert not tune.confirmed(START, {}, lambda *_: 1.0)[0]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_tables_are_rewritten_for_one_architecture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def measure(kernel: str, settings: dict[str, int]) -> float:
+    def measure(kernel: str, settings: dict[str, int], beat: float) -> float:
         return valley(settings) if kernel == "first" else 1.0
 
     tune.tune(["first", "third"], "sm_90", folder, 60, measure)
@@ -129,19 +130,27 @@ def test_settings_that_fail_take_forever(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(tune, "carried_out", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert tune.measured("kernel", START, ["rms_norm"], torch.device("cpu")) == math.inf
+    assert tune.measured("kernel", START, math.inf, ["rms_norm"], torch.device("cpu")) == math.inf
 
 
-def test_entries_in_fp32_run_but_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"rms_norm": 1.0, "rms_norm fp32": 10.0}
-    monkeypatch.setattr(tune, "carried_out", lambda entry, *_: [entry])
+def test_only_entries_of_xxl_in_bf16_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"rms_norm": 1.0, "rms_norm wide": 2.0, "rms_norm fp32": 10.0, "rms_norm V 65536": 10.0}
+    run = []
+    monkeypatch.setattr(tune, "carried_out", lambda entry, *_: run.append(entry) or [entry])
     monkeypatch.setattr(tune, "spills", lambda launch: False)
     monkeypatch.setattr(tune, "timed_together", lambda launches: times[launches[0]])
-    cpu = torch.device("cpu")
-    assert tune.measured("kernel", START, ["rms_norm", "rms_norm fp32"], cpu) == 1.0
-    assert tune.measured("kernel", START, ["rms_norm fp32"], cpu) == 10.0
+
+    def seconds(entries: list[str], beat: float = math.inf) -> float:
+        run.clear()
+        return tune.measured("kernel", START, beat, entries, torch.device("cpu"))
+
+    assert seconds(list(reversed(times))) == 3.0
+    assert run == ["rms_norm wide", "rms_norm", "rms_norm V 65536", "rms_norm fp32"]
+    assert seconds(["rms_norm fp32"]) == 10.0
+    assert seconds(list(times), beat=3.0) == math.inf
+    assert run == ["rms_norm", "rms_norm wide"]  # too slow: no more are run
     monkeypatch.setattr(tune, "spills", lambda launch: launch == "rms_norm fp32")
-    assert tune.measured("kernel", START, ["rms_norm", "rms_norm fp32"], cpu) == math.inf
+    assert seconds(list(times)) == math.inf
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it needs where there is no GPU")

@@ -32,7 +32,7 @@ def draw_rows(
     top_k: int,
     top_p: float,
 ) -> None:
-    """Draw for rows first_row… of B·T from their logits `[rows, V]`, into contiguous tokens and logprobs `[B, G, T]`."""
+    """Draw rows first_row… of B·T from their logits `[rows, V]`, into contiguous tokens and logprobs `[B, G, T]`."""
     rows, vocab_size = logits.shape
     _, group_size, length = tokens.shape
     filters = {"TOP_K": 0 < top_k < vocab_size, "TOP_P": top_p < 1}
