@@ -74,9 +74,9 @@ class Report:
         return found
 
 
-def source_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """What `kernel[grid](*args, **constants)` would compile: specialised on 1, on multiples of 16, on alignment."""
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+def source_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """What `kernel[grid](*args, **constants)` would compile, specialised on 1, on multiples of 16, on alignment."""
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in constants.items() if k not in options}
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

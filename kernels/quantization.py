@@ -1,28 +1,28 @@
 """The vector quantizer's codebook: nearest code, entries of given codes, and the straight-through draw.
 
 n latents, indices or rows of logits; V codes of C numbers. z, e and l: bytes of a latent's number, of a codebook
-entry's and of a logit.
+entry's and of a logit. Instructions are counted in the machine code for sm_90, C = 8.
 
-| kernel                    | bytes moved                        | operations                                               |
-|---------------------------|------------------------------------|----------------------------------------------------------|
-| unit_tiles              | (z + 4)·n·C, again (e + 4)·V·C     | 3 a number                                               |
-| nearest_code              | 4·V·C a block of latents, from L2  | n·V·(2·C + 3)                                            |
-| nearest_entry             | 16·n a split, (2·z + e)·n·C        | 3 a number                                               |
-| unit_backward             | 3·z·n·C, or 3·e·V·C                | 8 a number                                               |
-| codebook_gather           | 8·n + 2·e·n·C                      | 3 a number                                               |
-| codebook_scatter          | 8·n + e·n·C, atomics 4·n·C         | 1 a number                                               |
-| straight_through_forward  | l·n·V                              | n·V·40 + 3 matrix products of 2·n·V·C                    |
-| straight_through_finish   | 4·n·(C + 3) a split, read          | n·BLOCK_V·40                                             |
-| straight_through_backward | 2·l·n·V                            | n·V·36 + 3 matrix products of 2·n·V·C, or 6 with ∇codebook |
+| kernel                    | bytes moved                           | instructions                               |
+|---------------------------|---------------------------------------|--------------------------------------------|
+| unit_tiles                | (z + 4)·n·C, again (e + 4)·V·C        | 3 a number                                 |
+| nearest_code              | 4·V·C a block of latents, from the L2 | 20 a pair of latent and code (2·C + 3 + 1) |
+| nearest_entry             | 8·n a split, (2·z + e)·n·C            | 10 a number                                |
+| unit_backward             | 3·z·n·C, or (4 + 2·e)·V·C             | 10 a number                                |
+| codebook_gather           | 8·n + 2·e·n·C                         | 5 a number                                 |
+| codebook_scatter          | 8·n + e·n·C, atomics on 4·n·C         | 3 a number                                 |
+| straight_through_forward  | l·n·V                                 | 42 a logit, 47 in fp32                     |
+| straight_through_finish   | 4·(C + 3)·n a split                   | 42 a logit of BLOCK_V a row                |
+| straight_through_backward | 2·l·n·V                               | 48 a logit, 53 in fp32, 61 with ∇codebook  |
 
-nearest_code is bound by fp32 instructions: at n = 9216, V = 16384, C = 8 on an H100 (28.7 T/s over 132
-multiprocessors), 2.9 T or 0.10 ms; the distances never leave the registers. Half of them would do for |e|² − 2 z·e,
-but its rounding grows with |e|², not with the distance.
-
-The straight-through kernels are bound by instructions too, not by the logits' 302 MB (bf16, 0.10 ms at 3.0 TB/s;
-0.20 ms in the backward, which writes their gradient as well). Per logit: Philox 10 to 12, the two logarithms of the
-Gumbel noise 14, of which 2 are special functions at an eighth of the rate, softmax 8, and the products' operands.
-Neither the noise nor the softmax is ever stored: the backward draws the same noise again.
+The three with n·V of something are bound by the rate at which instructions issue, 28.7 T/s on an H100 (132
+multiprocessors, 128 lanes, 1.7 GHz), not by memory; predicted with 85 % of it, n = 9216, V = 16384:
+- nearest_code 0.105 ms of instructions, 0.12 ms in all. The distances stay in registers. |e|² − 2 z·e would take half
+  the instructions, but its rounding grows with |e|², not with the distance.
+- straight_through_forward 0.22 ms of instructions, 0.26 ms in all; the bf16 logits' 302 MB alone take 0.10 ms.
+- straight_through_backward 0.25 ms of instructions, 0.30 ms in all; logits and gradient alone 0.20 ms.
+Per logit, the noise takes 29: Philox 15, a uniform number 4, two logarithms 10. Neither noise nor softmax is ever
+stored; the backward draws the same noise again.
 """
 
 import triton
@@ -33,8 +33,8 @@ from .philox import GUMBEL, open_uniform23, random_words
 
 UNIT_EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 LN2 = tl.constexpr(0.6931471805599453)
-# Channels of a distance that are written out one after the other: the latents' then stay in registers.
-MAX_UNROLLED = tl.constexpr(16)
+# Up to so many channels a distance is written out, and the latents stay in registers, which suffice for no more.
+MAX_UNROLLED = tl.constexpr(8)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

@@ -60,8 +60,8 @@ def key_value(key, UNUSED_BITS: tl.constexpr):
 
     UNUSED_BITS: low bits that are 0 in every logit, as an fp32 number, because of their own dtype.
     """
-    key = key
-    negative = (key | ((1 << UNUSED_BITS) - 1)) ^ 0xFFFFFFFF
+    key = tl.minimum(tl.maximum(key, 0x007FFFFF), 0xFF800000)
+    negative = (key) ^ 0xFFFFFFFF
     return tl.where(key < 0x80000000, negative, key ^ 0x80000000).to(tl.float32, bitcast=True)
 
 

@@ -16,7 +16,7 @@ from .normalization import rows_of
 
 LOG2E = math.log2(math.e)
 MIN_DOT = 16  # the least that a matrix product takes in any dimension
-MAX_ENTRIES = 4096  # numbers of a tile of codebook entries, half of what they take in shared memory as an operand
+MAX_OPERAND = 4096  # numbers of a matrix product's operand that has the channels: more do not fit, with C large
 
 
 def row_blocks(kernel: str, x: Tensor, channels: int) -> dict[str, int]:
@@ -27,11 +27,11 @@ def row_blocks(kernel: str, x: Tensor, channels: int) -> dict[str, int]:
 
 
 def dot_blocks(kernel: str, x: Tensor, channels: int) -> dict[str, int]:
-    """A table's blocks of rows and codes, and of all channels and one more; fewer codes where channels are many."""
+    """A table's blocks of rows and of codes, smaller ones where channels are many, and all channels."""
     block = dict(settings(kernel, x))
-    block_c = next_power_of_2(max(channels + 1, MIN_DOT))
-    block_v = max(MIN_DOT, min(block["BLOCK_V"], MAX_ENTRIES // block_c))
-    return block | {"BLOCK_V": block_v, "BLOCK_C": block_c}
+    block_c = next_power_of_2(max(channels, MIN_DOT))
+    most = max(MAX_OPERAND // block_c, MIN_DOT)
+    return block | {"BLOCK_C": block_c} | {name: min(block[name], most) for name in ("BLOCK_ROWS", "BLOCK_V")}
 
 
 def code_splits(block: dict[str, int], vocab_size: int) -> tuple[int, int]:
@@ -177,7 +177,7 @@ def straight_through_forward(
     indices = torch.empty(batch, length, dtype=torch.int64, device=device)
     lse, mean_entry = empty_statistics(logits, channels, soft)
 
-    block = dot_blocks("straight_through_forward", logits, channels)
+    block = dot_blocks("straight_through_forward", logits, channels + 1)  # one more for the sum of the weights
     splits, codes_per_split = code_splits(block, vocab_size)
     maximum, total = torch.empty(2, splits, len(rows), dtype=torch.float32, device=device).unbind()
     first = torch.empty(splits, len(rows), dtype=torch.int32, device=device)
