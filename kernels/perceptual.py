@@ -6,9 +6,11 @@
 | lpips_backward | 2a + b for the gradient to a, a + 2b for that to b, 2a + 2b for both | 15                     |
 | mse_forward    | a + b                                                                | 3                      |
 | mse_backward   | as lpips_backward                                                    | 3                      |
+| row_sums       | partial sums only: 4 bytes for each 4096 elements of a               | -                      |
 
 A program holds one tile of the reference in registers while the group's tiles go by, the next STAGES − 1 of them under
-way. Sums over pixels leave it as one partial sum a rollout, to be added up afterwards in an order that never changes.
+way. Sums over pixels leave it as one partial sum a rollout. `row_sums` adds these up, in an order that depends on
+neither the batch nor the group: a rollout's distance is the same bit for bit in any company.
 
 The LPIPS kernels are launched without contraction to fused multiply-adds: a·s − b̂ with b̂ rounded and a·s not would
 give equal features a distance.
@@ -198,3 +200,14 @@ def mse_backward(
             db -= da
     if NEEDS_B:
         tl.store(db_ptr + image * N + start + within, db.to(db_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_sums(x_ptr, sum_ptr, columns, BLOCK: tl.constexpr):
+    """Sum of each row of fp32 `[rows, columns]`."""
+    row = x_ptr + tl.program_id(0).to(tl.int64) * columns
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        total += tl.load(row + column, mask=column < columns, other=0.0)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(total, axis=0))

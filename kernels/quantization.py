@@ -84,9 +84,7 @@ def unit_tiles(
 
 
 @triton.jit
-def add_squared_difference(
-    distance, latents_ptr, codes_ptr, channel, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr
-):
+def add_squared_difference(distance, latents_ptr, codes_ptr, channel, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
     latent = tl.load(latents_ptr + channel * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
     code = tl.load(codes_ptr + channel * BLOCK_V + tl.arange(0, BLOCK_V))
     difference = latent[:, None] - code[None, :]
@@ -219,9 +217,7 @@ def codebook_gather(
 
 
 @triton.jit
-def codebook_scatter(
-    dentries_ptr, indices_ptr, sums_ptr, rows, V, C, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def codebook_scatter(dentries_ptr, indices_ptr, sums_ptr, rows, V, C, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Add the gradients `[rows, C]` of each code's entries to sums, fp32 `[V, C]`, in no certain order."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dentries, _, inside = load_rows(dentries_ptr, row, rows, C, BLOCK_C)

@@ -61,7 +61,7 @@ def key_value(key, UNUSED_BITS: tl.constexpr):
     UNUSED_BITS: low bits that are 0 in every logit, as an fp32 number, because of their own dtype.
     """
     key = tl.minimum(tl.maximum(key, 0x007FFFFF), 0xFF800000)
-    negative = (key) ^ 0xFFFFFFFF
+    negative = (key | ((1 << UNUSED_BITS) - 1)) ^ 0xFFFFFFFF
     return tl.where(key < 0x80000000, negative, key ^ 0x80000000).to(tl.float32, bitcast=True)
 
 
@@ -140,7 +140,7 @@ def filter_bounds(
         while bit >= UNUSED_BITS:
             candidate = key_value(key | (one << bit), UNUSED_BITS)
             count = count_from(row_ptr, only, candidate, V, TILES, TILE_CHUNKS, CHUNK)
-            key = tl.where(count >= top_k, key | (one << bit), key)
+            key = tl.where(count > top_k, key | (one << bit), key)
             bit = tl.where(count == top_k, -1, bit - 1)
         lowest = key_value(key, UNUSED_BITS)
     if TOP_P:

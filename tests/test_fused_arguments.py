@@ -345,7 +345,9 @@ def assert_alike(name: str, arguments: Arguments) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_any_arguments(name: str) -> None:
-    @settings(max_examples=EXAMPLES.get(name, 150), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES.get(name, 150), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(calls(name))
     def check(arguments: Arguments) -> None:
         assert_alike(name, arguments)

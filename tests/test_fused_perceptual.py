@@ -9,6 +9,7 @@ from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned, strided
 from torch import Tensor
 
 from vapi_fast import ops
+from vapi_fast.ops.fused.perceptual import row_sums
 
 SMALL = ((3, 5, 7), (100, 3, 5), (64, 1, 1))  # C, H, W of the levels
 
@@ -198,11 +199,18 @@ def test_mse(group: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> N
     assert_fused_accurate(ops.mse, [x.contiguous() for x in images(1, group, *shape)], dtype)
 
 
-def test_a_result_is_the_same_bit_for_bit_in_any_batch() -> None:
-    a, b, weight = (x.to(DEVICE) for x in features(6, 4, (32, 11, 13)))
-    whole, part = on_triton(lpips_distance, a, b, weight), on_triton(lpips_distance, a[3:4], b[3:4], weight)
-    assert torch.equal(whole[3:4], part)
-    assert torch.equal(on_triton(ops.mse, a, b)[3:4], on_triton(ops.mse, a[3:4], b[3:4]))
+def test_a_rollout_has_the_same_distance_in_any_company() -> None:
+    a, b, weight = (x.to(DEVICE) for x in features(4, 3, (64, 13, 17)))
+    for operation, rest in ((lpips_distance, (weight,)), (ops.mse, ())):
+        together = on_triton(operation, a, b, *rest)
+        assert torch.equal(together[3:4], on_triton(operation, a[3:4], b[3:4], *rest))
+        assert torch.equal(together[:, 2], on_triton(operation, a[:, 2], b, *rest))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1), (2, 5000), (0, 4), (4, 0)])
+def test_row_sums(rows: int, columns: int) -> None:
+    x = torch.rand(rows, columns, device=DEVICE)
+    torch.testing.assert_close(row_sums(x), x.sum(1))
 
 
 def test_opcheck() -> None:

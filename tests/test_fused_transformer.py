@@ -314,9 +314,12 @@ def test_scores_of_minus_infinity_and_nan() -> None:
             assert on_triton(attend(position), *broken).isnan().flatten(1).all(1).tolist() == [False] * 3 + [True]
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+)
 def test_queries_of_another_dtype_than_the_caches(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     q, *caches = attention_inputs(6, 70, groups=2, prefix_len=20)
+    q, caches[0], caches[2] = q / 1e5, caches[0] * 1e5, caches[2] * 1e5  # keys that fp16 could not hold
     inputs = [q.to(DEVICE, dtypes[0]), *(cache.to(DEVICE, dtypes[1]) for cache in caches)]
     out = on_triton(attend(66), *inputs)
     with ops.use_backend("reference"):

@@ -34,6 +34,13 @@ def group_splits(tiles: int, group: int, device: torch.device) -> tuple[int, int
     return max(triton.cdiv(group, rollouts), 1), rollouts
 
 
+def row_sums(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    sums = torch.empty(rows, dtype=torch.float32, device=x.device)
+    launch(kernels.row_sums, (rows,), x, sums, columns, **settings("row_sums", x))
+    return sums
+
+
 def lpips_forward(features_a: list[Tensor], features_b: list[Tensor], weights: list[Tensor]) -> Tensor:
     batch, group = len(features_b[0]), group_size(features_a[0])
     tables = [pixel_blocks(settings("lpips_forward", b), b.shape[1]) for b in features_b]
@@ -60,7 +67,7 @@ def lpips_forward(features_a: list[Tensor], features_b: list[Tensor], weights: l
             STAGES=tables[level]["num_stages"],
             **tables[level],
         )
-    return partial.sum(-1).view(features_a[0].shape[:-3])
+    return row_sums(partial).view(features_a[0].shape[:-3])
 
 
 def lpips_backward(
@@ -176,9 +183,8 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
 
 def same_layout(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, torch.memory_format]:
     """a as `[B·G, C, H, W]` and b, both dense and in the same memory format: a's own, if it has one."""
+    memory_format = torch.channels_last if a.stride(-3) == 1 else torch.contiguous_format
     a = maps_of(a)
-    last = a.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
     return a.contiguous(memory_format=memory_format), b.contiguous(memory_format=memory_format), memory_format
 
 
@@ -203,7 +209,7 @@ def mse_forward(a: Tensor, b: Tensor) -> Tensor:
         STAGES=block["num_stages"],
         **block,
     )
-    return partial.sum(-1).view(a.shape[:-3])
+    return row_sums(partial).view(a.shape[:-3])
 
 
 def mse_backward(derror: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> list[Tensor]:
