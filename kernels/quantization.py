@@ -505,6 +505,6 @@ def straight_through_backward(
             valid = (row < rows)[:, None] & (code < V)[None, :]
             tl.store(out, dlogits.to(dlogits_ptr.dtype.element_ty), mask=valid)
         if NEEDS_CODEBOOK:
-            dcodebook = dot_fp32(tl.trans(y), dz, dcodebook, True)
+            dcodebook = dot_fp32(tl.trans(y), dz, dcodebook, logits_ptr.dtype.element_ty == tl.float32)
     if NEEDS_CODEBOOK:
         tl.store(dcodebook_ptr + tl.cast(split, tl.int64) * V * C + offset, dcodebook, mask=inside)
