@@ -13,7 +13,7 @@ entry's and of a logit. Instructions are counted in the machine code for sm_90, 
 | codebook_scatter          | 8·n + e·n·C, atomics on 4·n·C         | 3 a number                                 |
 | straight_through_forward  | l·n·V                                 | 42 a logit, 47 in fp32                     |
 | straight_through_finish   | 4·(C + 3)·n a split                   | 42 a logit of BLOCK_V a row                |
-| straight_through_backward | 2·l·n·V                               | 48 a logit, 53 in fp32, 61 with ∇codebook  |
+| straight_through_backward | 2·l·n·V                               | 48 a logit, 53 in fp32; ∇codebook 6 more   |
 
 The three with n·V of something are bound by the rate at which instructions issue, 28.7 T/s on an H100 (132
 multiprocessors, 128 lanes, 1.7 GHz), not by memory; predicted with 85 % of it, n = 9216, V = 16384:
@@ -273,7 +273,7 @@ def perturbed_logits(row_ptr, first, position, sample_id, seed, V, BLOCK_ROWS: t
 
 @triton.jit
 def upper_bits(x):
-    """fp32 cut off to the 11 significant bits that the matrix units take; the rest, x less these, fits them as well."""
+    """x cut off to the 11 significant bits that the matrix units take; of the rest they take the next 11."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
@@ -392,7 +392,7 @@ def straight_through_finish(
     sums_ptr,
     z_q_ptr,
     indices_ptr,
-    lse_ptr,
+    statistics_ptr,
     soft_ptr,
     rows,
     T,
@@ -406,9 +406,9 @@ def straight_through_finish(
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The code with the largest perturbed logit x, its entry, and with SOFT the softmax's mean entry and lse.
+    """The code with the largest perturbed logit x, its entry, and with SOFT the softmax's mean entry and statistics.
 
-    lse fp32 `[rows]`: the softmax is 2^((x − lse) · scale). BLOCK_V is that of straight_through_forward.
+    statistics fp32 `[2, rows]`: x's maximum and log₂ Σ w. BLOCK_V is that of straight_through_forward.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -429,9 +429,9 @@ def straight_through_finish(
             sums = tl.load(sums_ptr + offset[:, None] * C + channel[None, :], mask=inside, other=0.0)
             soft = soft * decay[:, None] + growth[:, None] * sums
         maximum = higher
-    # Rows without a softmax, of NaN, +∞ or nothing but −∞: not finite, so that the difference below is NaN.
-    lse = maximum + tl.log2(total) / scale
-    valid = lse - lse
+    # 0, or NaN where there is no softmax: with NaN or +∞ the total is NaN, of nothing but −∞ it is 0.
+    log_total = tl.log2(total)
+    valid = log_total - log_total
 
     some = tl.minimum(row, rows - 1)
     row_ptr, position, sample_id = row_context(logits_ptr, sample_ids_ptr, some, T, stride_row)
@@ -445,7 +445,8 @@ def straight_through_finish(
         soft = soft / total[:, None] + valid[:, None]
         entry += soft - soft
         tl.store(soft_ptr + offset, soft, mask=inside)
-        tl.store(lse_ptr + row, lse, mask=row < rows)
+        tl.store(statistics_ptr + row, maximum, mask=row < rows)
+        tl.store(statistics_ptr + rows + row, log_total, mask=row < rows)
     else:
         entry += valid[:, None]
     tl.store(z_q_ptr + offset, entry.to(z_q_ptr.dtype.element_ty), mask=inside)
@@ -458,7 +459,7 @@ def straight_through_backward(
     codebook_ptr,
     seed_ptr,
     sample_ids_ptr,
-    lse_ptr,
+    statistics_ptr,
     mean_ptr,
     dlogits_ptr,
     dcodebook_ptr,
@@ -477,9 +478,9 @@ def straight_through_backward(
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dlogits = y (e·dz − soft·dz) / τ for BLOCK_V codes and one split of the rows, y = 2^((x − lse) · scale).
+    """dlogits = y (e·dz − soft·dz) / τ for BLOCK_V codes and one split of the rows; y is the softmax.
 
-    dz `[rows, C]`, lse and mean = soft·dz / τ fp32 `[rows]`. dcodebook fp32 `[splits, V, C]` is this split's Σ y dz.
+    dz `[rows, C]`, mean = soft·dz / τ fp32 `[rows]`. dcodebook fp32 `[splits, V, C]` is this split's Σ y dz.
     """
     v_block, split = tl.program_id(0) % v_blocks, tl.program_id(0) // v_blocks
     start = v_block * BLOCK_V
@@ -496,7 +497,8 @@ def straight_through_backward(
         some = tl.minimum(row, rows - 1)
         row_ptr, position, sample_id = row_context(logits_ptr, sample_ids_ptr, some, T, stride_row)
         x = perturbed_logits(row_ptr, start, position, sample_id, seed, V, BLOCK_ROWS, BLOCK_V)
-        y = tl.exp2((x - tl.load(lse_ptr + some)[:, None]) * scale)
+        maximum, log_total = tl.load(statistics_ptr + some), tl.load(statistics_ptr + rows + some)
+        y = tl.exp2((x - maximum[:, None]) * scale - log_total[:, None])
         dz, _, _ = load_rows(dz_ptr, row, rows, C, BLOCK_C)
         if NEEDS_LOGITS:
             along = dot_fp32(dz, tl.trans(entry), tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32), True)

@@ -155,7 +155,7 @@ def filter_bounds(
             above = tl.where(weight > wanted, above, weight)
             key = tl.where(weight > wanted, key | (one << bit), key)
             bit -= 1
-        if key >= 0:  # else the share is all of the weight, or NaN
+        if key > 0:  # else the share is all of the weight, or NaN
             lowest = key_value(key, UNUSED_BITS)
             counts = tied_chunks(row_ptr, only, lowest, V, TILES, TILE_CHUNKS, CHUNK)
             # As few of the ties as make the weight exceed the share, at least one.

@@ -332,7 +332,7 @@ def test_straight_through_draws_from_the_softmax() -> None:
         repeated = logits.expand(4, rows // 4, 7)
         _, indices = ops.straight_through_lookup(repeated, torch.eye(7, device=DEVICE), tau=0.3, seed=8)
     counts = np.bincount(indices.flatten().cpu().numpy(), minlength=7)
-    assert stats.chisquare(counts, logits.double().softmax(-1).cpu().numpy() * rows).pvalue > 1e-3
+    assert stats.chisquare(counts, logits.double().softmax(-1).cpu().numpy() * rows).pvalue > 1e-4
 
 
 def test_the_tails_of_the_noise() -> None:

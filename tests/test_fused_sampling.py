@@ -218,6 +218,7 @@ def test_equal_rows(filters: dict[str, float]) -> None:
 
 def test_a_share_rounded_to_one_keeps_everything() -> None:
     assert_group_sample(torch.randn(1, 2, 200), 16, seed=0, top_p=1 - 1e-12)
+    assert_group_sample(torch.randn(1, 2, 200), 16, seed=0, top_p=1 - 1e-12, top_k=9)
     assert_group_sample(torch.zeros(1, 1, 200), 16, seed=0, top_p=1 - 1e-12, top_k=3)
 
 

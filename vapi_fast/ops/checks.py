@@ -79,6 +79,8 @@ class ArgumentChecks:
             raise TypeError(f"{self.operation}: {name} must be an int >= {minimum}, got {described(value)}")
         if value < minimum:
             raise ValueError(f"{self.operation}: {name} must be an int >= {minimum}, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{self.operation}: {name} must be an int below 2^63, got {value}")
 
     def position(self, name: str, value: object) -> None:
         """An int ≥ 0, or a 0-d int64 tensor, whose value stays unread."""
@@ -113,6 +115,8 @@ class ArgumentChecks:
     def _number(self, name: str, value: object) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{self.operation}: {name} must be a number, got {described(value)}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{self.operation}: {name} must be a float or an int in [-2^63, 2^63), got {value}")
 
     def seed(self, seed: object) -> None:
         expected = f"{self.operation}: seed must be an int in [-2^63, 2^63) or a 0-d int64 tensor"

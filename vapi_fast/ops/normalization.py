@@ -17,6 +17,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     """
     checks = ArgumentChecks("group_norm_silu")
     checks.floating("x", x, "B C H W")
+    checks.not_empty("x", "C", "H", "W")
     checks.floating("weight", weight, "C")
     checks.floating("bias", bias, "C")
     checks.count("groups", groups, 1)
@@ -34,6 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     checks = ArgumentChecks("rms_norm")
     checks.floating("x", x, "... D")
+    checks.not_empty("x", "D")
     checks.floating("weight", weight, "D")
     checks.positive("eps", eps)
     return implementation(x).rms_norm(x, weight, eps)

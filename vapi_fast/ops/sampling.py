@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import implementation
-from .checks import ArgumentChecks
+from .checks import MAX_VOCABULARY, ArgumentChecks
 
 
 def _check_draw(
@@ -113,7 +113,7 @@ def noisy_prefix(
     Args:
         tokens: int64 `[B, T]`, T ≥ 1, in [0, vocab_size).
         noise_prob: ξ in [0, 1].
-        vocab_size: V ≥ 1.
+        vocab_size: V in [1, 65536].
         seed, sample_ids: as in `group_sample`.
 
     Returns:
@@ -127,6 +127,8 @@ def noisy_prefix(
     checks.not_empty("tokens", "T")
     checks.probability("noise_prob", noise_prob)
     checks.count("vocab_size", vocab_size, 1)
+    if vocab_size > MAX_VOCABULARY:
+        raise ValueError(f"noisy_prefix: vocab_size must be at most {MAX_VOCABULARY}, got {vocab_size}")
     checks.seed(seed)
     checks.sample_ids(sample_ids)
     checks.token_range("tokens", tokens, vocab_size)

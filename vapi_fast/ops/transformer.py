@@ -89,7 +89,7 @@ def decode_attention(
     """
     checks = ArgumentChecks("decode_attention")
     checks.floating("q", q, "N heads head_dim")
-    checks.not_empty("q", "N")
+    checks.not_empty("q", "N", "heads", "head_dim")
     checks.floating("k_cache", k_cache, "N heads S head_dim")
     checks.floating("v_cache", v_cache, "N heads S head_dim")
     if (prefix_k is None) != (prefix_v is None) or (prefix_mask is not None and prefix_k is None):

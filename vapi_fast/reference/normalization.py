@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +12,7 @@ from .precision import accumulation_dtype
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """SiLU of GroupNorm; see `vapi_fast.ops.group_norm_silu`."""
     dtype = accumulation_dtype(x, weight, bias)
-    return F.silu(F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)).to(x.dtype)
+    return F.silu(torch.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

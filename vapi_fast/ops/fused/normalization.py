@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .launch import check_dtypes, launch, multiprocessors, settings
 
 def rows_of(x: Tensor) -> Tensor:
     """`[..., D]` as `[rows, D]` with adjacent columns; a view where the strides allow it."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

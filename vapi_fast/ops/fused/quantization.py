@@ -170,12 +170,12 @@ def codebook_lookup_backward(dentries: Tensor, indices: Tensor, codebook: Tensor
 def straight_through_forward(
     logits: Tensor, codebook: Tensor, seed: Tensor, sample_ids: Tensor | None, tau: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z_q and indices; with `soft`, for the backward, lse `[B·T]` and the softmax's mean entries `[B·T, C]`."""
+    """z_q and indices; with `soft` also the softmax's statistics `[2, B·T]` and mean entries `[B·T, C]`."""
     (batch, length, vocab_size), channels = logits.shape, codebook.shape[1]
     rows, device = rows_of(logits), logits.device
     z_q = torch.empty(batch, length, channels, dtype=codebook.dtype, device=device)
     indices = torch.empty(batch, length, dtype=torch.int64, device=device)
-    lse, mean_entry = empty_statistics(logits, channels, soft)
+    statistics, mean_entry = empty_softmax(logits, channels, soft)
 
     block = dot_blocks("straight_through_forward", logits, channels + 1)  # one more for the sum of the weights
     splits, codes_per_split = code_splits(block, vocab_size)
@@ -210,19 +210,19 @@ def straight_through_forward(
         sums,
         z_q,
         indices,
-        lse,
+        statistics,
         mean_entry,
         *sizes,
         SOFT=soft,
         **tiles,
         **block,
     )
-    return z_q, indices, lse, mean_entry
+    return z_q, indices, statistics, mean_entry
 
 
-def empty_statistics(logits: Tensor, channels: int, soft: bool) -> tuple[Tensor, Tensor]:
+def empty_softmax(logits: Tensor, channels: int, soft: bool) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0] * logits.shape[1] if soft else 0
-    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, channels, dtype=torch.float32)
+    return logits.new_empty(2, rows, dtype=torch.float32), logits.new_empty(rows, channels, dtype=torch.float32)
 
 
 def straight_through_backward(
@@ -231,7 +231,7 @@ def straight_through_backward(
     codebook: Tensor,
     seed: Tensor,
     sample_ids: Tensor | None,
-    lse: Tensor,
+    statistics: Tensor,
     mean_entry: Tensor,
     tau: float,
     needs_logits: bool,
@@ -256,7 +256,7 @@ def straight_through_backward(
         codebook.contiguous(),
         seed,
         None if sample_ids is None else sample_ids.contiguous(),
-        lse,
+        statistics,
         (mean_entry * dz).sum(-1) / tau,
         dlogits,
         dcodebook,
@@ -317,7 +317,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_q = codebook.new_empty(*logits.shape[:2], codebook.shape[1])
     indices = logits.new_empty(logits.shape[:2], dtype=torch.int64)
-    return z_q, indices, *empty_statistics(logits, codebook.shape[1], soft)
+    return z_q, indices, *empty_softmax(logits, codebook.shape[1], soft)
 
 
 @straight_through_lookup_backward_op.register_fake
@@ -327,7 +327,7 @@ def _(
     codebook: Tensor,
     seed: Tensor,
     sample_ids: Tensor | None,
-    lse: Tensor,
+    statistics: Tensor,
     mean_entry: Tensor,
     tau: float,
     needs_logits: bool,
@@ -340,6 +340,7 @@ def _vq_lookup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     z, _, ctx.l2_norm = inputs
     ctx.save_for_backward(z)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _vq_lookup_gradient(ctx: Any, dz_q: Tensor, _: None) -> tuple[Tensor, None, None]:
@@ -359,6 +360,7 @@ def _straight_through_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     *tensors, ctx.tau, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _straight_through_gradient(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
