@@ -118,6 +118,10 @@ class ArgumentChecks:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{self.operation}: {name} must be a float or an int in [-2^63, 2^63), got {value}")
 
+    def flag(self, name: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.operation}: {name} must be a bool, got {described(value)}")
+
     def seed(self, seed: object) -> None:
         expected = f"{self.operation}: seed must be an int in [-2^63, 2^63) or a 0-d int64 tensor"
         if isinstance(seed, Tensor):

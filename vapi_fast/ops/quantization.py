@@ -27,6 +27,7 @@ def vq_lookup(z: Tensor, codebook: Tensor, *, l2_norm: bool = True) -> tuple[Ten
     checks.floating("z", z, "... C")
     checks.floating("codebook", codebook, "V C")
     checks.not_empty("codebook", "V", "C")
+    checks.flag("l2_norm", l2_norm)
     return implementation(z).vq_lookup(z, codebook, l2_norm=l2_norm)
 
 
@@ -40,6 +41,7 @@ def codebook_lookup(indices: Tensor, codebook: Tensor, *, l2_norm: bool = True) 
     checks = ArgumentChecks("codebook_lookup")
     checks.floating("codebook", codebook, "V C")
     checks.integers("indices", indices, "...")
+    checks.flag("l2_norm", l2_norm)
     checks.token_range("indices", indices, codebook.shape[0])
     return implementation(codebook).codebook_lookup(indices, codebook, l2_norm=l2_norm)
 
