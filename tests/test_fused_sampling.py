@@ -252,6 +252,39 @@ def largest_uniform(word):
 
 
 @interpreted
+def test_a_draw_past_the_rounded_sum_of_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "uniform24", largest_uniform)
+    logits = torch.randn(1, 24, 128)
+    logits[..., 120:] = -math.inf
+    tokens, _ = draw(logits, 1, seed=0)
+    assert (tokens >= 118).all()
+    assert (tokens < 120).all()
+
+
+@triton.jit
+def smallest_word(seed, position, index, sample_id, OPERATION: tl.constexpr):
+    word = (sample_id + position).to(tl.uint32) * 0
+    return word, word, word, word
+
+
+@triton.jit
+def largest_word(seed, position, index, sample_id, OPERATION: tl.constexpr):
+    word = (sample_id + position).to(tl.uint32) * 0 + 0xFFFFFFFF
+    return word, word, word, word
+
+
+@interpreted
+def test_extreme_words_of_noisy_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.full((2, 9), 5)
+    monkeypatch.setattr(kernels, "random_words", smallest_word)
+    for noise_prob, token in ((0.0, 5), (2.0**-24, 0)):
+        assert (corrupted("triton", tokens, noise_prob, 65536, seed=0) == token).all()
+    monkeypatch.setattr(kernels, "random_words", largest_word)
+    for noise_prob, token in ((1 - 2.0**-24, 5), (1.0, 65535)):
+        assert (corrupted("triton", tokens, noise_prob, 65536, seed=0) == token).all()
+
+
+@interpreted
 @pytest.mark.parametrize("filters", [{}, {"top_k": 400}, {"top_p": 0.99}])
 def test_extreme_uniforms(monkeypatch: pytest.MonkeyPatch, filters: dict[str, float]) -> None:
     logits = 3 * torch.randn(1, 4, 1000)
