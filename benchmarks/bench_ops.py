@@ -105,7 +105,10 @@ def rivals_of(operation: Operation, passes: str, bench: Bench) -> tuple[dict[str
     """The other implementations, and why some are left out."""
     torch.compiler.reset()  # all are compiled from the one function below, and it allows so many versions only
     found, skipped = {}, {}
-    eager = lambda *arguments: operation.call(reference, *arguments)  # noqa: E731
+
+    def eager(*arguments: Any) -> Any:
+        return operation.call(reference, *arguments)
+
     if bench.device.type == "cuda":
         found["eager"] = Contestant(eager, passes)
         if bench.compile_seconds > 0:

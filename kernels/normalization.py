@@ -67,6 +67,21 @@ def rms_norm_backward(
 
 
 @triton.jit
+def channel_row(pointer, index, inside):
+    """One fp32 number for each channel, as a row beside pixels: `[1, BLOCK_C]`."""
+    return tl.load(pointer + index, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def before_silu(dy, x, mean, rstd, weight, bias):
+    """x̂, and the gradient of SiLU's input h = x̂ · weight + bias."""
+    normed = (x - mean) * rstd
+    h = normed * weight + bias
+    gate = tl.sigmoid(h)
+    return normed, dy * gate * (1 + h * (1 - gate))
+
+
+@triton.jit
 def group_norm_statistics(
     x_ptr, sums_ptr, P, C, pixels_per_split, SPLITS, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -140,13 +155,13 @@ def group_norm_silu_apply(
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (pixel < P)[:, None] & (channel < C)[None, :]
     group = image * groups + channel // (C // groups)
-    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)
-    scale = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)
-    scale *= tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    inside_c = channel < C
+    mean = channel_row(mean_ptr, group, inside_c)
+    scale = channel_row(rstd_ptr, group, inside_c) * channel_row(weight_ptr, channel, inside_c)
+    bias = channel_row(bias_ptr, channel, inside_c)
     offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    h = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    h = (x - mean) * scale + bias
     tl.store(y_ptr + offset, (h * tl.sigmoid(h)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -171,10 +186,11 @@ def group_norm_silu_reduce(
     image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     channel = tl.arange(0, BLOCK_C)
     group = image * groups + channel // (C // groups)
-    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)[None, :]
-    weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    inside_c = channel < C
+    mean = channel_row(mean_ptr, group, inside_c)
+    rstd = channel_row(rstd_ptr, group, inside_c)
+    weight = channel_row(weight_ptr, channel, inside_c)
+    bias = channel_row(bias_ptr, channel, inside_c)
     total = tl.zeros([BLOCK_C], tl.float32)
     products = tl.zeros([BLOCK_C], tl.float32)
     last = tl.minimum(P, (split + 1) * pixels_per_split)
@@ -184,10 +200,7 @@ def group_norm_silu_reduce(
         offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        normed = (x - mean) * rstd
-        h = normed * weight + bias
-        gate = tl.sigmoid(h)
-        dh = dy * gate * (1 + h * (1 - gate))
+        normed, dh = before_silu(dy, x, mean, rstd, weight, bias)
         total += tl.sum(dh, axis=0)
         products += tl.sum(dh * normed, axis=0)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
@@ -219,18 +232,16 @@ def group_norm_silu_backward(
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (pixel < P)[:, None] & (channel < C)[None, :]
     group = image * groups + channel // (C // groups)
-    mean = tl.load(mean_ptr + group, mask=channel < C, other=0.0)[None, :]
-    rstd = tl.load(rstd_ptr + group, mask=channel < C, other=0.0)[None, :]
-    dmean = tl.load(dmean_ptr + group, mask=channel < C, other=0.0)[None, :]
-    dproduct = tl.load(dproduct_ptr + group, mask=channel < C, other=0.0)[None, :]
-    weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    inside_c = channel < C
+    mean = channel_row(mean_ptr, group, inside_c)
+    rstd = channel_row(rstd_ptr, group, inside_c)
+    dmean = channel_row(dmean_ptr, group, inside_c)
+    dproduct = channel_row(dproduct_ptr, group, inside_c)
+    weight = channel_row(weight_ptr, channel, inside_c)
+    bias = channel_row(bias_ptr, channel, inside_c)
     offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    normed = (x - mean) * rstd
-    h = normed * weight + bias
-    gate = tl.sigmoid(h)
-    dh = dy * gate * (1 + h * (1 - gate))
+    normed, dh = before_silu(dy, x, mean, rstd, weight, bias)
     dx = rstd * (dh * weight - dmean - normed * dproduct)
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)

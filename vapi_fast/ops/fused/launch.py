@@ -127,4 +127,5 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n, for a block that holds n elements; 1 for none."""
     return triton.next_power_of_2(max(n, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vapi_fast.kernels import normalization as kernels
 
-from .launch import check_dtypes, launch, multiprocessors, settings
+from .launch import check_dtypes, launch, multiprocessors, next_power_of_2, settings
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.shape[-1],
         rows.stride(0),
         eps,
-        BLOCK_D=triton.next_power_of_2(x.shape[-1]),
+        BLOCK_D=next_power_of_2(x.shape[-1]),
         **block,
     )
     return y
@@ -58,7 +58,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tupl
         x.shape[-1],
         rows.stride(0),
         eps,
-        BLOCK_D=triton.next_power_of_2(x.shape[-1]),
+        BLOCK_D=next_power_of_2(x.shape[-1]),
         **block,
     )
     return dx, dweight.sum(0).to(weight.dtype)
@@ -102,7 +102,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def pixel_blocks(block: dict[str, int], channels: int) -> dict[str, int]:
     """A table's BLOCK_ELEMENTS, split into all channels and as many pixels as remain."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     rest = {name: value for name, value in block.items() if name != "BLOCK_ELEMENTS"}
     return rest | {"BLOCK_C": block_c, "BLOCK_P": max(1, block["BLOCK_ELEMENTS"] // block_c)}
 
@@ -140,7 +140,7 @@ def group_norm_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int
         groups,
         splits,
         eps,
-        BLOCK_G=triton.next_power_of_2(channels // groups),
+        BLOCK_G=next_power_of_2(channels // groups),
         **settings("group_norm_finish", x),
     )
     block = pixel_blocks(settings("group_norm_silu_apply", x), channels)
