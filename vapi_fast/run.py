@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ class Run:
             )
         )
         writer = SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=start_step) if rank() == 0 else None
+        with contextlib.closing(writer) if writer else contextlib.nullcontext():  # ends its thread
+            self.align_steps(batches, writer, start_step)
+
+    def align_steps(self, batches: Iterator[ImageBatch], writer: SummaryWriter | None, start_step: int) -> None:
+        config = self.config
         steps = tqdm(
             range(start_step, config.steps),
             initial=start_step,
@@ -154,8 +160,6 @@ class Run:
                 self.compare(batch, step, seconds)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 self.save_state(step + 1)
-        if writer:
-            writer.close()
 
     def compare(self, batch: ImageBatch, step: int, seconds: float) -> None:
         """Time the published recipe on the batch that our step just had; its gradients are thrown away."""
