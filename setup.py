@@ -31,6 +31,7 @@ setup(
         "tqdm",
         "matplotlib",
         "tensorboard",
+        "nvidia-ml-py; platform_system == 'Linux'",
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "scipy"],

@@ -26,7 +26,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def finished_run(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     if not (folder / "run.json").exists():
-        align(AlignConfig(model="tiny", seed=seed, output_dir=folder, resume=(folder / "state.pt").exists(), **changes))
+        align(
+            AlignConfig(model="tiny", seed=seed, output_dir=folder, resume=(folder / "snapshots").exists(), **changes)
+        )
     return json.loads((folder / "run.json").read_text())
 
 

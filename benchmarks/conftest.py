@@ -3,11 +3,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import ceilings
 import pytest
 import torch
 from operations import SMALL, XXL, Sizes
 from summary import table
+
+from vapi_fast import ceilings
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 

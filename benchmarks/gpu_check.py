@@ -1,9 +1,11 @@
-"""Everything that a GPU is needed for, in one command and under eight minutes; see `gpu_check.sh`.
+"""Everything that a GPU is needed for, in two commands of eight and ten minutes; see `gpu_check.sh`.
 
 Installs the package into a temporary folder, then runs, each with its own time limit and whatever becomes of the
 others: the tests of the kernels, compute-sanitizer over every operation, the check of the machine code, the tests at
-production sizes, and the benchmarks of the operations. Writes `gpu_check.json` and each part's log into DIR and prints
-a short table. Exit code 0 if every part passed; only the memory check may be left out, where it cannot be run.
+production sizes, and the benchmarks of the operations. With --align instead the
+alignment of LlamaGen-XXL with random weights and made-up images: twelve steps, on three of them beside the published
+recipe, then a hundred. Writes `gpu_check.json` (`gpu_check_align.json`) and each part's log into DIR and prints a short
+table. Exit code 0 if every part passed; only the memory check may be left out, where it cannot be run.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from parts import TAIL, Part, gpu_reading, missing, nvidia_smi, run_together
-from summary import table
+from summary import alignment_line, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vapi_fast", "kernels")
 SECONDS = 455.0  # for all parts
+ALIGN_SECONDS = 580.0
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ARCHITECTURES = (80, 90, 100)  # that `vapi_fast.kernels.check` knows
 
@@ -159,6 +162,31 @@ def cpu_stages(work: Path) -> list[list[Part]]:
     ]
 
 
+def align_stages(work: Path, cpu: bool) -> list[list[Part]]:
+    """The main job at full size, first beside the published recipe; with `cpu` the tiny preset instead."""
+    both, whole = ("4", "6") if cpu else ("12", "100")
+    model = ["--model", "tiny" if cpu else "xxl", "--random-init", "--synthetic-data"]
+    return [
+        [alignment("align_both", [*model, "--path", "both", "--steps", both], work, 300)],
+        [alignment("align", [*model, "--steps", whole], work, 400)],
+    ]
+
+
+def alignment(name: str, arguments: Sequence[str], work: Path, limit: float) -> Part:
+    output = work / name
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "e2e_align.py"]
+    return Part(
+        name,
+        lambda limit: [*command, *arguments, "--output-dir", str(output)],
+        limit,
+        ROOT / "benchmarks",
+        environment(work),
+        needs=("datasets", "tensorboard", "matplotlib", "tqdm", "torchmetrics", "safetensors"),
+        figures=lambda text: json.loads((output / "run.json").read_text(encoding="utf-8")),
+        failures=lambda text: lines_with(text, "error:", "Error: "),
+    )
+
+
 def junit_counts(report: Path) -> dict[str, Any]:
     """Tests, failures, errors and skipped ones of a JUnit report, and its slowest tests in seconds."""
     root = ElementTree.parse(report).getroot()
@@ -224,10 +252,10 @@ def probe() -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1]) | dict(zip(names, fields, strict=False)) | {"idle": gpu_reading()}
 
 
-def write(record: dict[str, Any], folder: Path) -> None:
-    temporary = folder / "gpu_check.json.tmp"
+def write(record: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / "gpu_check.json")
+    os.replace(temporary, path)
 
 
 def passed(results: dict[str, dict[str, Any]], stages: Sequence[Sequence[Part]]) -> bool:
@@ -247,6 +275,8 @@ def report(record: dict[str, Any]) -> str:
     for name, result in results.items():
         counts = result.get("figures") if isinstance(result.get("figures"), dict) else {}
         numbers = [f"{value} {key}" for key, value in counts.items() if isinstance(value, int) and value]
+        if "stages" in counts:
+            numbers = [alignment_line(counts)]
         seconds = [f"{result['seconds']:.0f} s"] if "seconds" in result else []
         reason = [result["reason"]] if "reason" in result else []
         lines.append(f"{name:<12}{result['status']:<11}{', '.join([*seconds, *numbers, *reason])}")
@@ -272,29 +302,35 @@ def main() -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="for gpu_check.json and the parts' logs")
     parser.add_argument("--commit", help="to record; default: the checkout's")
     parser.add_argument("--cpu", action="store_true", help="try the parts on a machine without a GPU")
+    parser.add_argument("--align", action="store_true", help="align LlamaGen-XXL instead of checking the operations")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a part inherits it if a shell has had it ignored
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("gpu_check_align.json" if options.align else "gpu_check.json")
+    budget = ALIGN_SECONDS if options.align else SECONDS
     start = time.monotonic()
     record: dict[str, Any] = {"device": probe(), "commit": commit_of(options.commit), "passed": False, "parts": {}}
     record["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not record["device"]["cuda_available"] and not options.cpu:
-        write(record, folder)
+        write(record, path)
         print(f"{record['device'].get('error', '')}no CUDA device: nothing was run; --cpu tries the parts without one")
         return 1
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        stages = cpu_stages(work) if options.cpu else gpu_stages(work, record["device"]["capability"])
+        if options.align:
+            stages = align_stages(work, options.cpu)
+        else:
+            stages = cpu_stages(work) if options.cpu else gpu_stages(work, record["device"]["capability"])
         stages = [[install(work)], *stages]
         for stage in stages:
-            record["parts"] |= run_together(stage, folder, SECONDS - (time.monotonic() - start))
-            write(record, folder)
+            record["parts"] |= run_together(stage, folder, budget - (time.monotonic() - start))
+            write(record, path)
             if record["parts"]["install"]["status"] != "passed":
                 break
     record["passed"] = passed(record["parts"], stages)
     record["seconds"] = time.monotonic() - start
-    write(record, folder)
+    write(record, path)
     print(report(record))
     return 0 if record["passed"] else 1
 

@@ -215,23 +215,62 @@ def image_elements(s: Sizes) -> int:
     return 3 * s.pixels**2
 
 
-def group_norm_silu(side: int, factor: int, shrink: int) -> Operation:
-    def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
-        channels, pixels = factor * s.channels, s.pixels // shrink
-        affine = 1 + new.normal(channels, scale=0.1), new.normal(channels)
-        return new.maps(s.images, channels, pixels, pixels), *affine, s.norm_groups
+def norm_maps(s: Sizes, factor: int, shrink: int) -> tuple[int, ...]:
+    """Shape of the decoder's maps with `factor` times the channels and 1 / `shrink` of the image's side."""
+    return s.images, factor * s.channels, s.pixels // shrink, s.pixels // shrink
 
+
+def norm_parameters(s: Sizes, new: Source, factor: int) -> tuple[Tensor, Tensor, int]:
+    return 1 + new.normal(factor * s.channels, scale=0.1), new.normal(factor * s.channels), s.norm_groups
+
+
+def group_norm_silu(side: int, factor: int, shrink: int) -> Operation:
     def bytes_moved(s: Sizes, e: int) -> tuple[int, int]:
-        size = e * s.images * factor * s.channels * (s.pixels // shrink) ** 2
+        size = e * math.prod(norm_maps(s, factor, shrink))
         return 3 * size, 5 * size
 
     return Operation(
         f"group_norm_silu {factor * XXL.channels}@{side}²",
-        inputs,
+        lambda s, new: (new.maps(*norm_maps(s, factor, shrink)), *norm_parameters(s, new, factor)),
         lambda m, x, weight, bias, groups: m.group_norm_silu(x, weight, bias, groups, 1e-6),
         bytes_moved,
         gradients=(0, 1, 2),
         peers="group_norm_silu",
+    )
+
+
+def bias_group_norm_silu(side: int, factor: int, shrink: int) -> Operation:
+    def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
+        shape = norm_maps(s, factor, shrink)
+        return new.maps(*shape), new.normal(shape[1]), *norm_parameters(s, new, factor)
+
+    return Operation(
+        f"bias_group_norm_silu {factor * XXL.channels}@{side}²",
+        inputs,
+        lambda m, h, channel_bias, *norm: m.bias_group_norm_silu(h, channel_bias, *norm, 1e-6),
+        lambda s, e: (3 * e * math.prod(norm_maps(s, factor, shrink)), 0),
+        peers="bias_group_norm_silu",
+    )
+
+
+def add_group_norm_silu(side: int, factor: int, shrink: int, phases: bool = False) -> Operation:
+    """The end of a residual block, or with phases that of an upsampling, to maps of `side`."""
+
+    def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
+        batch, channels, height, width = shape = norm_maps(s, factor, shrink)
+        h = new.maps(batch, 4 * channels, height // 2 + 1, width // 2 + 1) if phases else new.maps(*shape)
+        residual = None if phases else new.maps(*shape)
+        return h, residual, new.normal(channels), *norm_parameters(s, new, factor)
+
+    def call(m: ModuleType, h: Tensor, residual: Tensor | None, channel_bias: Tensor, *norm: Any) -> tuple[Tensor, ...]:
+        return m.add_group_norm_silu(h, *norm, 1e-6, residual=residual, channel_bias=channel_bias, phases=phases)
+
+    return Operation(
+        f"add_group_norm_silu {factor * XXL.channels}@{side}²{' phases' * phases}",
+        inputs,
+        call,
+        lambda s, e: ((4 if phases else 5) * e * math.prod(norm_maps(s, factor, shrink)), 0),
+        peers=f"add_group_norm_silu{' phases' * phases}",
     )
 
 
@@ -395,6 +434,10 @@ OPERATIONS = [
     group_norm_silu(side=384, factor=1, shrink=1),
     group_norm_silu(side=192, factor=2, shrink=2),
     group_norm_silu(side=48, factor=4, shrink=8),
+    bias_group_norm_silu(side=384, factor=1, shrink=1),
+    add_group_norm_silu(side=384, factor=1, shrink=1),
+    add_group_norm_silu(side=192, factor=2, shrink=2),
+    add_group_norm_silu(side=384, factor=1, shrink=1, phases=True),
     Operation(
         "rms_norm",
         lambda s, new: (new.normal(s.images, s.tokens, s.width), 1 + new.normal(s.width, scale=0.1)),

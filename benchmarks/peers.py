@@ -81,6 +81,28 @@ def group_norm_then_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -
     return F.silu(F.group_norm(x, groups, weight, bias, 1e-6))
 
 
+def bias_then_group_norm(h: Tensor, channel_bias: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    return group_norm_then_silu(h + channel_bias[:, None, None], weight, bias, groups)
+
+
+def sum_then_group_norm(
+    h: Tensor, residual: Tensor, channel_bias: Tensor, weight: Tensor, bias: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    total = h + channel_bias[:, None, None] + residual
+    return total, group_norm_then_silu(total, weight, bias, groups)
+
+
+def shuffle_then_group_norm(
+    h: Tensor, _: None, channel_bias: Tensor, weight: Tensor, bias: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """F.pixel_shuffle after each phase is cut to its pixels."""
+    height, width = h.shape[2] - 1, h.shape[3] - 1
+    phases = h.unflatten(1, (2, 2, -1))
+    cut = [phases[:, a, b, :, a : a + height, b : b + width] for a in (0, 1) for b in (0, 1)]
+    total = F.pixel_shuffle(torch.stack(cut, 2).flatten(1, 2), 2) + channel_bias[:, None, None]
+    return total, group_norm_then_silu(total, weight, bias, groups)
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, 1e-5)
 
@@ -120,6 +142,9 @@ PEERS: dict[str, dict[str, Callable]] = {
     "lpips_distance": {"own precision": normalized_differences},
     "mse": {"F.mse_loss": mse_loss},
     "group_norm_silu": {"F.group_norm": group_norm_then_silu},
+    "bias_group_norm_silu": {"F.group_norm": bias_then_group_norm},
+    "add_group_norm_silu": {"F.group_norm": sum_then_group_norm},
+    "add_group_norm_silu phases": {"F.pixel_shuffle": shuffle_then_group_norm},
     "rms_norm": {"F.rms_norm": rms_norm},
     "rotary_2d": {"complex numbers": complex_rotation},
     "swiglu": {"F.silu": silu_times},

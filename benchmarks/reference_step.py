@@ -1,19 +1,23 @@
-"""One step of the published VA-π recipe, written plainly: what `--compare` times and what the tests hold our step to.
+"""One step of the published VA-π recipe, written plainly: what `--path` compares with and the tests hold our step to.
 
 It does what the released training script (Lil-Shake/VA-Pi, train_c2i_grpo.py) does, in its order: a sampling forward
-without gradient; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time, with both
-images of every pair through the network; then a training forward and backward over the G-fold repeated batch, eight
-sequences at a time, with the frozen base model's forward that the script runs whether or not the KL term is used.
+without gradient; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in float32
+(TF32 products), with both images of every pair through the network; then a training forward and backward over the
+G-fold repeated batch, eight sequences at a time, with the frozen base model's forward that the script runs whether or
+not the KL term is used. Plain PyTorch throughout: none of our kernels.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vapi_fast import ops
+from vapi_fast import ops, reference
 from vapi_fast.alignment import Models
+from vapi_fast.clock import Clock
 from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
 from vapi_fast.models import LlamaGen
@@ -22,55 +26,82 @@ CHUNK = 8  # sequences decoded, compared, and trained on at once
 
 
 def published_step(
-    models: Models, config: AlignConfig, batch: ImageBatch, step: int, drawn: Tensor | None = None
-) -> float:
-    """Add one step's gradients to `models.generator`'s; returns the loss.
+    models: Models,
+    config: AlignConfig,
+    batch: ImageBatch,
+    seed: int,
+    clock: Clock = nullcontext,
+    *,
+    tokens: Tensor | None = None,
+    drawn: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Add one step's gradients to `models.generator`'s; returns the loss (0-d) and the rollouts' terms `[B,G]`.
 
     Args:
-        drawn: int64 `[B,G,T]`, rollouts to use instead of drawing them (to compare with another implementation).
+        seed: of the noise, if there is any; the rollouts are drawn from PyTorch's own generator, as released.
+        clock: times the stages.
+        tokens, drawn: int64 `[B,T]` and `[B,G,T]`, the images' tokens and the rollouts to train on instead of its own,
+            to compare with another implementation (its own are made all the same, and timed).
     """
     group_size = config.group_size
-    tokens = models.tokenizer.encode(batch.images)
-    seed = ops.fold_seed(config.seed, step)
-    inputs = tokens[:, :-1]
-    if config.noise_prob:
-        inputs = ops.noisy_prefix(
-            tokens, config.noise_prob, models.generator.config.vocab_size, seed=seed, sample_ids=batch.sample_ids
-        )
-
-    with torch.no_grad():
+    with ops.use_backend("reference"):
+        with clock("encode"), torch.no_grad():
+            own_tokens = models.tokenizer.encode(batch.images)
+            tokens = own_tokens if tokens is None else tokens
+            inputs = context(models, config, batch, tokens, seed)
         models.generator.eval()
-        logits = forward(models.generator, inputs, batch.labels)
-        if drawn is None:
-            drawn = draw(logits, group_size, config.temperature)
-        old_logprobs = (logits / config.temperature).log_softmax(-1).gather(-1, drawn.transpose(1, 2)).transpose(1, 2)
-        rewards = score(models, config, drawn.flatten(0, 1), batch.images.repeat_interleave(group_size, 0))
-    rewards = rewards.unflatten(0, (-1, group_size))
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-8)
-    advantages = advantages.clamp(-5, 5)
+        with clock("forward"), torch.no_grad():
+            logits = forward(models.generator, inputs, batch.labels)
+        with clock("sample"):
+            own_drawn = draw(logits, group_size, config.temperature)
+            drawn = own_drawn if drawn is None else drawn
+            old_logprobs = gathered(logits, config, drawn.transpose(1, 2)).transpose(1, 2)
+        rewards = score(models, config, drawn.flatten(0, 1), batch.images.repeat_interleave(group_size, 0), clock)
+        models.generator.train()
+        grouped = {name: value.unflatten(0, (-1, group_size)) for name, value in rewards.items()}
+        with clock("loss"):
+            total = grouped["reward"]
+            advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-8)
+            rows = {
+                "inputs": inputs.repeat_interleave(group_size, 0),
+                "labels": batch.labels.repeat_interleave(group_size, 0),
+                "targets": tokens.repeat_interleave(group_size, 0),
+                "drawn": drawn.flatten(0, 1),
+                "old_logprobs": old_logprobs.flatten(0, 1),
+                "advantages": advantages.clamp(-5, 5).flatten(),
+            }
+        return {"loss": train(models, config, rows, clock), **grouped}
 
-    models.generator.train()
-    rows = {
-        "inputs": inputs.repeat_interleave(group_size, 0),
-        "labels": batch.labels.repeat_interleave(group_size, 0),
-        "targets": tokens.repeat_interleave(group_size, 0),
-        "drawn": drawn.flatten(0, 1),
-        "old_logprobs": old_logprobs.flatten(0, 1),
-        "advantages": advantages.flatten(),
-    }
-    total = 0.0
-    count = len(rows["drawn"])
-    for start in range(0, count, CHUNK):
-        part = {name: value[start : start + CHUNK] for name, value in rows.items()}
-        loss = sequence_loss(models, config, part) * len(part["drawn"]) / count
-        loss.backward()
-        total += loss.item()
-    return total
+
+def context(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int) -> Tensor:
+    """The inputs `[B,T−1]`: the image's tokens, some replaced by noise."""
+    if not config.noise_prob:
+        return tokens[:, :-1]
+    vocab_size = models.generator.config.vocab_size
+    return ops.noisy_prefix(tokens, config.noise_prob, vocab_size, seed=seed, sample_ids=batch.sample_ids)
 
 
 def forward(generator: LlamaGen, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Float32 logits `[N,T,V]` by LlamaGen's own forward, operation by operation; in bf16 on a GPU, as released."""
+    dtype = torch.bfloat16 if inputs.is_cuda else torch.float32
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.is_cuda):
-        return generator(inputs, labels)
+        h = torch.cat([generator.cls_embedding(labels), generator.tok_embeddings(inputs)], dim=1).to(dtype)
+        rotary = generator.rotary[: h.shape[1]]
+        for layer in generator.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            n = rms_norm(h, layer.attention_norm.weight)
+            q, k, v = attention.wqkv(n).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+            q, k = reference.rotary_2d(q, rotary), reference.rotary_2d(k, rotary)
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+            h = h + attention.wo(out.transpose(1, 2).flatten(2))
+            n = rms_norm(h, layer.ffn_norm.weight)
+            h = h + feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n))
+        return generator.output(rms_norm(h, generator.norm.weight)).float()
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    return normed.to(x.dtype) * weight.to(x.dtype)
 
 
 def draw(logits: Tensor, group_size: int, temperature: float) -> Tensor:
@@ -83,27 +114,52 @@ def draw(logits: Tensor, group_size: int, temperature: float) -> Tensor:
     return torch.stack(sequences, dim=1)
 
 
-def score(models: Models, config: AlignConfig, sequences: Tensor, images: Tensor) -> Tensor:
-    """R = −(w_mse · MSE + w_lpips · LPIPS) of sequences `[N,T]` for images `[N,3,H,W]`, eight at a time."""
-    rewards = []
+def gathered(logits: Tensor, config: AlignConfig, tokens: Tensor) -> Tensor:
+    """Log-probs of tokens `[N,T,·]` under logits `[N,T,V]`."""
+    return (logits / config.temperature).log_softmax(-1).gather(-1, tokens)
+
+
+@torch.no_grad()
+def score(models: Models, config: AlignConfig, sequences: Tensor, images: Tensor, clock: Clock) -> dict[str, Tensor]:
+    """Reward, MSE and LPIPS `[N]` of sequences `[N,T]` for images `[N,3,H,W]`, eight at a time."""
+    parts = []
     for drawn, target in zip(sequences.split(CHUNK), images.split(CHUNK), strict=True):
-        decoded = models.tokenizer.decode(drawn)
-        mse = (decoded - target).square().mean((1, 2, 3))
-        rewards.append(-(config.mse_weight * mse + config.lpips_weight * models.reward.lpips(decoded, target)))
-    return torch.cat(rewards)
+        with clock("decode"):
+            decoded = models.tokenizer.decode(drawn)
+        with clock("lpips"):
+            mse = (decoded - target).square().mean((1, 2, 3))
+            lpips = models.reward.lpips(decoded, target)
+            parts.append((-(config.mse_weight * mse + config.lpips_weight * lpips), mse, lpips))
+    return dict(zip(("reward", "mse", "lpips"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def sequence_loss(models: Models, config: AlignConfig, part: dict[str, Tensor]) -> Tensor:
+def train(models: Models, config: AlignConfig, rows: dict[str, Tensor], clock: Clock) -> Tensor:
+    """Forward and backward over all N sequences, eight at a time; the mean loss."""
+    count = len(rows["drawn"])
+    total = torch.zeros((), device=rows["drawn"].device)
+    for start in range(0, count, CHUNK):
+        part = {name: value[start : start + CHUNK] for name, value in rows.items()}
+        with clock("forward"):
+            logits = forward(models.generator, part["inputs"], part["labels"])
+            base_logits = None
+            if models.base is not None:
+                with torch.no_grad():
+                    base_logits = forward(models.base, part["inputs"], part["labels"])
+        with clock("loss"):
+            loss = sequence_loss(config, part, logits, base_logits) * len(part["drawn"]) / count
+        with clock("backward"):
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def sequence_loss(config: AlignConfig, part: dict[str, Tensor], logits: Tensor, base_logits: Tensor | None) -> Tensor:
     """Clipped policy loss and prior of a few sequences `[N,T]`."""
-    logits = forward(models.generator, part["inputs"], part["labels"])
-    logprobs = (logits / config.temperature).log_softmax(-1).gather(-1, part["drawn"].unsqueeze(-1)).squeeze(-1)
+    drawn = part["drawn"].unsqueeze(-1)
+    logprobs = gathered(logits, config, drawn).squeeze(-1)
     divergence = torch.zeros_like(logprobs)
-    if models.base is not None:
-        with torch.no_grad():
-            base_logits = forward(models.base, part["inputs"], part["labels"])
-            base = (
-                (base_logits / config.temperature).log_softmax(-1).gather(-1, part["drawn"].unsqueeze(-1)).squeeze(-1)
-            )
+    if base_logits is not None:
+        base = gathered(base_logits, config, drawn).squeeze(-1)
         divergence = (base - logprobs).exp() - (base - logprobs) - 1
     ratio = (logprobs - part["old_logprobs"]).exp()
     advantages = part["advantages"].unsqueeze(1)

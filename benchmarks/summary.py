@@ -28,6 +28,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, HEADER, *map(line, rows), *skipped])
 
 
+def alignment_line(record: dict[str, Any]) -> str:
+    """A whole alignment (`run.json`) in a line."""
+    seconds = record["seconds"]
+    stages = ", ".join(f"{stage} {figures['seconds']:.3f}" for stage, figures in record["stages"].items())
+    text = f"{seconds['total']:.0f} s in all, start-up {seconds['startup']:.1f}; a step: {stages}; "
+    text += f"peak memory {record['peak_memory'] / 1e9:.1f} GB"
+    if "speedup_over_reference" in record:
+        text += f"; {record['speedup_over_reference']:.1f}× the published recipe"
+    return text
+
+
 def line(row: dict[str, Any]) -> str:
     seconds = row["seconds"]
     own = seconds["vapi_fast"]

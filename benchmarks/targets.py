@@ -17,6 +17,10 @@ TARGETS: dict[tuple[str, str], list[tuple[str, float]]] = {
     ("straight_through_lookup", BOTH): [("share", 0.70)],
     ("lpips_distance", FORWARD): [("share", 0.80)],
     ("lpips_distance of pairs", BOTH): [("share", 0.80)],
+    ("bias_group_norm_silu 128@384²", FORWARD): [("share", 0.80)],
+    ("add_group_norm_silu 128@384²", FORWARD): [("share", 0.80)],
+    ("add_group_norm_silu 256@192²", FORWARD): [("share", 0.80)],
+    ("add_group_norm_silu 128@384² phases", FORWARD): [("share", 0.80)],
     ("decode_attention", FORWARD): [("share", 0.75)],
     ("decode_attention prefix", FORWARD): [("share", 0.75)],
 }

@@ -110,9 +110,23 @@ def group_norm_statistics(
 
 @triton.jit
 def group_norm_finish(
-    x_ptr, sums_ptr, mean_ptr, rstd_ptr, P, C, groups, SPLITS, eps, BLOCK_SPLITS: tl.constexpr, BLOCK_G: tl.constexpr
+    x_ptr,
+    channel_bias_ptr,
+    sums_ptr,
+    mean_ptr,
+    rstd_ptr,
+    P,
+    C,
+    groups,
+    SPLITS,
+    eps,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(variance + eps) of one group of one image, fp32 `[B, groups]`, from the channels' sums."""
+    """Mean and 1 / sqrt(variance + eps) of one group of one image, fp32 `[B, groups]`, from the channels' sums.
+
+    The sums are those of x; the mean and variance are those of x + channel_bias, which moves whole channels.
+    """
     image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     size = C // groups
     within = tl.arange(0, BLOCK_G)
@@ -127,6 +141,8 @@ def group_norm_finish(
         total += tl.sum(tl.load(row, mask=inside, other=0.0), axis=0)
         squares += tl.sum(tl.load(row + C, mask=inside, other=0.0), axis=0)
     channel_mean = shift + total / P
+    if channel_bias_ptr is not None:
+        channel_mean += tl.load(channel_bias_ptr + channel, mask=within < size, other=0.0).to(tl.float32)
     mean = tl.sum(tl.where(within < size, channel_mean, 0.0), axis=0) / size
     deviation = tl.where(within < size, channel_mean - mean, 0.0)
     variance = tl.sum((squares - total * (total / P)) / P + deviation * deviation, axis=0) / size
@@ -137,6 +153,7 @@ def group_norm_finish(
 @triton.jit
 def group_norm_silu_apply(
     x_ptr,
+    channel_bias_ptr,
     weight_ptr,
     bias_ptr,
     mean_ptr,
@@ -146,10 +163,11 @@ def group_norm_silu_apply(
     C,
     groups,
     blocks,
+    SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = SiLU((x − mean) · rstd · weight + bias) for BLOCK_P pixels of one image, all channels."""
+    """y = SiLU((x + channel_bias − mean) · rstd · weight + bias) for BLOCK_P pixels of one image, all channels."""
     image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     channel = tl.arange(0, BLOCK_C)
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -159,10 +177,14 @@ def group_norm_silu_apply(
     mean = channel_row(mean_ptr, group, inside_c)
     scale = channel_row(rstd_ptr, group, inside_c) * channel_row(weight_ptr, channel, inside_c)
     bias = channel_row(bias_ptr, channel, inside_c)
+    if channel_bias_ptr is not None:
+        mean -= channel_row(channel_bias_ptr, channel, inside_c)
     offset = image.to(tl.int64) * P * C + pixel[:, None] * C + channel[None, :]
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     h = (x - mean) * scale + bias
-    tl.store(y_ptr + offset, (h * tl.sigmoid(h)).to(y_ptr.dtype.element_ty), mask=inside)
+    if SILU:
+        h *= tl.sigmoid(h)
+    tl.store(y_ptr + offset, h.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

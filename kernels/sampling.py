@@ -182,6 +182,7 @@ def draw_row(
     seed_ptr,
     sample_ids_ptr,
     first_position_ptr,
+    first_rollouts_ptr,
     tokens_ptr,
     logprobs_ptr,
     first_row,
@@ -242,8 +243,11 @@ def draw_row(
     seed = tl.load(seed_ptr)
     position = tl.load(first_position_ptr) + t
     chunks = tl.arange(0, CHUNKS)[None, :]
-    for first_rollout in range(0, G, BLOCK_G):
-        rollout = first_rollout + tl.arange(0, BLOCK_G)
+    for first_draw in range(0, G, BLOCK_G):
+        draw = first_draw + tl.arange(0, BLOCK_G)
+        rollout = draw
+        if first_rollouts_ptr is not None:
+            rollout = draw + tl.load(first_rollouts_ptr + image)
         word, _, _, _ = random_words(seed, position, rollout, sample_id, GROUP_SAMPLE)
         target = uniform24(word).to(tl.float64) * total
         beyond = possible_chunk[None, :] & (reached[None, :] > target[:, None])
@@ -263,9 +267,9 @@ def draw_row(
         token = tl.where(token < V, token, tl.max(tl.where(possible, index, 0), axis=1))
         drawn = tl.sum(tl.where(index == token[:, None], x.to(tl.float32), 0.0), axis=1)
 
-        out = (image.to(tl.int64) * G + rollout) * T + t
-        tl.store(tokens_ptr + out, token.to(tl.int64), mask=rollout < G)
-        tl.store(logprobs_ptr + out, (drawn - peak) * inverse_temperature - log_total, mask=rollout < G)
+        out = (image.to(tl.int64) * G + draw) * T + t
+        tl.store(tokens_ptr + out, token.to(tl.int64), mask=draw < G)
+        tl.store(logprobs_ptr + out, (drawn - peak) * inverse_temperature - log_total, mask=draw < G)
 
 
 @triton.jit(do_not_specialize=["first_row", "T", "G"])
@@ -274,6 +278,7 @@ def group_sample(
     seed_ptr,
     sample_ids_ptr,
     first_position_ptr,
+    first_rollouts_ptr,
     tokens_ptr,
     logprobs_ptr,
     first_row,
@@ -293,6 +298,7 @@ def group_sample(
         seed_ptr,
         sample_ids_ptr,
         first_position_ptr,
+        first_rollouts_ptr,
         tokens_ptr,
         logprobs_ptr,
         first_row,
@@ -319,6 +325,7 @@ def filtered_group_sample(
     seed_ptr,
     sample_ids_ptr,
     first_position_ptr,
+    first_rollouts_ptr,
     tokens_ptr,
     logprobs_ptr,
     first_row,
@@ -343,6 +350,7 @@ def filtered_group_sample(
         seed_ptr,
         sample_ids_ptr,
         first_position_ptr,
+        first_rollouts_ptr,
         tokens_ptr,
         logprobs_ptr,
         first_row,

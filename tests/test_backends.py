@@ -67,6 +67,8 @@ def calls() -> dict[str, object]:
         "lpips_distance": lambda: ops.lpips_distance([image], [image], [row]),
         "mse": lambda: ops.mse(image, image),
         "group_norm_silu": lambda: ops.group_norm_silu(image, row, row, 4, 1e-6),
+        "bias_group_norm_silu": lambda: ops.bias_group_norm_silu(image, row, row, row, 4, 1e-6),
+        "add_group_norm_silu": lambda: ops.add_group_norm_silu(image, row, row, 4, 1e-6),
         "rms_norm": lambda: ops.rms_norm(x, row),
         "rotary_2d": lambda: ops.rotary_2d(cache, torch.zeros(4, 4, 2)),
         "swiglu": lambda: ops.swiglu(x, x),

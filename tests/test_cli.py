@@ -13,6 +13,9 @@ from PIL import Image
 
 from vapi_fast import AlignConfig, cli, tiny
 from vapi_fast.checkpoint import load_state_dict
+from vapi_fast.models import LlamaGen
+from vapi_fast.optimization import make_optimizer
+from vapi_fast.snapshots import Snapshots
 
 PRESET = tiny.FILES
 
@@ -52,14 +55,14 @@ USAGE = [
     (["--model", "tiny", "--lr", "-1"], "--lr must be at least 0"),
     (["--model", "tiny", "--cfg-scale", "0.5"], "--cfg-scale must be at least 1"),
     (["--model", "tiny", "--prior", "kl", "--method", "ste"], "--prior kl needs --method vapi"),
-    (["--model", "tiny", "--compare"], "--compare needs the published recipe: run benchmarks/e2e_align.py --compare"),
-    (["--model", "tiny", "--compare", "--dropout", "0.1"], "--compare needs --dropout 0"),
-    (["--model", "tiny", "--compare", "--method", "ntp"], "--compare needs --method vapi"),
+    (["--model", "tiny", "--compare"], "--path both needs the published recipe: run benchmarks/e2e_align.py"),
+    (["--model", "tiny", "--compare", "--dropout", "0.1"], "--path both needs --dropout 0"),
+    (["--model", "tiny", "--compare", "--method", "ntp"], "--path both needs --method vapi"),
     (
         ["--model", "tiny", "--mse-weight", "0", "--lpips-weight", "0", "--prior-weight", "0"],
         "nothing to optimise",
     ),
-    (["--model", "tiny", "--resume", "--output-dir", "empty"], "holds no state.pt to go on from"),
+    (["--model", "tiny", "--resume", "--output-dir", "empty"], "holds no snapshots to go on from"),
     (["--model", "tiny", "--gpt-ckpt", "missing.pt"], "--gpt-ckpt missing.pt: no such file or folder"),
     (["--model", "tiny", "--data", "missing"], "--data missing: no such file or folder"),
 ]
@@ -125,31 +128,34 @@ def test_nan_reward(vapi_fast: Callable, tmp_path: Path) -> None:
         *("--model", "tiny", "--vq-ckpt", "nan.pt", "--no-eval", "--batch-size", "4", "--output-dir", "out")
     )
     assert code == 1
-    assert "step 1: reward is not finite for the images with ids" in error
-    assert "the weights up to step 0 are in out/state.pt" in error
-    kept = torch.load("out/state.pt", weights_only=True)["generator"]
+    assert "step 1: mse is not finite (stage decode) for the images with ids" in error
+    assert "the weights up to step 0 are in out/snapshots" in error
+    kept = LlamaGen.from_name("tiny")
+    step, _ = Snapshots(Path("out/snapshots")).restore(kept, make_optimizer(kept, AlignConfig(model="tiny")))
+    assert step == 0
     for name, value in load_state_dict(PRESET.generator).items():
-        assert torch.equal(kept[name], value.float()), name
+        assert torch.equal(kept.state_dict()[name], value.float()), name
     assert not Path("out/run.json").exists()
 
 
 def test_finished_and_unfinished_runs_are_not_overwritten(vapi_fast: Callable) -> None:
-    for name, message in (("run.json", "holds a finished run"), ("state.pt", "pass --resume to go on with it")):
-        folder = Path(name.split(".")[0])
-        folder.mkdir()
-        (folder / name).write_text("precious")
+    for name, message in (("run.json", "holds a finished run"), ("snapshots", "pass --resume to go on with it")):
+        folder = Path("of-" + name.split(".")[0])
+        file = folder / name if name == "run.json" else folder / name / "step-000001" / "manifest.json"
+        file.parent.mkdir(parents=True)
+        file.write_text("precious")
         code, error = vapi_fast("--model", "tiny", "--output-dir", folder)
         assert code == 2
         assert message in error
-        assert (folder / name).read_text() == "precious"
+        assert file.read_text() == "precious"
 
 
 def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
-    Path("out").mkdir()
-    Path("out/state.pt").write_bytes(b"half a file")
+    Path("out/snapshots/step-000001").mkdir(parents=True)
+    Path("out/snapshots/step-000001/manifest.json").write_bytes(b"half a file")
     code, error = vapi_fast("--model", "tiny", "--output-dir", "out", "--resume", "--no-eval")
     assert code == 1
-    assert "out/state.pt: cannot be read" in error
+    assert "out/snapshots" in error
 
 
 def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,7 @@ def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pyt
         )
     code, error = vapi_fast(*small, "--steps", "3", "--resume")
     assert code == 2
-    assert "holds no state.pt" in error  # nothing was saved before the first step ended
+    assert "holds no snapshots" in error  # nothing was saved before the first step ended
 
 
 def test_out_of_memory_says_which_flag_to_lower(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +190,7 @@ def test_flags_cover_the_config_and_defaults_are_its_own() -> None:
     import dataclasses
 
     fields = {field.name for field in dataclasses.fields(AlignConfig)}
-    flags = set(cli.FLAGS) | {"evaluate", "compare", "resume"}
+    flags = set(cli.FLAGS) | {"evaluate", "random_init", "synthetic_data", "resume"}
     assert flags <= fields
     assert fields - flags == {"tokenizer", "lpips", "weight_decay", "clip_grad_norm", "clip_range"}
 

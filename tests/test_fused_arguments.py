@@ -39,6 +39,7 @@ HUGE_NUMBERS = (2**31, 2**63, 10**400)
 
 EXAMPLES = {"linear_group_sample": 15, "group_sample": 30, "policy_loss": 40, "decode_attention": 30}  # others: 60
 THE_MODELS_OWN = {"model", "condition"}
+INFERENCE = {"add_group_norm_silu", "bias_group_norm_silu"}  # refuse what requires a gradient
 WITHOUT_GRADIENT = {"model", "table", "q", "k_cache", "v_cache", "prefix_k", "prefix_v"}  # none is promised to these
 
 
@@ -211,6 +212,27 @@ def group_norm_silu(call: Call) -> Arguments:
     }
 
 
+def bias_group_norm_silu(call: Call) -> Arguments:
+    norm = group_norm_silu(call)
+    h = norm.pop("x")
+    return {"h": h, "channel_bias": call.floating(h.shape[1]), **norm}
+
+
+def add_group_norm_silu(call: Call) -> Arguments:
+    norm = group_norm_silu(call)
+    shape, phases = norm.pop("x").shape, call.draw(st.booleans())
+    h = call.floating(shape[0], 4 * shape[1], shape[2] + 1, shape[3] + 1) if phases else call.floating(*shape)
+    summed = (*shape[:2], 2 * shape[2], 2 * shape[3]) if phases else shape
+    return {
+        "h": h,
+        "residual": call.optional(call.floating(*summed)),
+        "channel_bias": call.optional(call.floating(shape[1])),
+        "phases": phases,
+        "silu": call.draw(st.booleans()),
+        **norm,
+    }
+
+
 def rms_norm(call: Call) -> Arguments:
     lead, (width,) = call.sizes(call.draw(st.integers(0, 3))), call.sizes(1)
     return {"x": call.floating(*lead, width), "weight": call.floating(width), "eps": 1e-3}
@@ -294,7 +316,8 @@ def flat(values: Any) -> list[Any]:
 
 def outcome(name: str, arguments: Arguments, backend: str) -> list[Tensor] | Exception:
     """Results and gradients, or the error."""
-    arguments = {key: x if key in WITHOUT_GRADIENT else with_gradient(x) for key, x in arguments.items()}
+    if name not in INFERENCE:
+        arguments = {key: x if key in WITHOUT_GRADIENT else with_gradient(x) for key, x in arguments.items()}
     leaves = [x for x in flat(list(arguments.values())) if isinstance(x, Tensor) and x.requires_grad]
     if isinstance(model := arguments.get("model"), nn.Module):
         model.zero_grad()

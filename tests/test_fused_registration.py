@@ -70,6 +70,7 @@ def every_operation(x: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     hidden, head, tokens, seed = x["hidden"], x["head"], x["tokens"], x["seed"]
     queries = torch.stack([hidden, hidden], dim=2)  # [B, T, heads, head_dim]
     maps = x["maps"].unflatten(0, (2, 3))
+    still, gain = x["maps"].detach(), x["gain"].detach()  # the decoder's operations are for inference
     loss = ops.policy_loss(
         hidden,
         head,
@@ -106,6 +107,9 @@ def every_operation(x: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         "straight_through_lookup": soft,
         "straight_through_lookup indices": chosen,
         "group_norm_silu": ops.group_norm_silu(x["maps"], x["gain"], x["gain"], 4, 1e-6),
+        "bias_group_norm_silu": ops.bias_group_norm_silu(still, gain, gain, gain, 4, 1e-6),
+        "add_group_norm_silu": torch.stack(ops.add_group_norm_silu(still, gain, gain, 4, 1e-6, residual=still)),
+        "add_group_norm_silu phases": ops.add_group_norm_silu(still, *[gain[:4]] * 2, 2, 1e-6, phases=True)[1],
         "rms_norm": ops.rms_norm(hidden, x["gain"]),
         "rotary_2d": ops.rotary_2d(queries, x["table"]),
         "swiglu": ops.swiglu(hidden, hidden.flip(0)),

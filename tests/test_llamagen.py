@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import golden
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vapi_fast import generate, ops
+from vapi_fast.accelerators import causal_attention
 from vapi_fast.generation import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.models.llamagen import attention_mask
@@ -216,6 +222,200 @@ def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:
     assert golden.relative_error(hidden @ class_model.output.weight.T, public["train_logits"]) <= TOLERANCE
 
 
+def plain_hidden(model: LlamaGen, tokens: Tensor, labels: Tensor, dropout: float = 0.0) -> Tensor:
+    """The model's hidden states by the textbook's formulas, everything kept for the backward."""
+    h = torch.cat([model.cls_embedding(labels), model.tok_embeddings(tokens)], dim=1)
+    h = F.dropout(h, dropout)
+    future = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1)
+    for block in model.layers:
+        q, k, v = F.linear(plain_norm(h, block.attention_norm), block.attention.wqkv.weight).chunk(3, dim=-1)
+        q, k, v = (x.unflatten(-1, (model.config.heads, -1)) for x in (q, k, v))
+        q, k = (turned(x, model.rotary[: h.shape[1]]) for x in (q, k))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        attended = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+        h = h + F.dropout(F.linear(attended.flatten(2), block.attention.wo.weight), dropout)
+        normed = plain_norm(h, block.ffn_norm)
+        ffn = block.feed_forward
+        hidden = F.silu(F.linear(normed, ffn.w1.weight)) * F.linear(normed, ffn.w3.weight)
+        h = h + F.dropout(F.linear(hidden, ffn.w2.weight), dropout)
+    return plain_norm(h, model.norm)
+
+
+def plain_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+
+def turned(x: Tensor, table: Tensor) -> Tensor:
+    """Pairs as complex numbers times the table's."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.view_as_complex(table.contiguous())[:, None]).flatten(-2)
+
+
+def gradients(hidden: Tensor, model: LlamaGen) -> list[Tensor]:
+    """Of a loss whose gradient differs from one number of the hidden states to the next."""
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)
+    return torch.autograd.grad(hidden, [p for p in model.parameters() if p is not model.output.weight], direction)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_equal_the_plain_form_in_float64(dropout: float, fresh_model: LlamaGen) -> None:
+    model = fresh_model.double().train()
+    tokens, labels = torch.randint(97, (3, 15)), torch.tensor([2, 5, 0])
+    torch.manual_seed(7)
+    expected = gradients(plain_hidden(model, tokens, labels, dropout), model)
+    model.dropout = dropout
+    model.drop_condition = lambda condition: condition  # its draws would come between the masks
+    torch.manual_seed(7)
+    found = gradients(model(tokens, labels, return_hidden=True), model)
+    for gradient, plain in zip(found, expected, strict=True):
+        assert golden.relative_error(gradient, plain) < 1e-12
+
+
+def test_gradients_under_bfloat16_autocast(fresh_model: LlamaGen) -> None:
+    """Master weights stay float32 and get float32 gradients; hidden states and everything between are bfloat16."""
+    tokens, labels = torch.randint(97, (3, 15)), torch.tensor([2, 5, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = fresh_model(tokens, labels, return_hidden=True)
+    assert hidden.dtype == torch.bfloat16
+    found = gradients(hidden, fresh_model)
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    exact = fresh_model.double()
+    expected = gradients(plain_hidden(exact, tokens, labels), exact)
+    assert golden.relative_error(hidden, plain_hidden(exact, tokens, labels)) < 1e-2
+    flat = (torch.cat([gradient.flatten() for gradient in some]) for some in (found, expected))
+    assert golden.relative_error(*flat) < 1e-2
+
+
+def test_the_residual_stream_is_in_the_autocast_dtype(fresh_model: LlamaGen) -> None:
+    seen = []
+    for block in fresh_model.layers:
+        block.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh_model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
+    assert seen == [torch.bfloat16] * 4
+
+
+def test_what_a_block_keeps_for_its_backward(fresh_model: LlamaGen) -> None:
+    """Both residual sums, q, k, v, the attention's output and logsumexp, gate and up; neither norms nor SwiGLU."""
+    config, block = fresh_model.config, fresh_model.layers[0].bfloat16()
+    x = torch.randn(3, 16, config.width, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = block(x, fresh_model.rotary[:16], None, None, 0, 0.0)
+    for shared in (*block.parameters(), fresh_model.rotary):
+        kept.pop(shared.untyped_storage().data_ptr(), None)
+    per_token = 2 * (2 + 3 + 1) * config.width + 2 * 2 * config.hidden_width + 4 * config.heads
+    assert sum(kept.values()) == 3 * 16 * per_token
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_an_xxl_block_keeps_34_kilobytes_a_token_on_a_gpu() -> None:
+    config = LLAMAGEN_CONFIGS["xxl"]
+    torch.manual_seed(0)
+    block = LlamaGen(LlamaGenConfig(layers=1, heads=24, width=1536)).cuda().layers[0]
+    rotary = ops.rotary_2d_table(24, 64, 1).cuda()
+    x = torch.randn(4, 577, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cast_weights = 2 * sum(p.numel() for p in block.parameters())
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = block(x, rotary, None, None, 0, 0.0)
+    kept = torch.cuda.memory_allocated() - before - cast_weights  # x itself is counted before, `out` here
+    expected = 4 * 577 * (2 * 6 * config.width + 4 * config.hidden_width + 4 * config.heads)
+    assert kept == pytest.approx(expected, rel=0.02)
+    direction = torch.randn_like(out)
+    found = torch.autograd.grad(out, [x, *block.parameters()], direction)
+    with ops.use_backend("reference"):
+        exact = block.double()
+        wide = x.detach().double().requires_grad_()
+        expected_gradients = torch.autograd.grad(
+            exact(wide, rotary, None, None, 0, 0.0), [wide, *exact.parameters()], direction.double()
+        )
+    for gradient, exactly in zip(found, expected_gradients, strict=True):
+        assert golden.relative_error(gradient.cpu(), exactly.cpu()) < 2e-2
+
+
+def test_fsdp_may_free_the_weights_between_forward_and_backward(fresh_model: LlamaGen) -> None:
+    tokens, labels = torch.randint(97, (2, 15)), torch.tensor([1, 2])
+    loss = fresh_model(tokens, labels, return_hidden=True)[..., 0].sum()
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in fresh_model.named_parameters() if p.grad is not None}
+    fresh_model.zero_grad()
+    unsharded = []
+
+    def remember(attention: nn.Module, inputs: Any) -> None:
+        unsharded.append(attention.wqkv.weight)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in fresh_model.layers:
+            block.attention.register_forward_pre_hook(remember)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(fresh_model, mesh=mesh)
+        loss = fresh_model(tokens, labels, return_hidden=True)[..., 0].sum()
+        assert [weight.untyped_storage().nbytes() for weight in unsharded] == [0, 0]
+        loss.backward()
+        for name, parameter in fresh_model.named_parameters():
+            if name in expected:
+                assert golden.relative_error(parameter.grad.full_tensor(), expected[name]) < 1e-6, name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_attention_without_mask_or_cache_is_the_fast_one(
+    class_model: LlamaGen, caption_model: LlamaGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*heads: Tensor) -> Tensor:
+        calls.append([list(x.shape) for x in heads])
+        return causal_attention(*heads)
+
+    monkeypatch.setattr("vapi_fast.models.llamagen.causal_attention", counted)
+    public = golden.read("class_generator")
+    class_model(public["tokens"], public["labels"])
+    assert calls == [[[3, 17, 4, 16]] * 3] * 2
+    class_model(None, public["labels"], cache=KVCache(class_model, 3, 17))
+    public = golden.read("caption_generator")
+    caption_model(public["tokens"][:, :-1], public["captions"], condition_mask=public["caption_mask"])
+    assert len(calls) == 2
+
+
+def test_a_loaded_model_is_ready_for_training(tmp_path: Path) -> None:
+    """Float32 parameters with a gradient and a real rotary table, whatever the file's dtype and container."""
+    weights = class_weights()
+    for stored in (weights, {key: value.bfloat16() for key, value in weights.items()}):
+        for container in ("model", "safetensors"):
+            torch.manual_seed(0)
+            before = torch.get_rng_state()
+            model = load(stored, tmp_path, container)
+            assert torch.equal(torch.get_rng_state(), before)  # no weight was drawn at random
+            for name, parameter in model.named_parameters():
+                assert isinstance(parameter, nn.Parameter)
+                assert parameter.requires_grad
+                assert parameter.dtype == torch.float32
+                assert torch.equal(parameter, stored[name].float())
+            assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+            assert torch.equal(model.rotary, ops.rotary_2d_table(4, 16, 1))
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(tmp_path: Path) -> None:
+    model = load(class_weights(), tmp_path)
+    written = (tmp_path / "generator.pt").read_bytes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (tmp_path / "generator.pt").read_bytes() == written
+
+
 def test_logits_are_float32_for_a_bfloat16_model(fresh_model: LlamaGen) -> None:
     logits = fresh_model.bfloat16()(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
     assert logits.dtype == torch.float32
@@ -275,15 +475,15 @@ def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) ->
     def keep(name: str, module: nn.Module) -> None:
         module.register_forward_hook(lambda _, inputs, output: seen.update({name: inputs[0], f"{name} out": output}))
 
-    for name in ("attention_norm", "attention", "ffn_norm", "feed_forward"):
+    for name in ("attention", "feed_forward"):
         keep(name, getattr(block, name))
-    keep("next", fresh_model.layers[1].attention_norm)
+    keep("next", fresh_model.layers[1].attention)
     fresh_model.train()(tokens, labels)
     embedded = fresh_model.tok_embeddings(tokens)
     for total, clean in [
-        (seen["attention_norm"][:, 1:], embedded),
-        (seen["ffn_norm"] - seen["attention_norm"], seen["attention out"]),
-        (seen["next"] - seen["ffn_norm"], seen["feed_forward out"]),
+        (seen["attention"][:, 1:], embedded),
+        (seen["feed_forward"] - seen["attention"], seen["attention out"]),
+        (seen["next"] - seen["feed_forward"], seen["feed_forward out"]),
     ]:
         kept = total.abs() > clean.abs()
         assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)

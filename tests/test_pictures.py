@@ -1,4 +1,4 @@
-"""The picture grid's layout and pixels, the reward curve, and that neither leaves half a file."""
+"""The picture grid's layout and pixels, the reward curve, the bars of stages, and that none leaves half a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vapi_fast.pictures import BLOCK_GAP, GAP, MARGIN, _running_mean, save_grid, save_reward_curve
+from vapi_fast.clock import STAGES
+from vapi_fast.pictures import (
+    BLOCK_GAP,
+    GAP,
+    MARGIN,
+    STAGE_COLOURS,
+    _running_mean,
+    save_grid,
+    save_reward_curve,
+    save_stage_bars,
+)
 
 LABELS = ("original", "reconstruction", "base sample", "aligned sample")
 
@@ -123,7 +133,59 @@ def test_one_step_makes_a_curve(tmp_path: Path) -> None:
     assert read(tmp_path / "reward.png").shape[1] == 900
 
 
-@pytest.mark.parametrize("save", ["grid", "curve"])
+def bar_widths(path: Path, stage: str) -> list[int]:
+    """Pixels of a stage's colour across each bar, from the top: below the legend, in rows where every bar is whole."""
+    pixels = read(path)
+    colour = np.array([int(STAGE_COLOURS[stage][i : i + 2], 16) for i in (1, 3, 5)])
+    mask = (pixels == colour).all(axis=2).sum(axis=1)
+    bars, row = [], 0
+    while row < len(mask):
+        end = row
+        while end < len(mask) and mask[end]:
+            end += 1
+        if end - row > 25:  # a legend's patch is lower
+            bars.append(int(mask[row + 4]))
+        row = end + 1
+    return bars
+
+
+def test_stages_are_stacked_in_proportion_to_their_seconds(tmp_path: Path) -> None:
+    runs = [("vapi-fast", {"forward": 1.0, "decode": 2.0}), ("published recipe", {"forward": 6.0, "decode": 3.0})]
+    save_stage_bars(tmp_path / "stages.png", runs)
+    forward, decode = (bar_widths(tmp_path / "stages.png", stage) for stage in ("forward", "decode"))
+    assert len(forward) == len(decode) == 4  # two bars in seconds, two in shares
+    second = forward[1] / 6
+    assert [forward[0], decode[0], decode[1]] == pytest.approx([second, 2 * second, 3 * second], abs=2)
+    share = forward[2] + decode[2]
+    assert [forward[2], decode[2]] == pytest.approx([share / 3, 2 * share / 3], abs=2)
+    assert [forward[3], decode[3]] == pytest.approx([2 * share / 3, share / 3], abs=2)
+
+
+def test_one_run_has_one_bar_and_every_stage_a_colour_of_its_own(tmp_path: Path) -> None:
+    save_stage_bars(tmp_path / "stages.png", [("vapi-fast", dict.fromkeys(STAGES, 1.0))])
+    for stage in STAGES:
+        assert len(bar_widths(tmp_path / "stages.png", stage)) == 1
+    assert tuple(STAGE_COLOURS) == STAGES
+    assert len(set(STAGE_COLOURS.values())) == len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([], "no runs"),
+        ([("a", {"reward": 1.0})], "run 'a': unknown stage 'reward'"),
+        ([("a", {"decode": 1.0}), ("b", {"decode": float("nan")})], "run 'b': seconds must be finite"),
+        ([("a", {"decode": 1.0, "lpips": -1.0})], "run 'a': seconds must be finite, not negative"),
+        ([("a", {"decode": 0.0})], "run 'a': .*not all zero"),
+    ],
+)
+def test_bad_seconds_raise_one_line(tmp_path: Path, runs: list[tuple[str, dict[str, float]]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_stage_bars(tmp_path / "stages.png", runs)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", ["grid", "curve", "bars"])
 def test_failure_while_writing_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str
 ) -> None:
@@ -136,8 +198,13 @@ def test_failure_while_writing_leaves_the_old_file_and_no_other(
 
     monkeypatch.setattr("PIL.Image.Image.save", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    save_picture, content = {
+        "grid": (save_grid, columns(1)),
+        "curve": (save_reward_curve, [-0.5]),
+        "bars": (save_stage_bars, [("vapi-fast", {"decode": 1.0})]),
+    }[save]
     with pytest.raises(OSError, match="no space left"):
-        save_grid(path, columns(1)) if save == "grid" else save_reward_curve(path, [-0.5])
+        save_picture(path, content)
     assert path.read_bytes() == b"older picture"
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
 

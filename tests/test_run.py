@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vapi_fast
 from vapi_fast import AlignConfig, run
-from vapi_fast.alignment import NonFiniteError, align_step
+from vapi_fast.alignment import NonFiniteError, StepResult, Trainer, align_step
+from vapi_fast.data import ImageBatch
 from vapi_fast.models import LlamaGen
 
 Make = Callable[..., AlignConfig]
@@ -28,13 +30,14 @@ def weights(path: Path) -> torch.Tensor:
 
 
 def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(evaluate=True, compare=True, eval_samples=140, steps=3, lr=1e-3)
+    config = tiny_config(evaluate=True, path="both", eval_samples=140, steps=3, lr=1e-3)
     returned = vapi_fast.align(config, published_step=published_step)
     output = config.output_dir
     assert {path.name for path in output.iterdir()} == {
         "run.json",
         "samples.png",
         "reward.png",
+        "stages.png",
         "aligned.pt",
         "tensorboard",
     }
@@ -54,11 +57,28 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert all(-3 < reward < 0 for reward in record["reward"])
     seconds = record["seconds"]
     assert seconds["total"] >= seconds["startup"] + seconds["alignment"] + seconds["evaluation"]
-    assert sum(seconds["stages"].values()) == pytest.approx(seconds["alignment"], rel=0.1)
+    stages = seconds["stages"]
+    assert set(stages) >= {"startup", "data", "encode", "forward", "sample", "decode", "lpips", "loss", "backward"}
+    assert stages["startup"] == seconds["startup"]
+    # The comparison of the gradients is in no stage.
+    assert 0.5 < (sum(stages.values()) - stages["startup"]) / seconds["alignment"] < 1.01
+    assert record["stages"]["forward"]["seconds"] == pytest.approx(stages["forward"] / 3)
+    assert record["stages"]["forward"]["tflops"] > 0
+    assert len(record["step_seconds"]) == 3
     assert record["images_per_second"] == pytest.approx(12 / seconds["alignment"])
+    assert 0 < record["model_flop_utilisation"] < 1
+    assert record["peak_memory"] > 1e8
     assert record["speedup_over_reference"] > 1
+    compared = record["comparison"]
+    assert compared["steps"] == 2
+    assert compared["gradient_relative_error"] < 1e-5
+    assert compared["advantages_cosine"] > 0.9999
+    assert compared["tokens_equal"] == 1
+    assert compared["speedup"]["backward"] == pytest.approx(
+        compared["stages"]["published_recipe"]["backward"] / compared["stages"]["vapi_fast"]["backward"]
+    )
     printed = capsys.readouterr().out
-    for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster"):
+    for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster", "of matmul", "gradients differ by"):
         assert text in printed
 
     moved = weights(output / "aligned.pt") - weights(config.gpt_ckpt)
@@ -74,10 +94,10 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
 
 
 def interrupted_at(step: int) -> Callable[..., Any]:
-    def stop(*arguments: Any) -> dict[str, float]:
-        if arguments[4] == step:
+    def stop(*arguments: Any, **options: Any) -> StepResult:
+        if arguments[2] == step:
             raise KeyboardInterrupt
-        return align_step(*arguments)
+        return align_step(*arguments, **options)
 
     return stop
 
@@ -93,7 +113,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Pa
     resumed = vapi_fast.align(tiny_config(**half, resume=True))
     assert resumed["reward"] == record["reward"]
     assert torch.equal(weights(tmp_path / "half" / "aligned.pt"), weights(tmp_path / "whole" / "aligned.pt"))
-    assert not (tmp_path / "half" / "state.pt").exists()
+    assert not (tmp_path / "half" / "snapshots").exists()
 
 
 def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: Any) -> None:
@@ -108,14 +128,14 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
 def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
     """The state saved at a NaN is the weights before that step, and the run can go on from it."""
 
-    def broken_at_2(*arguments: Any) -> dict[str, float]:
-        if arguments[4] == 2:
-            raise NonFiniteError("reward is not finite for the images with ids [7]")
-        return align_step(*arguments)
+    def broken_at_2(trainer: Trainer, batch: ImageBatch, step: int, **options: Any) -> StepResult:
+        if step == 2:
+            batch.images[0] = float("nan")
+        return align_step(trainer, batch, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "align_step", broken_at_2)
-        with pytest.raises(NonFiniteError, match=r"step 3: reward is not finite .*weights up to step 2"):
+        with pytest.raises(NonFiniteError, match=r"step 3: mse is not finite .*weights up to step 2"):
             vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan"))
     vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan", resume=True))
     vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "good"))
@@ -136,3 +156,24 @@ def test_straight_through_and_next_token_runs(tiny_config: Make, tmp_path: Path)
         record = vapi_fast.align(tiny_config(method=method, output_dir=tmp_path / method))
         assert all(math.isfinite(value) for value in record["curves"]["loss"])
         assert (tmp_path / method / "reward.png").exists() is (method == "ste")
+
+
+def test_the_published_recipe_alone_and_made_up_images(tiny_config: Make, tmp_path: Path) -> None:
+    """--path reference trains too; --random-init and --synthetic-data need no files, and nothing is measured."""
+    bare = {"gpt_ckpt": None, "vq_ckpt": None, "vgg_weights": None, "data": None}
+    config = tiny_config(
+        path="reference", random_init=True, synthetic_data=True, evaluate=True, output_dir=tmp_path / "a", **bare
+    )
+    record = vapi_fast.align(config, published_step=published_step)
+    assert record["config"]["evaluate"] is False
+    assert "comparison" not in record
+    assert all(math.isfinite(value) for value in record["curves"]["loss"] + record["reward"])
+    median = float(weights(config.output_dir / "aligned.pt").abs().median())
+    assert median == pytest.approx(0.6745 * 0.02, rel=0.01)  # normal with deviation 0.02, as initialised
+    again = vapi_fast.align(dataclasses.replace(config, path="fast", output_dir=tmp_path / "b"))
+    assert again["reward"][0] == pytest.approx(record["reward"][0], abs=0.1)  # the same models and images, other draws
+
+
+def test_path_needs_one_process_and_the_recipe(tiny_config: Make) -> None:
+    with pytest.raises(vapi_fast.config.ConfigError, match="--path both needs the published recipe"):
+        vapi_fast.align(tiny_config(path="both"))

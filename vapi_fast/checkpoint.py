@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,8 @@ def load_file_checked(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         # LlamaGen's training scripts store their command line beside the weights.
         with torch.serialization.safe_globals([Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped pages go to the device without a copy in memory; the format before PyTorch 1.6 cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # on damaged bytes the unpickler raises whatever its next step happens to
         raise CheckpointError(f"{path}: {unreadable(error)}") from error
     if not isinstance(state, dict):
@@ -69,7 +71,10 @@ def unreadable(error: Exception) -> str:
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hint: str = "") -> None:
-    """Copy `state` into `module`; every key and shape must match. `hint` says what to do when they do not."""
+    """Give `module` the weights `state`; every key and shape must match. `hint` says what to do when they do not.
+
+    A module on the meta device takes the tensors themselves, in its own dtype; elsewhere they are copied.
+    """
     expected = module.state_dict()
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
@@ -89,7 +94,11 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
         raise CheckpointError(
             f"{path}: does not fit this {type(module).__name__}: {'; '.join(problems)}{': ' + hint if hint else ''}"
         )
-    module.load_state_dict(state)
+    if all(value.is_meta for value in expected.values()):
+        state = {key: value.to(expected[key].dtype).contiguous() for key, value in state.items()}
+        module.load_state_dict(state, assign=True)
+    else:
+        module.load_state_dict(state)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -109,7 +118,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_generator(path: str | Path, model: nn.Module) -> None:
-    """Write `model`'s weights in LlamaGen's format: CPU tensors under the key `model`."""
-    state = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save({"model": state}, temporary))
+def save_generator(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Write a generator's weights as LlamaGen's FSDP export does: a bare state dict of CPU tensors."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 
 from vapi_fast.alignment import NonFiniteError
 from vapi_fast.checkpoint import CheckpointError
-from vapi_fast.config import METHODS, PRIORS, AlignConfig, ConfigError, flag
+from vapi_fast.comparison import PublishedStep
+from vapi_fast.config import METHODS, PATHS, PRIORS, AlignConfig, ConfigError, flag
 from vapi_fast.data import DataError
 from vapi_fast.evaluation import EvaluationError
 from vapi_fast.models import LLAMAGEN_CONFIGS
-from vapi_fast.run import PublishedStep, align
+from vapi_fast.run import StoppedError, align
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -51,6 +54,24 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "eval_samples": (int, "images drawn for each evaluation"),
     "eval_batch": (int, "images drawn at once; lower it when memory runs out during an evaluation"),
     "cfg_scale": (float, "guidance scale of the second evaluation"),
+    "path": (
+        PATHS,
+        "fast; reference: the published recipe instead; both: fast, and the published recipe on the batches of a few "
+        "steps, to compare time and gradients (benchmarks/e2e_align.py only, except fast)",
+    ),
+}
+SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "--no-eval": ({"dest": "evaluate", "action": "store_false"}, "skip the measurements"),
+    "--compare": ({"dest": "path", "action": "store_const", "const": "both"}, "the same as --path both"),
+    "--random-init": (
+        {"action": "store_true"},
+        "random weights instead of checkpoints, to time a model; no measurements",
+    ),
+    "--synthetic-data": (
+        {"action": "store_true"},
+        "made-up images instead of --data, to time a model; no measurements",
+    ),
+    "--resume": ({"action": "store_true"}, "go on with the unfinished run in --output-dir"),
 }
 
 
@@ -58,33 +79,33 @@ def add_align_flags(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in FLAGS.items():
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **options)
-    parser.add_argument(
-        "--no-eval", dest="evaluate", action="store_false", default=argparse.SUPPRESS, help="skip the measurements"
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="also time the published recipe on the same batches (benchmarks/e2e_align.py only)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", default=argparse.SUPPRESS, help="go on with the unfinished run in --output-dir"
-    )
+    for name, (options, text) in SWITCHES.items():
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **options)
 
 
 def align_main(options: argparse.Namespace, published_step: PublishedStep | None = None) -> int:
     """Run the alignment; every expected failure is one line on standard error."""
     try:
-        align(AlignConfig(**vars(options)), published_step=published_step)
+        align(AlignConfig(**vars(options)), published_step=published_step, started=process_start())
     except ConfigError as error:
         return fail(USAGE_ERROR, error)
     except torch.OutOfMemoryError:
         return fail(FAILURE, OUT_OF_MEMORY)
-    except (CheckpointError, DataError, EvaluationError, NonFiniteError, OSError) as error:
+    except (CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
         return fail(FAILURE, "interrupted; --resume goes on from the last saved state")
     return 0
+
+
+def process_start() -> float:
+    """When this process, or the torchrun that started it, began, on the clock of `time.perf_counter`."""
+    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    stat = Path(f"/proc/{process}/stat")
+    if not stat.exists():  # not Linux
+        return time.perf_counter()
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def fail(code: int, error: object) -> int:
@@ -93,7 +114,7 @@ def fail(code: int, error: object) -> int:
 
 
 def e2e_main(published_step: PublishedStep) -> int:
-    """`benchmarks/e2e_align.py`: `vapi-fast align` plus `--compare`."""
+    """`benchmarks/e2e_align.py`: `vapi-fast align` plus `--path reference|both`."""
     parser = argparse.ArgumentParser(description="Align a LlamaGen generator to pixel space with VA-π.")
     add_align_flags(parser)
     return align_main(parser.parse_args(), published_step)

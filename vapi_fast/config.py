@@ -13,6 +13,7 @@ from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
+PATHS = ("fast", "reference", "both")
 
 # The paper's recipe (PAPER: 384², 128 images × G 8 a step, 100 steps, AdamW lr 1e-6); every model but tiny.
 PAPER: dict[str, Any] = {
@@ -101,7 +102,9 @@ class AlignConfig:
     eval_batch: int = PRESET  # images drawn at once
     cfg_scale: float = PRESET  # of the evaluation with classifier-free guidance
     evaluate: bool = True
-    compare: bool = False
+    path: str = "fast"
+    random_init: bool = False
+    synthetic_data: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +118,8 @@ class AlignConfig:
             if isinstance(value, str) and "Path" in str(field.type):
                 value = Path(value)
             object.__setattr__(self, field.name, value)
+        if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
+            object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
             name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}"
             object.__setattr__(self, "output_dir", Path("runs") / name)
@@ -138,7 +143,7 @@ class AlignConfig:
             raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout must be at least 0 and less than 1, got {self.dropout}")
-        for name, choices in (("method", METHODS), ("prior", PRIORS)):
+        for name, choices in (("method", METHODS), ("prior", PRIORS), ("path", PATHS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)}: choose one of {', '.join(choices)}")
 
@@ -152,13 +157,16 @@ class AlignConfig:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
         if self.prior == "kl" and self.method != "vapi":
             raise ConfigError(f"--prior kl needs --method vapi: --method {self.method} has no sampled tokens")
-        if self.compare and self.method != "vapi":
-            raise ConfigError("--compare needs --method vapi: the published recipe is VA-π")
-        if self.compare and self.dropout:
-            raise ConfigError("--compare needs --dropout 0: the two paths would draw different masks")
+        if self.path != "fast" and self.method != "vapi":
+            raise ConfigError(f"--path {self.path} needs --method vapi: the published recipe is VA-π")
+        if self.path != "fast" and self.dropout:
+            raise ConfigError(f"--path {self.path} needs --dropout 0: the two paths would draw different masks")
+        if self.path != "fast" and (self.top_k or self.top_p < 1):
+            raise ConfigError(f"--path {self.path} needs --top-k 0 and --top-p 1: the published recipe has no filters")
 
     def check_files(self) -> None:
-        for name in ("vq_ckpt", "gpt_ckpt", "data"):
+        needed = () if self.random_init else ("vq_ckpt", "gpt_ckpt")
+        for name in needed + (() if self.synthetic_data else ("data",)):
             if getattr(self, name) is None:
                 raise ConfigError(f"{flag(name)} is required for --model {self.model}")
         for name in ("vq_ckpt", "gpt_ckpt", "data", "vgg_weights", "eval_data"):
@@ -167,13 +175,19 @@ class AlignConfig:
                 raise ConfigError(f"{flag(name)} {path}: no such file or folder")
         if (self.output_dir / "run.json").exists():
             raise ConfigError(f"--output-dir {self.output_dir} holds a finished run: choose another folder")
-        if self.resume and not (self.output_dir / "state.pt").exists():
-            raise ConfigError(f"--resume: {self.output_dir} holds no state.pt to go on from; pass its --output-dir")
-        if not self.resume and (self.output_dir / "state.pt").exists():
+        unfinished = any(self.snapshots.glob("step-*"))
+        if self.resume and not unfinished:
+            raise ConfigError(f"--resume: {self.output_dir} holds no snapshots to go on from; pass its --output-dir")
+        if not self.resume and unfinished:
             raise ConfigError(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
+
+    @property
+    def snapshots(self) -> Path:
+        """Folder of the states that `--resume` goes on from."""
+        return self.output_dir / "snapshots"
 
     @property
     def grid_size(self) -> int:

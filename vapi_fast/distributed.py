@@ -1,14 +1,22 @@
-"""Data parallelism over images: one process a device, started by torchrun."""
+"""Data parallelism over images: one process a device, started by torchrun; the generator sharded by FSDP2."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from vapi_fast.models import LlamaGen
+
+TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws pictures and writes files
 
 
 @contextmanager
@@ -20,7 +28,8 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo beside nccl: snapshots and evaluation features are gathered on the host.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield device
     finally:
@@ -36,6 +45,61 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def shard(generator: LlamaGen, *, reshard_after_forward: bool) -> None:
+    """Split weights, gradients and optimizer state over all ranks (ZeRO-3), block by block; one rank: nothing to do.
+
+    fp32 master weights and fp32 sums of gradients; on GPUs the blocks compute in bf16. A gradient is the sum over
+    ranks: each rank's loss carries its images' share of the whole batch.
+
+    Args:
+        reshard_after_forward: give a block's gathered weights up between forward and backward: less memory, one more
+            gathering a micro-batch.
+    """
+    if world_size() == 1:
+        return
+    compute = torch.bfloat16 if next(generator.parameters()).is_cuda else None
+    # Inputs are not cast: the rotary table is to stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in generator.layers:
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The LM head belongs to the root: the loss uses it after the forward, so it stays gathered.
+    fully_shard(generator, mp_policy=policy, reshard_after_forward=False)
+    for module in (*generator.layers, generator):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
+
+
+def reduce_at(generator: LlamaGen, last: bool) -> None:
+    """Gradients are summed over ranks by the backward of the `last` micro-batch of a step, and kept local before."""
+    if isinstance(generator, FSDPModule):
+        generator.set_requires_gradient_sync(last)
+        generator.set_is_last_backward(last)
+
+
+def whole_state(generator: LlamaGen) -> dict[str, Tensor]:
+    """The generator's weights on every rank, gathered one by one onto the CPU; all ranks must call it."""
+    return {name: whole(value).detach().cpu() for name, value in generator.state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_copy(generator: LlamaGen) -> LlamaGen:
+    """A generator that draws by itself: a copy with all weights if `generator` is sharded, otherwise `generator`.
+
+    Drawing token by token from a sharded one would gather every block for every token.
+    """
+    if not isinstance(generator, FSDPModule):
+        return generator
+    device = next(generator.parameters()).device
+    with torch.device("meta"):
+        copy = LlamaGen(generator.config)
+    copy.rotary = generator.rotary
+    copy.load_state_dict({name: whole(value).detach() for name, value in generator.state_dict().items()}, assign=True)
+    return copy.to(device).requires_grad_(False)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over all ranks, in place."""
     if world_size() > 1:
@@ -43,18 +107,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks; each rank's loss already carries its share of the batch."""
-    if world_size() > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order, on the CPU; ranks may hold different numbers of rows."""
-    if world_size() == 1:
-        return tensor.cpu()
-    parts: list[Tensor] = [torch.empty(0)] * world_size()
-    dist.all_gather_object(parts, tensor.cpu())
-    return torch.cat(parts)
+    return torch.cat(gather_objects(tensor.cpu()))

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vapi_fast.checkpoint import load_file_checked
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 CHUNK = 1024  # rows of a distance matrix held at once: 1024 × 50 000 float64 is 0.4 GB
+SPLIT_SIZE = 5000  # samples of one Inception Score, as the ADM evaluator splits them
 
 
 class EvaluationError(RuntimeError):
-    """The network that scores samples is not available; the message says what to install or pass."""
+    """The samples cannot be scored; the message says why and what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,8 @@ def score(
     """Measure generated samples against reference images.
 
     `reference_features` is [M, F], `features` [N, F] and `logits` [N, K] of the generated samples, on one device.
-    Standard errors are the standard deviation over `bootstrap` resamples (with replacement) of the generated samples;
-    the reference set stays fixed. Only the spread is taken from the resamples: their mean FID is biased upwards.
-    Raises ValueError for fewer than 4 samples, non-finite values or sizes that do not match; warns when a set has too
-    few samples for a covariance of full rank.
+    `bootstrap` and `seed` are those of `standard_errors`. Raises ValueError for fewer than 4 samples, non-finite values
+    or sizes that do not match; warns when a set has too few samples for a covariance of full rank.
     """
     _check(reference_features, features)
     _check_matrix("logits", logits)
@@ -62,30 +57,39 @@ def score(
         raise ValueError(
             f"logits of {len(logits)} samples given with features of {len(features)}; give one row for each"
         )
+    reference = Gaussian.fit(reference_features)
+    fid_se, inception_score_se = standard_errors(reference, features, logits, bootstrap=bootstrap, seed=seed)
+    precision, recall = precision_recall(reference_features, features)
+    return Scores(
+        fid=float(reference.distance(Gaussian.fit(features))),
+        fid_se=fid_se,
+        inception_score=inception_score(logits),
+        inception_score_se=inception_score_se,
+        precision=precision,
+        recall=recall,
+        samples=len(features),
+        feature_network=feature_network,
+    )
+
+
+def standard_errors(
+    reference: Gaussian, features: Tensor, logits: Tensor, *, bootstrap: int = 20, seed: int = 0
+) -> tuple[float, float]:
+    """Standard errors of FID and Inception Score: their spread over resamples (with replacement) of the samples.
+
+    The reference stays fixed. Only the spread is taken from the resamples: their mean FID is biased upwards.
+    """
     if bootstrap < 2:
         raise ValueError(f"bootstrap must be at least 2 resamples to show a spread, got {bootstrap}")
-    samples, device = len(features), features.device
-    reference, features = _Gaussian(reference_features), features.double()
-    logprobs = logits.double().log_softmax(dim=1)
-    everyone = torch.ones(samples, dtype=torch.long, device=device)
+    samples, logprobs = len(features), logits.double().log_softmax(dim=1)
     generator = torch.Generator().manual_seed(seed)
     fids, inception_scores = [], []
     for _ in range(bootstrap):
         drawn = torch.randint(samples, (samples,), generator=generator)
-        counts = drawn.bincount(minlength=samples).to(device)
-        fids.append(reference.distance(features, counts))
+        counts = drawn.bincount(minlength=samples).to(features.device)
+        fids.append(reference.distance(Gaussian.fit(features, counts)))
         inception_scores.append(_inception_score(logprobs, counts))
-    precision, recall = precision_recall(reference_features, features)
-    return Scores(
-        fid=float(reference.distance(features, everyone)),
-        fid_se=float(torch.stack(fids).std()),
-        inception_score=float(_inception_score(logprobs, everyone)),
-        inception_score_se=float(torch.stack(inception_scores).std()),
-        precision=precision,
-        recall=recall,
-        samples=samples,
-        feature_network=feature_network,
-    )
+    return float(torch.stack(fids).std()), float(torch.stack(inception_scores).std())
 
 
 def frechet_distance(reference_features: Tensor, features: Tensor) -> float:
@@ -96,19 +100,18 @@ def frechet_distance(reference_features: Tensor, features: Tensor) -> float:
     singular for lack of samples: the number is then finite but strongly biased upwards.
     """
     _check(reference_features, features)
-    everyone = torch.ones(len(features), dtype=torch.long, device=features.device)
-    return float(_Gaussian(reference_features).distance(features.double(), everyone))
+    return float(Gaussian.fit(reference_features).distance(Gaussian.fit(features)))
 
 
-def inception_score(logits: Tensor) -> float:
+def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
     """Inception Score exp(E_x KL(p(y|x) ‖ p(y))) of classifier logits [N, K] (Salimans et al. 2016, arXiv 1606.03498).
 
-    All samples form one split, so the score is deterministic and does not lose with small N; the common ten splits of
-    5 000 differ from it by their smaller size only. Raises ValueError for fewer than 2 samples or non-finite logits.
+    The mean over splits of `split_size` consecutive samples (the last may be smaller), as the ADM evaluator has it.
+    Raises ValueError for fewer than 2 samples or non-finite logits.
     """
     _check_matrix("logits", logits)
-    everyone = torch.ones(len(logits), dtype=torch.long, device=logits.device)
-    return float(_inception_score(logits.double().log_softmax(dim=1), everyone))
+    splits = logits.double().log_softmax(dim=1).split(split_size)
+    return float(torch.stack([_inception_score(part, part.new_ones(len(part))) for part in splits]).mean())
 
 
 def precision_recall(reference_features: Tensor, features: Tensor, neighbours: int = 3) -> tuple[float, float]:
@@ -133,68 +136,32 @@ def precision_recall(reference_features: Tensor, features: Tensor, neighbours: i
     return precision, recall
 
 
-class Inception(nn.Module):
-    """torch-fidelity's InceptionV3 (the original FID weights) behind `features_and_logits`."""
+class Gaussian:
+    """Mean [F] and covariance [F, F] of features, in float64; the covariance is factored once for all distances."""
 
-    def __init__(self, extractor: nn.Module) -> None:
-        super().__init__()
-        self.extractor = extractor
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        self.mean = mean.double()
+        self.covariance = covariance.double()
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool features [N, 2048] and unbiased logits [N, 1008] of images [N, 3, H, W] in [−1, 1], seen as 8-bit."""
-        pixels = (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-        features, logits = self.extractor(pixels)
-        return features, logits
-
-
-def load_inception(weights: str | Path | None = None) -> Inception:
-    """The Inception network FID is defined by, from the optional package torch-fidelity.
-
-    `weights` is its weight file; None takes torch.hub's cached copy or downloads it. Raises EvaluationError when the
-    package or the weights are not there, CheckpointError when the file is damaged.
-    """
-    absent = [package for package in ("torch_fidelity", "torchvision") if find_spec(package) is None]
-    if absent:
-        raise EvaluationError(
-            f"FID needs the Inception network, but {' and '.join(absent)} cannot be found; "
-            "run pip install 'vapi-fast[eval]' (torch-fidelity and torchvision), or pass --no-eval"
-        )
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    if weights is not None:
-        load_file_checked(weights)  # torch-fidelity unpickles anything; this refuses what is not plain weights
-    try:
-        extractor = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], None if weights is None else str(weights)
-        )
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        place = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        raise EvaluationError(
-            f"the Inception weights did not load ({reason}); put torch-fidelity's {INCEPTION_FILE} at {place}, "
-            "or pass --no-eval"
-        ) from error
-    return Inception(extractor)
-
-
-class _Gaussian:
-    """Mean and covariance root of the reference set, factored once for all distances to it."""
-
-    def __init__(self, features: Tensor) -> None:
+    @classmethod
+    def fit(cls, features: Tensor, counts: Tensor | None = None) -> Gaussian:
+        """Mean and unbiased covariance of features [N, F], row n taken counts[n] times; Σ counts ≥ 2."""
         features = features.double()
-        eigenvalues, vectors = torch.linalg.eigh(features.T.cov())
-        self.mean = features.mean(dim=0)
-        self.root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+        weights = features.new_ones(len(features)) if counts is None else counts.double()
+        return cls(weights @ features / weights.sum(), features.T.cov(fweights=counts))
 
-    def distance(self, features: Tensor, counts: Tensor) -> Tensor:
-        """Fréchet distance to float64 features [N, F], row n taken counts[n] times; Σ counts ≥ 2."""
-        weights = counts.double()
-        mean = weights @ features / weights.sum()
-        covariance = features.T.cov(fweights=counts)
+    @cached_property
+    def root(self) -> Tensor:
+        """The symmetric square root of the covariance."""
+        eigenvalues, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+
+    def distance(self, other: Gaussian) -> Tensor:
+        """Fréchet distance, 0-d; factors this covariance, not the other's."""
         # Tr (Σ_a Σ_b)^½ through the symmetric Σ_a^½ Σ_b Σ_a^½: its eigenvalues are real and, but for rounding, ≥ 0
-        eigenvalues = torch.linalg.eigvalsh(self.root @ covariance @ self.root)
-        trace = self.root.square().sum() + covariance.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-        return ((self.mean - mean).square().sum() + trace).clamp(min=0)
+        eigenvalues = torch.linalg.eigvalsh(self.root @ other.covariance @ self.root)
+        trace = self.covariance.trace() + other.covariance.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+        return ((self.mean - other.mean).square().sum() + trace).clamp(min=0)
 
 
 def _inception_score(logprobs: Tensor, counts: Tensor) -> Tensor:
@@ -218,12 +185,16 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 def _check(reference_features: Tensor, features: Tensor) -> None:
     _check_features(reference_features, features)
-    fewest, width = min(len(reference_features), len(features)), features.shape[1]
-    if fewest <= width:
+    warn_of_few(min(len(reference_features), len(features)), features.shape[1], stacklevel=4)
+
+
+def warn_of_few(samples: int, width: int, metric: str = "FID", stacklevel: int = 3) -> None:
+    """Warn when a covariance of `width` features has too few samples for full rank."""
+    if samples <= width:
         warnings.warn(
-            f"FID from {fewest} samples of {width} features: the covariance is singular and the distance biased; "
+            f"{metric} from {samples} samples of {width} features: the covariance is singular and the distance biased; "
             f"use at least {width + 1} samples, better {10 * width}",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -17,6 +17,7 @@ from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch, ImageData
 from vapi_fast.distributed import gather_rows, rank, world_size
 from vapi_fast.generation import generate
+from vapi_fast.inception import load_inception
 from vapi_fast.models import LlamaGen
 from vapi_fast.rollout import roll_out
 
@@ -111,7 +112,7 @@ class Evaluator:
         rows = []
         for batch in self.rewarded:
             images, labels = batch.images.to(self.device), batch.labels.to(self.device)
-            tokens = self.models.tokenizer.encode(images)
+            tokens = self.models.reward.encode(images)
             ids = batch.image_ids.to(self.device)
             rollout = roll_out(generator, tokens, labels, self.config, seed=seed, sample_ids=ids)
             reward = self.models.reward.score(rollout.tokens, images)
@@ -134,4 +135,4 @@ def feature_network(config: AlignConfig, models: Models, device: torch.device) -
     """The tiny preset scores with its own classifier; every other model with Inception, as papers do."""
     if config.lpips == "tiny":
         return models.reward.lpips, "tiny perceptual network"
-    return evaluation.load_inception().to(device), "Inception-v3"
+    return load_inception().to(device), "Inception-v3"

@@ -6,28 +6,36 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import statistics
+import resource
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vapi_fast.accelerators import attention_backend
 from vapi_fast.checkpoint import write_atomically
-from vapi_fast.distributed import world_size
-from vapi_fast.pictures import save_grid, save_reward_curve
+from vapi_fast.clock import STAGES
+from vapi_fast.costs import config_costs, model_flop_utilisation, stage_table
+from vapi_fast.distributed import gather_objects, world_size
+from vapi_fast.pictures import save_grid, save_reward_curve, save_stage_bars
 
 if TYPE_CHECKING:
     from vapi_fast.run import Run
 
+PATH_NAMES = {"vapi_fast": "vapi-fast", "published_recipe": "published recipe"}
 PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
 
 
 def run_record(run: Run) -> dict[str, Any]:
     """The dictionary that becomes `run.json`; seconds are wall-clock, rewards one mean per step."""
-    images = len(run.curves["loss"]) * run.config.batch_size
+    steps = len(run.clock.step_seconds(wait=True))
+    stages = run.clock.seconds(wait=True)
+    config = {key: plain(value) for key, value in dataclasses.asdict(run.config).items()}
+    per_step = {stage: stages[stage] / steps for stage in STAGES if stage in stages and stage != "startup"}
+    costs = config_costs(config, processes=world_size())
     record = {
-        "config": {key: plain(value) for key, value in dataclasses.asdict(run.config).items()},
+        "config": config,
         "versions": versions(),
         "device": device_name(run.device),
         "processes": world_size(),
@@ -35,15 +43,34 @@ def run_record(run: Run) -> dict[str, Any]:
         **run.measured,
         "reward": run.curves["reward"],
         "curves": run.curves,
-        "seconds": run.seconds | {"stages": run.clock.seconds},
-        "images_per_second": images / run.seconds["alignment"] if run.seconds["alignment"] else 0.0,
+        "seconds": run.seconds | {"stages": stages},
+        "step_seconds": run.clock.step_seconds(wait=True),
+        "images_per_second": steps * run.config.batch_size / run.seconds["alignment"],
+        "stages": stage_table(config, per_step, run.ceilings, processes=world_size()),
+        "model_flop_utilisation": model_flop_utilisation(costs, run.seconds["alignment"] / steps, run.ceilings),
+        "ceilings": dataclasses.asdict(run.ceilings),
+        "attention": attention_backend(run.device),
+        "planned_memory": run.plan.parts | {"free": run.plan.free} if run.plan else None,
+        "peak_memory": peak_memory(run.device),
+        "joules": total_joules(run.energy.joules()),
         "skipped_images": [str(path) for path in run.data.skipped],
     }
-    if run.compared:
-        ours, published = (statistics.median(times) for times in zip(*run.compared, strict=True))
-        record["seconds_per_step"] = {"vapi_fast": ours, "published_recipe": published}
-        record["speedup_over_reference"] = published / ours
+    if run.comparison:
+        record |= run.comparison.record()
     return record
+
+
+def total_joules(joules: float | None) -> float | None:
+    """Energy of all ranks' GPUs; None where one has no counter."""
+    everyone = gather_objects(joules)
+    return None if None in everyone else sum(everyone)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory as PyTorch has it reserved at most, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plain(value: Any) -> Any:
@@ -85,14 +112,22 @@ def write_pictures(run: Run, output: Path) -> None:
         save_reward_curve(output / "reward.png", run.curves["reward"])
 
 
+def stage_bars(record: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Seconds a step by stage: of this run, or of both paths where the published recipe was timed too."""
+    if "comparison" in record:
+        stages = record["comparison"]["stages"]
+        return [(name, stages[key]) for key, name in PATH_NAMES.items()]
+    return [(record["config"]["model"], {stage: figures["seconds"] for stage, figures in record["stages"].items()})]
+
+
 def write_record(record: dict[str, Any], output: Path) -> None:
     """Write `run.json`, which marks the run as finished, and print the table."""
+    save_stage_bars(output / "stages.png", stage_bars(record))
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
-    print(
-        f"results in {output}: {', '.join(sorted(path.name for path in output.iterdir() if path.name != 'state.pt'))}"
-    )
+    written = sorted(path.name for path in output.iterdir() if path.name != "snapshots")
+    print(f"results in {output}: {', '.join(written)}")
 
 
 def table(record: dict[str, Any]) -> str:
@@ -101,19 +136,48 @@ def table(record: dict[str, Any]) -> str:
     if "base" in record and "aligned" in record:
         lines += scores_table(record["base"], record["aligned"], record["config"]["cfg_scale"])
     seconds = record["seconds"]
-    stages = ", ".join(f"{name} {value:.1f}" for name, value in seconds["stages"].items())
     parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("startup", "alignment", "evaluation"))
-    lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}; alignment: {stages}")
-    lines.append(f"{record['images_per_second']:.1f} images/s on {record['device']}")
+    lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}")
+    lines += stages_table(record)
+    lines.append(
+        f"{record['images_per_second']:.1f} images/s on {record['device']}, attention by {record['attention']}, "
+        f"peak memory {record['peak_memory'] / 1e9:.1f} GB, transformer at {record['model_flop_utilisation']:.0%} of "
+        "the matrix ceiling" + (f", {record['joules'] / 1e3:.1f} kJ" if record["joules"] else "")
+    )
     if record["skipped_images"]:
         lines.append(f"{len(record['skipped_images'])} unreadable images skipped: {record['skipped_images'][:5]}")
-    if "speedup_over_reference" in record:
-        step = record["seconds_per_step"]
-        lines.append(
-            f"published recipe {step['published_recipe']:.2f} s a step, vapi-fast {step['vapi_fast']:.2f} s: "
-            f"{record['speedup_over_reference']:.1f}× faster"
-        )
+    if "comparison" in record:
+        lines += comparison_table(record)
     return "\n".join(lines)
+
+
+def stages_table(record: dict[str, Any]) -> list[str]:
+    """Seconds a step by stage, the work it needs done, and the share of the ceiling that governs it."""
+    lines = [f"{'stage':12}{'s a step':>10}{'TFLOP/s':>10}{'of ceiling':>12}"]
+    for stage, figures in record["stages"].items():
+        row = f"{stage:12}{figures['seconds']:10.4f}"
+        if "share" in figures:
+            row += f"{figures['tflops']:10.2f}{figures['share']:11.0%} of {figures['bound']}"
+        lines.append(row)
+    return lines
+
+
+def comparison_table(record: dict[str, Any]) -> list[str]:
+    """Ours beside the published recipe: seconds a step and their ratio by stage, and how well the two agree."""
+    compared, totals = record["comparison"], record["seconds_per_step"]
+    ours, published = (compared["stages"][name] for name in PATH_NAMES)
+    lines = [f"{'stage':12}{'vapi-fast':>12}{'published':>12}{'ratio':>9}   seconds a step, {compared['steps']} steps"]
+    for stage in ours:
+        lines.append(f"{stage:12}{ours[stage]:12.4f}{published[stage]:12.4f}{compared['speedup'][stage]:8.1f}×")
+    lines.append(
+        f"{'together':12}{totals['vapi_fast']:12.4f}{totals['published_recipe']:12.4f}"
+        f"{record['speedup_over_reference']:8.1f}× faster"
+    )
+    lines.append(
+        f"same rollouts in both: gradients differ by {compared['gradient_relative_error']:.1e}, cosine of the "
+        f"advantages {compared['advantages_cosine']:.5f}, image tokens equal {compared['tokens_equal']:.2%}"
+    )
+    return lines
 
 
 def scores_table(base: dict[str, Any], aligned: dict[str, Any], cfg_scale: float) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from vapi_fast import ops
+from vapi_fast.clock import Clock
 from vapi_fast.config import AlignConfig
 from vapi_fast.models import LlamaGen
 
@@ -27,12 +30,21 @@ def teacher_forced_hidden(
     context = tokens[:, :-1]
     if config.noise_prob:
         context = ops.noisy_prefix(tokens, config.noise_prob, model.config.vocab_size, seed=seed, sample_ids=sample_ids)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+    # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
+    autocast = tokens.is_cuda and not isinstance(model, FSDPModule)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         return model(context, condition, return_hidden=True)
 
 
 def roll_out(
-    model: LlamaGen, tokens: Tensor, condition: Tensor, config: AlignConfig, *, seed: int, sample_ids: Tensor
+    model: LlamaGen,
+    tokens: Tensor,
+    condition: Tensor,
+    config: AlignConfig,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    clock: Clock = nullcontext,
 ) -> Rollout:
     """Draw `config.group_size` sequences per image from q(x|I) = Π_t π_θ(x_t | x̃*_{<t}).
 
@@ -40,18 +52,21 @@ def roll_out(
         tokens: the image's tokens x*, int64 `[B,T]`.
         condition: class ids `[B]` or caption features.
         seed, sample_ids: with the position and the rollout's index they decide every draw.
+        clock: times the stages forward and sample.
     """
-    hidden = teacher_forced_hidden(model, tokens, condition, config, seed=seed, sample_ids=sample_ids)
-    drawn, logprobs = ops.linear_group_sample(
-        hidden.detach(),
-        model.output.weight.detach(),
-        config.group_size,
-        seed=seed,
-        sample_ids=sample_ids,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+    with clock("forward"):
+        hidden = teacher_forced_hidden(model, tokens, condition, config, seed=seed, sample_ids=sample_ids)
+    with clock("sample"):
+        drawn, logprobs = ops.linear_group_sample(
+            hidden.detach(),
+            model.output.weight.detach().to(hidden.dtype),
+            config.group_size,
+            seed=seed,
+            sample_ids=sample_ids,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
     return Rollout(hidden, drawn, logprobs)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +16,140 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vapi_fast import report
-from vapi_fast.alignment import Models, NonFiniteError, align_step, load_models, make_optimizer
-from vapi_fast.checkpoint import load_file_checked, save_generator, write_atomically
+from vapi_fast import memory, report
+from vapi_fast.accelerators import attention_backend, nvml
+from vapi_fast.alignment import (
+    NonFiniteError,
+    StepResult,
+    Trainer,
+    accumulate_gradients,
+    align_step,
+    load_models,
+)
+from vapi_fast.ceilings import measure
+from vapi_fast.checkpoint import save_generator
 from vapi_fast.clock import StageClock
+from vapi_fast.comparison import Comparison, PublishedStep, published_gradients
 from vapi_fast.config import AlignConfig, ConfigError, flag
 from vapi_fast.data import ImageBatch, ImageData
-from vapi_fast.distributed import process_group, rank, world_size
+from vapi_fast.distributed import process_group, rank, shard, whole_copy, whole_state, world_size
+from vapi_fast.energy import EnergyMeter
 from vapi_fast.measurement import Evaluator, Measurement
+from vapi_fast.models.llamagen import llamagen_config
+from vapi_fast.optimization import make_optimizer
+from vapi_fast.snapshots import Snapshots
+from vapi_fast.synthetic import SyntheticData
 
 GRID_IMAGES = 24
-COMPARED_STEPS = 3
+COMPARED_STEPS = range(1, 4)  # of --path both: not the first, which warms up
 # Fields that may differ when a run is resumed: they do not touch what the steps compute.
-RESUMABLE = {"output_dir", "resume", "evaluate", "checkpoint_every", "steps", "micro_batch", "compare", "eval_batch"}
-
-PublishedStep = Callable[[Models, AlignConfig, ImageBatch, int], float]
+RESUMABLE = {"output_dir", "resume", "evaluate", "checkpoint_every", "steps", "micro_batch", "path", "eval_batch"}
 
 
-def align(config: AlignConfig, *, published_step: PublishedStep | None = None) -> dict[str, Any]:
+class StoppedError(RuntimeError):
+    """The run was asked to stop; its state is saved."""
+
+
+def align(
+    config: AlignConfig, *, published_step: PublishedStep | None = None, started: float | None = None
+) -> dict[str, Any]:
     """Align a generator with VA-π (or a baseline) and write the results into `config.output_dir`.
 
     Args:
-        published_step: the recipe to time our steps against, for `config.compare`: computes one step's gradients and
-            returns its loss. `benchmarks/reference_step.py` has the published one.
+        published_step: the recipe to hold our steps against, for `config.path` "reference" and "both"; see
+            `vapi_fast.comparison.PublishedStep`. `benchmarks/reference_step.py` has the published one.
+        started: `time.perf_counter()` when the run's start-up began, if that was before this call.
 
     Returns:
         The record that `run.json` holds.
 
     Raises:
         ConfigError, CheckpointError, DataError: the input cannot be used; nothing was written.
-        NonFiniteError: a reward, loss or gradient is not finite; `state.pt` holds the last good weights.
+        NonFiniteError: a reward, loss or gradient is not finite; the snapshots hold the last good weights.
+        StoppedError: SIGTERM came; the snapshots hold the state to go on from.
     """
-    if config.compare and published_step is None:
-        raise ConfigError("--compare needs the published recipe: run benchmarks/e2e_align.py --compare")
-    with process_group() as device:
-        return Run(config, device, published_step).execute()
+    if config.path != "fast" and published_step is None:
+        raise ConfigError(f"--path {config.path} needs the published recipe: run benchmarks/e2e_align.py")
+    started = time.perf_counter() if started is None else started
+    with process_group() as device, termination() as terminated:
+        if config.path != "fast" and world_size() > 1:
+            raise ConfigError(f"--path {config.path} needs one process, this is one of {world_size()}")
+        return Run(config, device, published_step, started, terminated).execute()
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process, inside the `with` block."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def memory_plan(config: AlignConfig, device: torch.device) -> memory.MemoryPlan | None:
+    """How to use the GPU's free memory; None on a CPU. Raises ConfigError if the run will not fit."""
+    if device.type != "cuda":
+        return None
+    return memory.check(config, llamagen_config(config.model), torch.cuda.mem_get_info(device)[0], world_size())
 
 
 class Run:
     """State of a run: models, optimizer, data, the measurements and curves so far."""
 
-    def __init__(self, config: AlignConfig, device: torch.device, published_step: PublishedStep | None) -> None:
-        self.started = time.perf_counter()
+    def __init__(
+        self,
+        config: AlignConfig,
+        device: torch.device,
+        published_step: PublishedStep | None,
+        started: float,
+        terminated: threading.Event,
+    ) -> None:
+        self.started = started
+        self.terminated = terminated
         if config.batch_size % world_size():
             raise ConfigError(f"--batch-size {config.batch_size} does not divide over {world_size()} processes")
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in the published recipe
         self.config = config
         self.device = device
+        self.clock = StageClock(device)
+        self.ceilings = measure(device)
+        self.energy = EnergyMeter(device, nvml())
+        self.plan = memory_plan(config, device)
+        models = load_models(config, device, self.plan.reward_chunk if self.plan else None)
+        self.models = models
+        classes = models.generator.config.num_classes
+        if config.synthetic_data:
+            self.data = SyntheticData(config.image_size, classes)
+        else:
+            self.data = ImageData(config.data, config.image_size, num_classes=classes)
+        self.evaluator = Evaluator(config, models, device) if config.evaluate else None
+        shard(models.generator, reshard_after_forward=self.plan is None or self.plan.reshard_after_forward)
+        optimizer = make_optimizer(models.generator, config)
+        self.trainer = Trainer(models, optimizer, config, self.clock, torch.zeros((), device=device))
+        self.snapshots = Snapshots(config.snapshots)
         self.published_step = published_step
-        self.clock = StageClock()
-        self.models = load_models(config, device)
-        self.optimizer = make_optimizer(self.models.generator, config)
-        classes = self.models.generator.config.num_classes
-        self.data = ImageData(config.data, config.image_size, num_classes=classes)
-        self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
+        self.comparison = Comparison(published_step, device) if config.path == "both" else None
         self.pictures: list[tuple[str, Tensor]] = []
         self.measured: dict[str, dict[str, Any]] = {}
         self.curves: dict[str, list[float]] = {}
-        self.compared: list[tuple[float, float]] = []  # seconds of our step and of the published one
-        self.seconds = {"startup": time.perf_counter() - self.started, "alignment": 0.0, "evaluation": 0.0}
+        self.seconds = {"startup": time.perf_counter() - started, "alignment": 0.0, "evaluation": 0.0}
+        self.clock.add("startup", self.seconds["startup"])
+        if rank() == 0:
+            print(self.introduction())
+
+    def introduction(self) -> str:
+        """What runs where, in a line or two."""
+        config, where = self.config, report.device_name(self.device)
+        processes = f"{world_size()} × " if world_size() > 1 else ""
+        optimizer = type(self.trainer.optimizer)
+        text = f"aligning {config.model} on {processes}{where}: attention by {attention_backend(self.device)}, "
+        text += f"{optimizer.__module__.partition('.')[0]}'s {optimizer.__name__}"
+        return text + (f"\nmemory a GPU, as planned: {self.plan}" if self.plan else "")
 
     def execute(self) -> dict[str, Any]:
         start_step = 0
@@ -91,7 +168,7 @@ class Run:
 
     def measure(self, name: str) -> None:
         started = time.perf_counter()
-        measurement: Measurement = self.evaluator.measure(self.models.generator, name)
+        measurement: Measurement = self.evaluator.measure(whole_copy(self.models.generator), name)
         self.measured[name] = measurement.as_record()
         self.seconds["evaluation"] += time.perf_counter() - started
 
@@ -103,109 +180,125 @@ class Run:
             with torch.no_grad():
                 reconstructions = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
             self.pictures += [("original", images.cpu()), ("reconstruction", reconstructions.cpu())]
-        samples = self.evaluator.sample(self.models.generator, torch.arange(len(images)))
+        samples = self.evaluator.sample(whole_copy(self.models.generator), torch.arange(len(images)))
         self.pictures.append((title, samples.cpu()))
 
     def align(self, start_step: int) -> None:
         """The optimizer steps, with progress, TensorBoard curves, and the state saved every `checkpoint_every`."""
         config = self.config
+        shares = {"rank": rank(), "world_size": world_size()}
         batches = iter(
-            self.data.batches(
-                config.batch_size,
-                config.steps,
-                seed=config.seed,
-                start_step=start_step,
-                rank=rank(),
-                world_size=world_size(),
+            self.data.batches(config.batch_size, config.steps, seed=config.seed, start_step=start_step, **shares)
+        )
+        with contextlib.ExitStack() as stack:
+            self.writer = None
+            if rank() == 0:
+                folder = str(config.output_dir / "tensorboard")
+                self.writer = stack.enter_context(SummaryWriter(folder, purge_step=start_step))
+            self.progress = stack.enter_context(
+                tqdm(
+                    initial=start_step,
+                    total=config.steps,
+                    desc=f"aligning ({config.method})",
+                    unit="step",
+                    disable=rank() > 0,
+                )
             )
-        )
-        writer = SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=start_step) if rank() == 0 else None
-        with contextlib.closing(writer) if writer else contextlib.nullcontext():  # ends its thread
-            self.align_steps(batches, writer, start_step)
-
-    def align_steps(self, batches: Iterator[ImageBatch], writer: SummaryWriter | None, start_step: int) -> None:
-        config = self.config
-        steps = tqdm(
-            range(start_step, config.steps),
-            initial=start_step,
-            total=config.steps,
-            desc=f"aligning ({config.method})",
-            unit="step",
-            disable=rank() > 0,
-        )
-        for step in steps:
-            started = time.perf_counter()
-            with self.clock("data"):
-                batch = ImageBatch(*(value.to(self.device) for value in next(batches)))
             try:
-                metrics = align_step(self.models, self.optimizer, config, batch, step, self.clock)
+                self.align_steps(batches, start_step)
             except NonFiniteError as error:
-                self.save_state(step)
+                steps = len(self.curves.get("loss", []))
+                self.save_state(steps)
                 raise NonFiniteError(
-                    f"step {step + 1}: {error}; stopped before the optimizer step, the weights up to step {step} are "
-                    f"in {config.output_dir / 'state.pt'}"
+                    f"step {steps + 1}: {error}; stopped before the optimizer step, the weights up to step {steps} "
+                    f"are in {config.snapshots}"
                 ) from error
-            seconds = time.perf_counter() - started
-            self.seconds["alignment"] += seconds
-            for name, value in metrics.items():
-                self.curves.setdefault(name, []).append(value)
-                if writer:
-                    writer.add_scalar(name, value, step)
-            steps.set_postfix(
-                reward=f"{metrics['reward']:.4f}",
-                loss=f"{metrics['loss']:.4f}",
-                images_per_s=f"{config.batch_size / seconds:.1f}",
-            )
-            if self.published_step and 0 < step <= COMPARED_STEPS:  # not the first, which warms up
-                self.compare(batch, step, seconds)
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                self.save_state(step + 1)
+            finally:
+                self.snapshots.finish()
 
-    def compare(self, batch: ImageBatch, step: int, seconds: float) -> None:
-        """Time the published recipe on the batch that our step just had; its gradients are thrown away."""
-        started = time.perf_counter()
-        self.published_step(self.models, self.config, batch, step)
-        self.compared.append((seconds, time.perf_counter() - started))
-        self.optimizer.zero_grad(set_to_none=True)
+    def align_steps(self, batches: Iterator[ImageBatch], start_step: int) -> None:
+        """The steps; the figures of one are read once the next is launched, so that a GPU never waits for the host."""
+        pending: StepResult | None = None
+        self.stopping = False
+        self.steps_read = 0
+        self.align_started = time.perf_counter()
+        for step in range(start_step, self.config.steps):
+            before = time.perf_counter()
+            batch = ImageBatch(*(value.to(self.device, non_blocking=True) for value in next(batches)))
+            self.clock.add("data", time.perf_counter() - before)
+            stop = self.terminated.is_set()
+            result = align_step(self.trainer, batch, step, gradients=self.gradients_of(step), stop=stop)
+            self.clock.end_step()
+            if pending:
+                self.read(pending)
+            pending = result
+            due = (step + 1) % self.config.checkpoint_every == 0
+            if due or self.stopping or step + 1 == self.config.steps:
+                self.read(pending)
+                pending = None
+                if step + 1 < self.config.steps:
+                    self.save_state(step + 1)
+            if self.stopping and step + 1 < self.config.steps:
+                raise StoppedError(f"stopped by SIGTERM after step {step + 1}; --resume goes on from it")
+
+    def gradients_of(self, step: int) -> Any:
+        """What computes a step's gradients: ours, the published recipe, or ours beside it."""
+        if self.config.path == "reference":
+            return published_gradients(self.published_step)
+        if self.comparison and step in COMPARED_STEPS:
+            return self.comparison.gradients
+        return accumulate_gradients
+
+    def read(self, result: StepResult) -> None:
+        """Wait for a step's figures and write them down. Raises NonFiniteError."""
+        metrics, stop = result.read()
+        self.stopping |= stop
+        self.steps_read += 1
+        compared = self.comparison.seconds() if self.comparison else 0.0
+        self.seconds["alignment"] = time.perf_counter() - self.align_started - compared
+        for name, value in metrics.items():
+            self.curves.setdefault(name, []).append(value)
+            if self.writer:
+                self.writer.add_scalar(name, value, result.step)
+        self.progress.set_postfix(
+            reward=f"{metrics['reward']:.4f}",
+            loss=f"{metrics['loss']:.4f}",
+            images_per_s=f"{self.steps_read * self.config.batch_size / self.seconds['alignment']:.1f}",
+        )
+        self.progress.update()
 
     def save_state(self, step: int) -> None:
-        """Everything that `--resume` needs after `step` steps, in `state.pt`."""
-        if rank() > 0:
-            return
-        state = {
-            "step": step,
+        """Everything that `--resume` needs after `step` steps; all ranks call it."""
+        extra = {
             "config": {key: str(value) for key, value in dataclasses.asdict(self.config).items()},
-            "generator": self.models.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "curves": self.curves,
             "measured": self.measured,
         }
-        write_atomically(self.config.output_dir / "state.pt", lambda temporary: torch.save(state, temporary))
+        self.snapshots.save(step, self.models.generator, self.trainer.optimizer, extra)
 
     def load_state(self) -> int:
-        """Go on from `state.pt`; returns the steps it has behind it. Raises ConfigError if the run was another one."""
-        path = self.config.output_dir / "state.pt"
-        state = load_file_checked(path)
+        """Go on from the newest snapshot; returns the steps behind it. Raises ConfigError if the run was another."""
+        step, extra = self.snapshots.restore(self.models.generator, self.trainer.optimizer)
         for key, value in dataclasses.asdict(self.config).items():
-            if key not in RESUMABLE and state["config"][key] != str(value):
+            if key not in RESUMABLE and extra["config"].get(key) != str(value):
+                before = extra["config"].get(key)
                 raise ConfigError(
-                    f"--resume: {path} was started with {flag(key)} {state['config'][key]}, now it is {value}"
+                    f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
-        self.models.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.curves = state["curves"]
-        self.measured = state["measured"]
-        return state["step"]
+        self.curves = extra["curves"]
+        self.measured = extra["measured"]
+        return step
 
     def write_results(self) -> dict[str, Any]:
-        """The aligned checkpoint, the pictures, `run.json` and the table; the resumable state goes."""
+        """The aligned checkpoint, the pictures, `run.json` and the table; the snapshots go."""
         output: Path = self.config.output_dir
+        weights = whole_state(self.models.generator)
         if rank() == 0:
-            save_generator(output / "aligned.pt", self.models.generator)
+            save_generator(output / "aligned.pt", weights)
             report.write_pictures(self, output)
         self.seconds["total"] = time.perf_counter() - self.started
         record = report.run_record(self)
         if rank() == 0:
             report.write_record(record, output)
-            (output / "state.pt").unlink(missing_ok=True)
+        self.snapshots.clear()
         return record

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
+from vapi_fast.accelerators import causal_attention
 from vapi_fast.checkpoint import CheckpointError, load_into, load_state_dict
+
+from .recompute import norm_linear, rotated_heads, swiglu_linear
+
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=1e-5)
+        return ops.rms_norm(x, self.weight.to(x.dtype), NORM_EPS)
 
 
 class Attention(nn.Module):
@@ -73,16 +78,20 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.wqkv(x).view(batch, length, 3, self.heads, width // self.heads).unbind(2)
-        q, k = ops.rotary_2d(q, rotary), ops.rotary_2d(k, rotary)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """Attention over norm(x)."""
+        (qkv,) = norm_linear(x, norm.weight, NORM_EPS, self.wqkv.weight)
+        q, k, v = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), rotary)
+        if mask is None and cache is None:
+            return self.wo(causal_attention(q, k, v).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        causal = mask is None and length > 1  # a single query sees everything in the cache
+        causal = mask is None and x.shape[1] > 1  # a single query sees everything in the cache
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.wo(out.transpose(1, 2).reshape(batch, length, width))
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -92,8 +101,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
         self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """SwiGLU of norm(x)."""
+        gate, up = norm_linear(x, norm.weight, NORM_EPS, self.w1.weight, self.w3.weight)
+        return swiglu_linear(gate, up, self.w2.weight)
 
 
 class Block(nn.Module):
@@ -107,8 +118,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: float
     ) -> Tensor:
-        x = x + F.dropout(self.attention(self.attention_norm(x), rotary, mask, cache, layer), dropout)
-        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), dropout)
+        x = x + F.dropout(self.attention(x, self.attention_norm, rotary, mask, cache, layer), dropout)
+        return x + F.dropout(self.feed_forward(x, self.ffn_norm), dropout)
 
 
 class ClassEmbedding(nn.Module):
@@ -131,7 +142,7 @@ class CaptionEmbedding(nn.Module):
         self.register_buffer("uncond_embedding", unconditional)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.cap_proj(features)
+        return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
 
 
 class LlamaGen(nn.Module):
@@ -150,8 +161,7 @@ class LlamaGen(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
-        rotary = ops.rotary_2d_table(config.grid_size, config.width // config.heads, config.prefix_len)
-        self.register_buffer("rotary", rotary, persistent=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -193,8 +203,10 @@ class LlamaGen(nn.Module):
             changes["caption_tokens"], changes["caption_width"] = state["cls_embedding.uncond_embedding"].shape
         elif "cls_embedding.embedding_table.weight" in state:
             changes["num_classes"] = state["cls_embedding.embedding_table.weight"].shape[0] - 1
-        model = cls(replace(config, **changes))
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+            model = cls(replace(config, **changes))
         load_into(model, state, path, hint=f"pass a whole checkpoint of a LlamaGen of size {name}")
+        model.rotary = rotary_table(model.config)
         return model
 
     def unconditional(self, condition: Tensor) -> Tensor:
@@ -231,6 +243,8 @@ class LlamaGen(nn.Module):
         if tokens is not None:
             parts.append(self.tok_embeddings(tokens))
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if torch.is_autocast_enabled(h.device.type):  # all blocks then keep this dtype, in sums and norms too
+            h = h.to(torch.get_autocast_dtype(h.device.type))
         start = cache.length if cache is not None else 0
         end = start + h.shape[1]
         if end > self.rotary.shape[0]:
@@ -258,6 +272,11 @@ class LlamaGen(nn.Module):
             return condition
         dropped = torch.rand(len(condition), device=condition.device) < self.dropout
         return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), self.unconditional(condition), condition)
+
+
+def rotary_table(config: LlamaGenConfig) -> Tensor:
+    """Cosines and sines `[prefix_len + grid_size², head_dim / 2, 2]` of all positions."""
+    return ops.rotary_2d_table(config.grid_size, config.width // config.heads, config.prefix_len)
 
 
 def attention_mask(condition_mask: Tensor, start: int, end: int) -> Tensor:

@@ -90,6 +90,12 @@ class ArgumentChecks:
             expected = f"{self.operation}: {name} must be an int or a 0-d int64 tensor"
             raise TypeError(f"{expected}, got {described(value)}")
 
+    def slot(self, position: object, cache: str, slots: int) -> None:
+        """A slot of a cache: an int in [0, slots), or a 0-d int64 tensor, whose value stays unread."""
+        self.position("position", position)
+        if isinstance(position, int) and position >= slots:
+            raise ValueError(f"{self.operation}: position must be below {cache}'s S={slots}, got {position}")
+
     def vocabulary(self, name: str) -> None:
         """Size V of the vocabulary: at least 1, and within what a kernel can hold."""
         self.not_empty(name, "V")
@@ -135,6 +141,15 @@ class ArgumentChecks:
     def sample_ids(self, sample_ids: Tensor | None) -> None:
         if sample_ids is not None:
             self.integers("sample_ids", sample_ids, "B")
+
+    def no_gradient(self, instead: str, **tensors: Tensor | None) -> None:
+        """No tensor of an operation for inference may want a gradient."""
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{self.operation}: has no gradient, and {name} requires one: call it under torch.no_grad(), or "
+                    f"{instead}, which has one"
+                )
 
     def token_range(self, name: str, tokens: Tensor, vocab_size: int) -> None:
         """Tokens in 0…V−1. On a GPU reading them back would stall it: there a kernel turns what they touch into NaN."""

@@ -16,6 +16,8 @@ def _check_draw(
     temperature: float,
     top_k: int,
     top_p: float,
+    first_position: int | Tensor,
+    first_rollouts: Tensor | None,
 ) -> None:
     checks.count("group_size", group_size, 1)
     checks.seed(seed)
@@ -23,6 +25,9 @@ def _check_draw(
     checks.positive("temperature", temperature)
     checks.count("top_k", top_k, 0)
     checks.probability("top_p", top_p, zero=False)
+    checks.position("first_position", first_position)
+    if first_rollouts is not None:
+        checks.integers("first_rollouts", first_rollouts, "B")
 
 
 def group_sample(
@@ -35,6 +40,7 @@ def group_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw G independent tokens per position from one softmax.
 
@@ -51,6 +57,8 @@ def group_sample(
         top_p: in (0, 1]; then keep the most likely tokens up to the one that makes their probability exceed top_p; 1
             keeps all.
         first_position: t of `logits[:, 0]`, for token-by-token decoding: int ≥ 0, or 0-d int64 tensor (not checked).
+        first_rollouts: int64 `[B]`, index in its group of each row's first draw, for rows that are rollouts of one
+            image, each with logits of its own; default 0. The low 32 bits count.
 
     Returns:
         tokens int64 `[B, G, T]`; logprobs `[B, G, T]`, fp32 (float64 for float64), in nats, of the distribution drawn
@@ -62,8 +70,7 @@ def group_sample(
     checks = ArgumentChecks("group_sample")
     checks.floating("logits", logits, "B T V")
     checks.vocabulary("logits")
-    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
-    checks.position("first_position", first_position)
+    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p, first_position, first_rollouts)
     return implementation(logits).group_sample(
         logits,
         group_size,
@@ -73,6 +80,7 @@ def group_sample(
         top_k=top_k,
         top_p=top_p,
         first_position=first_position,
+        first_rollouts=first_rollouts,
     )
 
 
@@ -86,20 +94,31 @@ def linear_group_sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`group_sample` of the logits hidden·weightᵀ: the same draws, without the caller holding the logits.
 
     hidden floating `[B, T, D]`, weight floating `[V, D]` (the LM head); the rest, the results and the errors are
-    those of `group_sample`, at positions 0…T−1.
+    those of `group_sample`.
     """
     checks = ArgumentChecks("linear_group_sample")
     checks.floating("hidden", hidden, "B T D")
     checks.floating("weight", weight, "V D")
     checks.vocabulary("weight")
     checks.not_empty("weight", "D")
-    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p)
+    _check_draw(checks, group_size, seed, sample_ids, temperature, top_k, top_p, first_position, first_rollouts)
     return implementation(hidden).linear_group_sample(
-        hidden, weight, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
+        hidden,
+        weight,
+        group_size,
+        seed=seed,
+        sample_ids=sample_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        first_position=first_position,
+        first_rollouts=first_rollouts,
     )
 
 

@@ -5,15 +5,18 @@ here they are taken as right. Inputs in fp16 and bf16 are computed in fp32, floa
 """
 
 from .losses import PolicyLoss, group_advantages, linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
-from .normalization import group_norm_silu, rms_norm
+from .normalization import add_group_norm_silu, bias_group_norm_silu, group_norm_silu, rms_norm
 from .perceptual import lpips_distance, mse
 from .philox import fold_seed, philox
 from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
 from .sampling import group_sample, linear_group_sample, noisy_prefix
-from .transformer import decode_attention, rotary_2d, rotary_2d_table, swiglu
+from .transformer import append_to_cache, decode_attention, rotary_2d, rotary_2d_table, swiglu
 
 __all__ = [
     "PolicyLoss",
+    "add_group_norm_silu",
+    "append_to_cache",
+    "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
     "fold_seed",

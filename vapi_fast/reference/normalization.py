@@ -15,6 +15,53 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     return F.silu(torch.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)).to(x.dtype)
 
 
+def bias_group_norm_silu(
+    h: Tensor, channel_bias: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """SiLU of GroupNorm of h + channel_bias; see `vapi_fast.ops.bias_group_norm_silu`."""
+    dtype = accumulation_dtype(h, channel_bias, weight, bias)
+    return channels_last(
+        group_norm_silu(h.to(dtype) + channel_bias.to(dtype)[:, None, None], weight, bias, groups, eps)
+    ).to(h.dtype)
+
+
+def add_group_norm_silu(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    phases: bool = False,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream's next map and its norm; see `vapi_fast.ops.add_group_norm_silu`."""
+    given = [each for each in (h, weight, bias, residual, channel_bias) if each is not None]
+    dtype = accumulation_dtype(*given)
+    total = (interleaved(h) if phases else h).to(dtype)
+    if channel_bias is not None:
+        total = total + channel_bias.to(dtype)[:, None, None]
+    if residual is not None:
+        total = total + residual.to(dtype)
+    total = channels_last(total.to(h.dtype, copy=True))
+    normed = torch.group_norm(total.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
+    return total, channels_last((F.silu(normed) if silu else normed).to(h.dtype))
+
+
+def interleaved(h: Tensor) -> Tensor:
+    """Four phases `[B, 4·C, H + 1, W + 1]` → the map `[B, C, 2·H, 2·W]` whose pixels they hold in turns."""
+    height, width = h.shape[2] - 1, h.shape[3] - 1
+    phase = h.unflatten(1, (2, 2, -1))
+    rows = [torch.stack([phase[:, a, b, :, a : a + height, b : b + width] for b in (0, 1)], -1) for a in (0, 1)]
+    return torch.stack(rows, 3).flatten(4, 5).flatten(2, 3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """RMSNorm, the weight multiplied after the cast back; see `vapi_fast.ops.rms_norm`."""
     wide = x.to(accumulation_dtype(x))

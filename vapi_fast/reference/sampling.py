@@ -40,6 +40,7 @@ def group_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """G independent draws per position by inverse CDF in vocabulary order; see `vapi_fast.ops.group_sample`."""
     batch, length, vocab_size = logits.shape
@@ -47,9 +48,12 @@ def group_sample(
     logprobs = logits.log_softmax(-1)
     cdf = logprobs.exp().cumsum(-1)
 
+    rollouts = torch.arange(group_size, device=logits.device)
+    if first_rollouts is not None:
+        rollouts = (rollouts + first_rollouts[:, None, None]) & MASK
     counter = (
         torch.arange(length, device=logits.device)[:, None] + first_position,
-        torch.arange(group_size, device=logits.device),
+        rollouts,
         default_sample_ids(batch, sample_ids, logits.device)[:, None, None],
         GROUP_SAMPLE,
     )
@@ -71,11 +75,20 @@ def linear_group_sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`group_sample` of the logits hidden·weightᵀ; see `vapi_fast.ops.linear_group_sample`."""
-    logits = head_logits(hidden, weight)
     return group_sample(
-        logits, group_size, seed=seed, sample_ids=sample_ids, temperature=temperature, top_k=top_k, top_p=top_p
+        head_logits(hidden, weight),
+        group_size,
+        seed=seed,
+        sample_ids=sample_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        first_position=first_position,
+        first_rollouts=first_rollouts,
     )
 
 

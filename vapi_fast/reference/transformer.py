@@ -35,6 +35,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+@torch.no_grad()
+def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+    """A new position's queries rotated, its keys and values stored; see `vapi_fast.ops.append_to_cache`."""
+    dtype = accumulation_dtype(qkv)
+    slot = torch.as_tensor(position, device=qkv.device).view(1)
+    cosine, sine = table.index_select(0, slot).to(dtype)[0].unbind(-1)
+    even, odd = qkv[:, :2].to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.view_as_real(torch.complex(even, odd) * torch.complex(cosine, sine)).flatten(-2)  # [N, 2, heads, d]
+    for cache, new in ((k_cache, turned[:, 1]), (v_cache, qkv[:, 2])):
+        store(cache, slot, new)
+    return turned[:, 0].to(qkv.dtype, memory_format=torch.contiguous_format)
+
+
+def store(cache: Tensor, slot: Tensor, new: Tensor) -> None:
+    """Write new `[N, heads, head_dim]` into one slot `[1]` of a cache, clamped to its largest number if it is fp8."""
+    if cache.element_size() == 1:
+        largest = torch.finfo(cache.dtype).max  # beyond it PyTorch's cast gives NaN, and index_copy_ takes bytes only
+        cache, new = cache.view(torch.uint8), new.float().clamp(-largest, largest).to(cache.dtype).view(torch.uint8)
+    cache.index_copy_(2, slot, new[:, :, None].to(cache.dtype))
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -47,24 +68,34 @@ def decode_attention(
 ) -> Tensor:
     """One query per sequence against shared prefix and own cache; see `vapi_fast.ops.decode_attention`."""
     dtype = accumulation_dtype(q)
-    groups = q.shape[0] if prefix_k is None else prefix_k.shape[0]
-    # [P, N/P, heads, …]: the sequences of a group side by side, so that the prefix broadcasts over them.
-    query = q.to(dtype).unflatten(0, (groups, -1)) * q.shape[-1] ** -0.5
-    keys, values = (cache.to(dtype).unflatten(0, (groups, -1)) for cache in (k_cache, v_cache))
-    with full_precision(q):
-        scores = torch.einsum("pghd,pghsd->pghs", query, keys)
+    query = q.to(dtype)[:, :, None] * q.shape[-1] ** -0.5  # [N, heads, 1, head_dim]
+    if isinstance(position, int):  # then the entries past it need not be read
+        keys, values = (cache[:, :, : position + 1].to(dtype) for cache in (k_cache, v_cache))
+        future = None
+    else:
         future = torch.arange(k_cache.shape[2], device=q.device) > position
-        scores = scores.masked_fill(future, -torch.inf)
         # Slots past the position may hold anything, NaN included, and 0 · NaN is NaN.
-        values = values.masked_fill(future[:, None], 0.0)
+        keys, values = k_cache.to(dtype), v_cache.to(dtype).masked_fill(future[:, None], 0.0)
+    with full_precision(q):
+        scores = query @ keys.mT
+        if future is not None:
+            scores = scores.masked_fill(future, -torch.inf)
         if prefix_k is None:
-            out = torch.einsum("pghs,pghsd->pghd", scores.softmax(-1), values)
-            return out.flatten(0, 1).to(q.dtype)
-        prefix_scores = torch.einsum("pghd,phld->pghl", query, prefix_k.to(dtype))
+            return (scores.softmax(-1) @ values)[:, :, 0].to(q.dtype)
+        prefix_scores = in_groups(query, prefix_k.shape[0]) @ prefix_k.to(dtype).mT  # [P, heads, N/P, prefix_len]
         if prefix_mask is not None:
             prefix_scores = prefix_scores.masked_fill(~prefix_mask[:, None, None], -torch.inf)
-        weights = torch.cat([prefix_scores, scores], dim=-1).softmax(-1)
-        prefix_weights, own_weights = weights.split([prefix_k.shape[2], k_cache.shape[2]], dim=-1)
-        out = torch.einsum("pghl,phld->pghd", prefix_weights, prefix_v.to(dtype))
-        out = out + torch.einsum("pghs,pghsd->pghd", own_weights, values)
-        return out.flatten(0, 1).to(q.dtype)
+        weights = torch.cat([out_of_groups(prefix_scores), scores], dim=-1).softmax(-1)
+        prefix_weights, own_weights = weights.split([prefix_k.shape[2], scores.shape[-1]], dim=-1)
+        shared = in_groups(prefix_weights, prefix_k.shape[0]) @ prefix_v.to(dtype)
+        return (out_of_groups(shared) + own_weights @ values)[:, :, 0].to(q.dtype)
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """`[N, heads, 1, ·]` → `[P, heads, N/P, ·]`: the sequences of a group as rows of one matrix."""
+    return x[:, :, 0].unflatten(0, (groups, -1)).transpose(1, 2)
+
+
+def out_of_groups(x: Tensor) -> Tensor:
+    """The inverse of `in_groups`."""
+    return x.transpose(1, 2).flatten(0, 1)[:, :, None]

@@ -10,10 +10,14 @@ from .losses import linear_cross_entropy, noisy_prefix_cross_entropy, policy_los
 from .normalization import group_norm_silu, rms_norm
 from .perceptual import lpips_distance, mse
 from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
+from .residual import add_group_norm_silu, bias_group_norm_silu
 from .sampling import group_sample, linear_group_sample, noisy_prefix
-from .transformer import decode_attention, rotary_2d, swiglu
+from .transformer import append_to_cache, decode_attention, rotary_2d, swiglu
 
 __all__ = [
+    "add_group_norm_silu",
+    "append_to_cache",
+    "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
     "group_advantages",

@@ -15,6 +15,7 @@ from torch import Tensor
 from vapi_fast.kernels.tables import launch_settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # of keys and values
 
 
 class Launch(NamedTuple):
@@ -109,12 +110,13 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
         kernel[grid](*args, **constants)
 
 
-def check_dtypes(operation: str, **tensors: Tensor | None) -> None:
-    """TypeError for a floating tensor of a dtype that no kernel takes (float64, float8)."""
+def check_dtypes(operation: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: Tensor | None) -> None:
+    """TypeError for a floating tensor of a dtype that the kernel does not take (float64, float8)."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
+        if tensor is not None and tensor.dtype not in dtypes:
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise TypeError(
-                f"{operation}: {name} must be float32, bfloat16 or float16 on the 'triton' backend, got "
+                f"{operation}: {name} must be {', '.join(others)} or {last} on the 'triton' backend, got "
                 f"{str(tensor.dtype).removeprefix('torch.')}; use_backend('reference') takes any floating dtype"
             )
 

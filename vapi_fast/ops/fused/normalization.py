@@ -116,51 +116,84 @@ def pixel_splits(x: Tensor, block_p: int) -> tuple[int, int]:
     return triton.cdiv(height * width, per_split), per_split
 
 
-def group_norm_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    x, weight, bias = channels_last(x), weight.contiguous(), bias.contiguous()
+def channel_sums(x: Tensor) -> Tensor:
+    """Sums of every channel, and of its squares, for each part of the pixels: fp32 `[B, splits, 2, C]`."""
     batch, channels, height, width = x.shape
-    pixels = height * width
-    y = torch.empty_like(x)
-    statistics = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device)
-    mean, rstd = statistics.unbind(0)
-
     block = pixel_blocks(settings("group_norm_statistics", x), channels)
     splits, per_split = pixel_splits(x, block["BLOCK_P"])
     sums = torch.empty(batch, splits, 2, channels, dtype=torch.float32, device=x.device)
-    launch(kernels.group_norm_statistics, (batch * splits,), x, sums, pixels, channels, per_split, splits, **block)
+    launch(
+        kernels.group_norm_statistics,
+        (batch * splits,),
+        x,
+        sums,
+        height * width,
+        channels,
+        per_split,
+        splits,
+        **block,
+    )
+    return sums
+
+
+def group_statistics(x: Tensor, sums: Tensor, groups: int, eps: float, channel_bias: Tensor | None = None) -> Tensor:
+    """Means and reciprocal standard deviations of the groups of x + channel_bias: fp32 `[2, B, groups]`."""
+    batch, channels, height, width = x.shape
+    statistics = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device)
     launch(
         kernels.group_norm_finish,
         (batch * groups,),
         x,
+        channel_bias,
         sums,
-        mean,
-        rstd,
-        pixels,
+        *statistics.unbind(0),
+        height * width,
         channels,
         groups,
-        splits,
+        sums.shape[1],
         eps,
         BLOCK_G=next_power_of_2(channels // groups),
         **settings("group_norm_finish", x),
     )
+    return statistics
+
+
+def normalized(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    channel_bias: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """The norm of x + channel_bias with these statistics, and SiLU of it."""
+    y = torch.empty_like(x)
+    batch, channels, height, width = x.shape
     block = pixel_blocks(settings("group_norm_silu_apply", x), channels)
-    blocks = triton.cdiv(pixels, block["BLOCK_P"])
+    blocks = triton.cdiv(height * width, block["BLOCK_P"])
     launch(
         kernels.group_norm_silu_apply,
         (batch * blocks,),
         x,
-        weight,
-        bias,
-        mean,
-        rstd,
+        channel_bias,
+        weight.contiguous(),
+        bias.contiguous(),
+        *statistics.unbind(0),
         y,
-        pixels,
+        height * width,
         channels,
-        groups,
+        statistics.shape[2],
         blocks,
+        SILU=silu,
         **block,
     )
-    return y, statistics
+    return y
+
+
+def group_norm_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    x = channels_last(x)
+    statistics = group_statistics(x, channel_sums(x), groups, eps)
+    return normalized(x, weight, bias, statistics), statistics
 
 
 def group_norm_silu_backward(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import losses, normalization, perceptual, quantization, sampling, transformer
+from . import losses, normalization, perceptual, quantization, residual, sampling, transformer
 
 IMAGES, GROUP, TOKENS, VOCABULARY, WIDTH, HEADS, HEAD_DIM, HIDDEN = 16, 8, 576, 16384, 1536, 24, 64, 4096
 
@@ -52,6 +52,20 @@ def group_norm_silu(channels: int, size: int, dtype: torch.dtype) -> None:
     x, affine = image_map(channels, size, dtype), new(channels, dtype=dtype)
     _, statistics = normalization.group_norm_silu_forward(x, affine, affine, 32, 1e-6)
     normalization.group_norm_silu_backward(x, x, affine, affine, statistics)
+
+
+def bias_group_norm_silu(channels: int, size: int, dtype: torch.dtype) -> None:
+    h, affine = image_map(channels, size, dtype), new(channels, dtype=dtype)
+    residual.bias_group_norm_silu_forward(h, affine, affine, affine, 32, 1e-6)
+
+
+def add_group_norm_silu(
+    channels: int, size: int, dtype: torch.dtype, *, phases: bool = False, silu: bool = True
+) -> None:
+    """The end of a residual block, or with phases that of an upsampling, to maps of this size."""
+    h = image_map(4 * channels, size // 2 + 1, dtype) if phases else image_map(channels, size, dtype)
+    added, affine = None if phases else image_map(channels, size, dtype), new(channels, dtype=dtype)
+    residual.add_group_norm_silu_forward(h, affine, affine, 32, 1e-6, added, affine, phases, silu)
 
 
 def policy_loss(
@@ -105,17 +119,18 @@ def group_sample(
     dtype: torch.dtype, *, top_k: int = 0, top_p: float = 1.0, images: int = IMAGES, vocab_size: int = VOCABULARY
 ) -> None:
     """One step of generation if filtered: 256 rows; otherwise all positions of the images."""
-    rows = (256, 1) if top_k or top_p < 1 else (images, TOKENS)
-    group_size = 1 if top_k or top_p < 1 else GROUP
+    filtered = top_k > 0 or top_p < 1
+    rows, group_size = ((256, 1), 1) if filtered else ((images, TOKENS), GROUP)
     seed, ids = new(dtype=torch.int64), new(rows[0], dtype=torch.int64)
     logits = new(*rows, vocab_size, dtype=dtype)
-    sampling.group_sample_forward(logits, group_size, seed, ids, 1.0, top_k, top_p, new(dtype=torch.int64))
+    filters, position = (1.0, top_k, top_p), new(dtype=torch.int64)
+    sampling.group_sample_forward(logits, group_size, seed, ids, *filters, position, ids if filtered else None)
 
 
 def linear_group_sample(dtype: torch.dtype) -> None:
     hidden, weight = new(IMAGES, TOKENS, WIDTH, dtype=dtype), new(VOCABULARY, WIDTH, dtype=dtype)
-    seed, ids = new(dtype=torch.int64), new(IMAGES, dtype=torch.int64)
-    sampling.linear_group_sample_forward(hidden, weight, GROUP, seed, ids, 1.0, 0, 1.0)
+    seed, ids, position = new(dtype=torch.int64), new(IMAGES, dtype=torch.int64), new(dtype=torch.int64)
+    sampling.linear_group_sample_forward(hidden, weight, GROUP, seed, ids, 1.0, 0, 1.0, position, None)
 
 
 def noisy_prefix() -> None:
@@ -157,9 +172,19 @@ def swiglu(dtype: torch.dtype) -> None:
     transformer.swiglu_backward(gate, gate, up)
 
 
+def append_to_cache(
+    dtype: torch.dtype, *, cache_dtype: torch.dtype, heads: int = HEADS, head_dim: int = HEAD_DIM
+) -> None:
+    """One step of generation."""
+    keys, values = new(2, 256, heads, TOKENS, head_dim, dtype=dtype).to(cache_dtype)
+    table, position = new(TOKENS, head_dim // 2, 2, dtype=torch.float32), new(dtype=torch.int64, below=TOKENS)
+    transformer.append_to_cache_forward(new(256, 3, heads, head_dim, dtype=dtype), table, keys, values, position)
+
+
 def decode_attention(
     dtype: torch.dtype,
     *,
+    cache_dtype: torch.dtype | None = None,
     sequences: int = 256,
     heads: int = HEADS,
     head_dim: int = HEAD_DIM,
@@ -167,13 +192,18 @@ def decode_attention(
     prefix_len: int = 0,
 ) -> None:
     """The last step of generation; a prefix has a mask, as a caption has, if it is longer than a class's one entry."""
+    cache_dtype = cache_dtype or dtype
     slots, groups = TOKENS + 1, sequences // group_size
     keys, values = new(2, sequences, heads, slots, head_dim, dtype=dtype)
     prefix_k, prefix_v = new(2, groups, heads, prefix_len, head_dim, dtype=dtype) if prefix_len else (None, None)
     mask = new(groups, prefix_len, dtype=torch.int64, below=4) > 0 if prefix_len > 1 else None
     position = new(dtype=torch.int64, below=1) + slots - 1
-    transformer.decode_attention_forward(keys[:, :, 0], keys, values, position, prefix_k, prefix_v, mask)
+    q, keys, values = keys[:, :, 0], keys.to(cache_dtype), values.to(cache_dtype)
+    transformer.decode_attention_forward(q, keys, values, position, prefix_k, prefix_v, mask)
 
+
+# fp8 needs a GPU of compute capability 8.9 or more.
+WITHOUT_FP8 = ("sm_80",)
 
 PRODUCTION: dict[str, Callable[[], None]] = {
     "rms_norm": lambda: rms_norm(torch.bfloat16),
@@ -181,6 +211,16 @@ PRODUCTION: dict[str, Callable[[], None]] = {
     "group_norm_silu 128": lambda: group_norm_silu(128, 384, torch.bfloat16),
     "group_norm_silu 512": lambda: group_norm_silu(512, 48, torch.bfloat16),
     "group_norm_silu 128 fp32": lambda: group_norm_silu(128, 384, torch.float32),
+    "bias_group_norm_silu 128": lambda: bias_group_norm_silu(128, 384, torch.bfloat16),
+    "bias_group_norm_silu 512": lambda: bias_group_norm_silu(512, 24, torch.bfloat16),
+    "bias_group_norm_silu 128 fp32": lambda: bias_group_norm_silu(128, 384, torch.float32),
+    "add_group_norm_silu 128": lambda: add_group_norm_silu(128, 384, torch.bfloat16),
+    "add_group_norm_silu 256": lambda: add_group_norm_silu(256, 96, torch.bfloat16),
+    "add_group_norm_silu 512 without SiLU": lambda: add_group_norm_silu(512, 24, torch.bfloat16, silu=False),
+    "add_group_norm_silu 128 fp32": lambda: add_group_norm_silu(128, 384, torch.float32),
+    "add_group_norm_silu 128 of phases": lambda: add_group_norm_silu(128, 384, torch.bfloat16, phases=True),
+    "add_group_norm_silu 512 of phases": lambda: add_group_norm_silu(512, 48, torch.bfloat16, phases=True),
+    "add_group_norm_silu 128 of phases fp32": lambda: add_group_norm_silu(128, 384, torch.float32, phases=True),
     "policy_loss": lambda: policy_loss(torch.bfloat16),
     "policy_loss without gradient": lambda: policy_loss(torch.bfloat16, gradient=False),
     "policy_loss anchored": lambda: policy_loss(torch.bfloat16, anchored=True),
@@ -228,7 +268,15 @@ PRODUCTION: dict[str, Callable[[], None]] = {
     "rotary_2d 3B": lambda: rotary_2d(torch.bfloat16, 32, 100),
     "swiglu": lambda: swiglu(torch.bfloat16),
     "swiglu fp32": lambda: swiglu(torch.float32),
+    "append_to_cache": lambda: append_to_cache(torch.bfloat16, cache_dtype=torch.bfloat16),
+    "append_to_cache fp32": lambda: append_to_cache(torch.float32, cache_dtype=torch.float32),
+    "append_to_cache fp8": lambda: append_to_cache(torch.bfloat16, cache_dtype=torch.float8_e4m3fn),
+    "append_to_cache 3B": lambda: append_to_cache(torch.bfloat16, cache_dtype=torch.bfloat16, heads=32, head_dim=100),
     "decode_attention": lambda: decode_attention(torch.bfloat16),
+    "decode_attention fp8": lambda: decode_attention(torch.bfloat16, cache_dtype=torch.float8_e4m3fn),
+    "decode_attention caption fp8": lambda: decode_attention(
+        torch.bfloat16, cache_dtype=torch.float8_e4m3fn, group_size=16, prefix_len=120
+    ),
     "decode_attention fp32": lambda: decode_attention(torch.float32),
     "decode_attention of one": lambda: decode_attention(torch.bfloat16, sequences=1),
     "decode_attention class": lambda: decode_attention(torch.bfloat16, group_size=8, prefix_len=1),

@@ -28,6 +28,7 @@ def draw_rows(
     seed: Tensor,
     sample_ids: Tensor | None,
     first_position: Tensor,
+    first_rollouts: Tensor | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -52,6 +53,7 @@ def draw_rows(
         seed,
         None if sample_ids is None else sample_ids.contiguous(),
         first_position,
+        None if first_rollouts is None else first_rollouts.contiguous(),
         tokens,
         logprobs,
         first_row,
@@ -77,11 +79,13 @@ def group_sample_forward(
     top_k: int,
     top_p: float,
     first_position: Tensor,
+    first_rollouts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, _ = logits.shape
     tokens = torch.empty(batch, group_size, length, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-    draw_rows(rows_of(logits), 0, tokens, logprobs, seed, sample_ids, first_position, temperature, top_k, top_p)
+    where = seed, sample_ids, first_position, first_rollouts
+    draw_rows(rows_of(logits), 0, tokens, logprobs, *where, temperature, top_k, top_p)
     return tokens, logprobs
 
 
@@ -94,13 +98,15 @@ def linear_group_sample_forward(
     temperature: float,
     top_k: int,
     top_p: float,
+    first_position: Tensor,
+    first_rollouts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, _ = hidden.shape
     tokens = torch.empty(batch, group_size, length, dtype=torch.int64, device=hidden.device)
     logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
-    first_position = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    where = seed, sample_ids, first_position, first_rollouts
     for first_row, logits in logits_chunks(*head_operands(hidden, weight)):
-        draw_rows(logits, first_row, tokens, logprobs, seed, sample_ids, first_position, temperature, top_k, top_p)
+        draw_rows(logits, first_row, tokens, logprobs, *where, temperature, top_k, top_p)
     return tokens, logprobs
 
 
@@ -144,6 +150,7 @@ def _(
     top_k: int,
     top_p: float,
     first_position: Tensor,
+    first_rollouts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], group_size, logits.shape[1])
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
@@ -159,6 +166,8 @@ def _(
     temperature: float,
     top_k: int,
     top_p: float,
+    first_position: Tensor,
+    first_rollouts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (hidden.shape[0], group_size, hidden.shape[1])
     return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=torch.float32)
@@ -180,11 +189,13 @@ def group_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """G draws a row from one read of the logits; see `vapi_fast.ops.group_sample`."""
     check_dtypes("group_sample", logits=logits)
     seed, first_position = (seed_tensor(value, logits.device) for value in (seed, first_position))
-    return group_sample_op(logits, group_size, seed, sample_ids, temperature, top_k, top_p, first_position)
+    filters = temperature, top_k, top_p
+    return group_sample_op(logits, group_size, seed, sample_ids, *filters, first_position, first_rollouts)
 
 
 @torch.no_grad()
@@ -198,11 +209,16 @@ def linear_group_sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    first_position: int | Tensor = 0,
+    first_rollouts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`group_sample` of a chunk of rows at a time, in fp32; see `vapi_fast.ops.linear_group_sample`."""
     check_dtypes("linear_group_sample", hidden=hidden, weight=weight)
-    seed = seed_tensor(seed, hidden.device)
-    return linear_group_sample_op(hidden, weight, group_size, seed, sample_ids, temperature, top_k, top_p)
+    seed, first_position = (seed_tensor(value, hidden.device) for value in (seed, first_position))
+    filters = temperature, top_k, top_p
+    return linear_group_sample_op(
+        hidden, weight, group_size, seed, sample_ids, *filters, first_position, first_rollouts
+    )
 
 
 def noisy_prefix(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vapi_fast.kernels import transformer as kernels
 
-from .launch import check_dtypes, launch, multiprocessors, next_power_of_2, seed_tensor, settings
+from .launch import CACHE_DTYPES, check_dtypes, launch, multiprocessors, next_power_of_2, seed_tensor, settings
 from .normalization import rows_of
 
 # Programs that attention is split into where there are few queries: about three times what runs at once, so that the
@@ -159,6 +159,58 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) · up in one pass; see `vapi_fast.ops.swiglu`."""
     check_dtypes("swiglu", gate=gate, up=up)
     return swiglu_op(gate, up)
+
+
+def append_to_cache_forward(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor) -> Tensor:
+    """Writes to the caches; returns the rotated queries."""
+    sequences, _, heads, head_dim = qkv.shape
+    q = torch.empty(sequences, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    columns, block = heads * head_dim, dict(settings("append_to_cache", qkv))
+    block["BLOCK_COLUMNS"] = min(next_power_of_2(columns), block["BLOCK_COLUMNS"])
+    column_blocks = triton.cdiv(columns, block["BLOCK_COLUMNS"])
+    launch(
+        kernels.append_to_cache,
+        (sequences * column_blocks,),
+        qkv.contiguous(),
+        table.contiguous(),
+        k_cache,
+        v_cache,
+        position,
+        q,
+        k_cache.shape[2],
+        columns,
+        column_blocks,
+        *k_cache.stride(),
+        *v_cache.stride(),
+        HEAD_DIM=head_dim,
+        LARGEST_K=largest_of(k_cache.dtype),
+        LARGEST_V=largest_of(v_cache.dtype),
+        **block,
+    )
+    return q
+
+
+def largest_of(dtype: torch.dtype) -> float | None:
+    """The largest number of a dtype without infinity."""
+    return torch.finfo(dtype).max if dtype == torch.float8_e4m3fn else None
+
+
+append_to_cache_op = torch.library.custom_op(
+    "vapi_fast::append_to_cache", append_to_cache_forward, mutates_args=("k_cache", "v_cache")
+)
+
+
+@append_to_cache_op.register_fake
+def _(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+
+
+@torch.no_grad()
+def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+    """Rotation and storage in one launch; see `vapi_fast.ops.append_to_cache`."""
+    check_dtypes("append_to_cache", qkv=qkv, table=table)
+    check_dtypes("append_to_cache", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
+    return append_to_cache_op(qkv, table, k_cache, v_cache, seed_tensor(position, qkv.device))
 
 
 class Cache(NamedTuple):
@@ -348,6 +400,7 @@ def decode_attention(
     prefix_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention that reads each key and value once; no gradients. See `vapi_fast.ops.decode_attention`."""
-    check_dtypes("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, prefix_k=prefix_k, prefix_v=prefix_v)
+    check_dtypes("decode_attention", q=q, prefix_k=prefix_k, prefix_v=prefix_v)
+    check_dtypes("decode_attention", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
     position = seed_tensor(position, q.device)
     return decode_attention_op(q, k_cache, v_cache, position, prefix_k, prefix_v, prefix_mask)

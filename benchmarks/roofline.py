@@ -1,0 +1,170 @@
+"""The least that each stage of a step can take on a device, and how near to it a measured run comes.
+
+    python benchmarks/roofline.py [--gpu h100] [--model xxl] [--image-size 384] [--batch-size 128] [--group-size 8]
+    python benchmarks/roofline.py run.json
+
+A stage's floor is the longer of its FLOPs at the matrix product's rate and its bytes at a copy's; both count what the
+mathematics needs (`vapi_fast.costs.step_costs`), not what a program happens to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vapi_fast.ceilings import Ceilings, measure
+from vapi_fast.config import PAPER, TINY
+from vapi_fast.costs import Cost, config_costs, model_flop_utilisation, stage_table
+from vapi_fast.models import LLAMAGEN_CONFIGS
+
+
+class Device(NamedTuple):
+    """`copy` and `matmul` say where the figures come from. Measured: a copy of GiBs, a bf16 product of 8192³."""
+
+    name: str
+    ceilings: Ceilings
+    copy: str
+    matmul: str
+
+
+SPECIFICATION, MEASURED = "specification", "measured"
+DEVICES = {
+    "a100-40": Device("A100 40 GB", Ceilings(1.555e12, 312e12), SPECIFICATION, SPECIFICATION),
+    "a100-80": Device("A100 80 GB", Ceilings(2.039e12, 312e12), SPECIFICATION, SPECIFICATION),
+    "h100": Device("H100 80 GB", Ceilings(3.0e12, 798e12), MEASURED, MEASURED),
+    "h200": Device("H200 141 GB", Ceilings(4.3e12, 788e12), MEASURED, MEASURED),
+}
+MEASURE = "measure"
+
+# Seconds a step that DESIGN.md allows for LlamaGen-XXL at 384², 128 images × 8 rollouts, on an H100.
+BUDGET = {"encode": 0.10, "forward": 0.42, "decode": 1.3, "lpips": 0.25, "loss": 0.04, "backward": 0.85}
+BUDGET |= {"optimizer": 0.03, "total": 2.95}
+BUDGETED = {"model": "xxl", "image_size": 384, "batch_size": 128, "group_size": 8, "method": "vapi", "prior": "ce"}
+ONCE = ("startup",)  # stages that are no part of a step
+
+HEADER = f"{'stage':<10}{'TFLOP':>9}{'GB':>9}{'bound':>8}{'floor s':>10}"
+BUDGET_HEADER = f"{'budget s':>10}"
+RUN_HEADER = f"{'measured s':>12}{'TFLOP/s':>9}{'of matmul':>11}{'of floor':>10}"
+
+
+def table(
+    config: Mapping[str, Any], device: Device, seconds: Mapping[str, float] | None = None, processes: int = 1
+) -> str:
+    """One line a stage: needed work, floor, DESIGN.md's budget where it applies, and measured seconds of a step."""
+    costs = config_costs(config, processes=processes)
+    ceilings = device.ceilings
+    budget = BUDGET if device == DEVICES["h100"] and processes == 1 and BUDGETED.items() <= config.items() else {}
+    measured = stage_table(config, seconds or {}, ceilings, processes=processes)
+    header = HEADER + BUDGET_HEADER * bool(budget or seconds) + RUN_HEADER * bool(seconds)
+    lines = [heading(config, device, processes), header]
+    for stage in [*costs, *(each for each in measured if each not in costs)]:
+        cost = costs.get(stage)
+        lines.append(row(stage, cost, ceilings, budget.get(stage), measured.get(stage)))
+    floor = sum(cost.floor(ceilings) for cost in costs.values())
+    total = {"seconds": sum(seconds.values()), "floor": floor} if seconds else None
+    lines.append(total_row(costs, floor, budget.get("total"), total))
+    if seconds:
+        share = model_flop_utilisation(costs, total["seconds"], ceilings)
+        lines.append(f"model FLOP utilisation (transformer alone, over the whole step): {share:.1%}")
+    if budget:
+        lines.append("budget: DESIGN.md's, that of loss with sample")
+    return "\n".join(lines)
+
+
+def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
+    share = f", of which a process has 1/{processes}" if processes > 1 else ""
+    return (
+        f"LlamaGen-{config['model']}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
+        f"{config['group_size']} rollouts a step{share}, micro-batches of {config['micro_batch']}\n"
+        f"{device.name}: copy {device.ceilings.copy / 1e12:.4g} TB/s ({device.copy}), "
+        f"matrix product {device.ceilings.matmul / 1e12:.3g} TFLOP/s ({device.matmul})"
+    )
+
+
+def row(
+    stage: str, cost: Cost | None, ceilings: Ceilings, budget: float | None, measured: Mapping[str, Any] | None
+) -> str:
+    work = f"{'':>36}"
+    if cost is not None:
+        work = (
+            f"{cost.flops / 1e12:>9.2f}{cost.bytes / 1e9:>9.2f}{cost.bound(ceilings):>8}{cost.floor(ceilings):>10.4f}"
+        )
+    line = f"{stage:<10}{work}{number(budget, '.2f', 10)}"
+    if measured:
+        tflops = measured.get("tflops")
+        share = None if tflops is None else tflops * 1e12 / ceilings.matmul
+        line += f"{measured['seconds']:>12.4f}{number(tflops, '.1f', 9)}{number(share, '.1%', 11)}"
+        line += number(measured.get("share"), ".1%", 10)
+    return line.rstrip()
+
+
+def total_row(
+    costs: Mapping[str, Cost], floor: float, budget: float | None, measured: Mapping[str, float] | None
+) -> str:
+    flops, moved = (sum(getattr(cost, name) for cost in costs.values()) for name in ("flops", "bytes"))
+    line = f"{'total':<10}{flops / 1e12:>9.2f}{moved / 1e9:>9.2f}{'':>8}{floor:>10.4f}{number(budget, '.2f', 10)}"
+    if measured:
+        line += f"{measured['seconds']:>12.4f}{flops / measured['seconds'] / 1e12:>9.1f}{'':>11}"
+        line += number(floor / measured["seconds"], ".1%", 10)
+    return line.rstrip()
+
+
+def number(value: float | None, form: str, width: int) -> str:
+    return f"{'' if value is None else format(value, form):>{width}}"
+
+
+def device_of(record: Mapping[str, Any]) -> Device:
+    """The ceilings that the run measured, else the built-in ones of its device; SystemExit where there are neither."""
+    if record.get("ceilings"):
+        return Device(record["device"], Ceilings(**record["ceilings"]), "measured in the run", "measured in the run")
+    name = record["device"].upper()
+    for key, device in DEVICES.items():
+        chip, _, memory = key.upper().partition("-")
+        if chip in name and memory in name:
+            return device
+    raise SystemExit(f"roofline: no ceilings are known for {record['device']}: pass --gpu")
+
+
+def measured_device() -> Device:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Device(name, measure(device), MEASURED, MEASURED)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, help="run.json of an alignment, to hold against the floor")
+    parser.add_argument("--gpu", choices=[*DEVICES, MEASURE], help="default h100; for a run its own device")
+    parser.add_argument("--model", choices=LLAMAGEN_CONFIGS, default="xxl")
+    for name in ("--image-size", "--batch-size", "--group-size", "--micro-batch"):
+        parser.add_argument(name, type=int, help="default: the paper's; for a run its own")
+    options = parser.parse_args(arguments)
+
+    preset = TINY if options.model == "tiny" else PAPER
+    config = {name: preset[name] for name in ("tokenizer", "lpips", "image_size", "batch_size", "micro_batch")}
+    config |= {"model": options.model, "group_size": 8, "prior": "ce", "method": "vapi"}
+    seconds, processes, record = None, 1, None
+    if options.run:
+        record = json.loads(options.run.read_text())
+        config, processes = record["config"], record.get("processes", 1)
+        steps = len(record.get("step_seconds") or record["reward"])  # of a resumed run, those that were timed
+        stages = record["seconds"]["stages"]
+        seconds = {stage: value / steps for stage, value in stages.items() if stage not in ONCE}
+    sizes = ("image_size", "batch_size", "group_size", "micro_batch")
+    config |= {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    if options.gpu == MEASURE:
+        device = measured_device()
+    else:
+        device = DEVICES[options.gpu or "h100"] if options.gpu or record is None else device_of(record)
+    print(table(config, device, seconds, processes))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The two commands: flags reach the configuration, results are printed, failures are one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vapi_fast import commands
+from vapi_fast.samples import GenerateConfig, Sampler
+from vapi_fast.scoring import EvaluateConfig
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run() -> Run:
+    def call(name: str, *arguments: object) -> int:
+        parser = argparse.ArgumentParser()
+        getattr(commands, f"add_{name}_flags")(parser)
+        return getattr(commands, f"{name}_main")(parser.parse_args([str(argument) for argument in arguments]))
+
+    return call
+
+
+def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    draw = ("generate", "--model", "tiny", "--num", 5, "--class-ids", "1,4-5", "--format", "npz", "--out", out)
+    assert run(*draw) == 0
+    assert np.load(out / "samples.npz")["arr_0"].shape == (5, 32, 32, 3)
+    assert "5/5" in capsys.readouterr().err
+    assert run("evaluate", "--model", "tiny", "--samples", out, "--output", tmp_path / "scores.json") == 0
+    printed = capsys.readouterr()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"FID              {scores['fid']:.2f}" in printed.out
+    assert "not comparable with published figures" in printed.out
+    assert "vapi-fast: warning: FID from 5 samples of 128 features" in printed.err
+    assert "UserWarning" not in printed.err
+    before = (tmp_path / "scores.json").read_bytes()
+    assert run("evaluate", "--model", "tiny", "--samples", out, "--output", tmp_path / "scores.json") == 2
+    assert (tmp_path / "scores.json").read_bytes() == before
+
+
+def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    for add, config in (
+        (commands.add_generate_flags, GenerateConfig),
+        (commands.add_evaluate_flags, EvaluateConfig),
+    ):
+        parser = argparse.ArgumentParser()
+        add(parser)
+        flags = {action.dest for action in parser._actions} - {"help"}
+        assert flags == {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("generate", "--model", "tiny", "--out", "OUT", "--class-ids", "9"), 2, "unknown class 9"),
+        (("generate", "--model", "tiny", "--out", "OUT", "--cfg-scale", "0.9"), 2, "--cfg-scale must be at least 1"),
+        (("generate", "--model", "tiny", "--out", "OUT", "--gpt-ckpt", __file__), 1, "cannot be read"),
+        (("evaluate", "--model", "tiny", "--samples", __file__), 1, "expected one sub-folder of images per class"),
+        (("evaluate", "--samples", __file__), 2, "--reference is required"),
+    ],
+)
+def test_a_failure_is_one_line(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, status: int, message: str
+) -> None:
+    out = tmp_path / "out"
+    assert run(*(out if argument == "OUT" else argument for argument in arguments)) == status
+    printed = capsys.readouterr()
+    assert printed.err.startswith("vapi-fast: error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert printed.out == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory\nlong story"), "out of GPU memory: lower --batch-size"),
+        (KeyboardInterrupt(), "interrupted; the same command goes on where it stopped"),
+        (OSError("no space left on device"), "no space left on device"),
+    ],
+)
+def test_a_run_that_breaks_off_says_what_to_do(
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    message: str,
+) -> None:
+    def fail(self: Sampler, ids: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(Sampler, "draw", fail)
+    assert run("generate", "--model", "tiny", "--num", 2, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err.rstrip().endswith(f"vapi-fast: error: {message}")

@@ -1,0 +1,121 @@
+"""Several processes (gloo, FSDP2) against one: the same tokens, the same weights, and the end of a rank that dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vapi_fast.checkpoint import load_state_dict
+from vapi_fast.tiny import FILES
+
+E2E = Path(__file__).parents[1] / "benchmarks" / "e2e_align.py"
+SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
+
+
+def train(rank: int, world_size: int, port: int, output: Path) -> None:
+    """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
+    import vapi_fast
+    from vapi_fast import run
+
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    drawn = []
+    compute = run.accumulate_gradients
+
+    def noted(*arguments: object) -> object:
+        gradients = compute(*arguments)
+        drawn.append((arguments[2].sample_ids, gradients.tokens, gradients.rollouts))
+        return gradients
+
+    run.accumulate_gradients = noted
+    vapi_fast.align(vapi_fast.AlignConfig(model="tiny", output_dir=output, **SMALL))
+    torch.save(
+        [torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1) for parts in drawn],
+        output / f"drawn-{rank}.pt",
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
+    """Number of processes → tokens and rollouts of every step in the order of the sample ids, and the final weights."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vapi_fast.run"])
+    results = {}
+    for world_size in (1, 2, 4):
+        output = tmp_path_factory.mktemp("runs") / str(world_size)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [context.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(180)
+            assert process.exitcode == 0
+        shares = [torch.load(output / f"drawn-{rank}.pt", weights_only=True) for rank in range(world_size)]
+        drawn = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+        results[world_size] = [rows[rows[:, 0].argsort()] for rows in drawn], load_state_dict(output / "aligned.pt")
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sharded_runs_draw_the_same_tokens(runs: dict, world_size: int) -> None:
+    one, several = runs[1][0], runs[world_size][0]
+    assert len(one) == len(several) == SMALL["steps"]
+    for mine, theirs in zip(one, several, strict=True):
+        assert mine.shape == (8, 1 + 64 + 4 * 64)
+        # Later steps start from weights that differ by float rounding, which can carry a draw over its boundary.
+        assert torch.equal(mine, theirs) if mine is one[0] else (mine == theirs).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sharded_runs_end_with_the_same_weights(runs: dict, world_size: int) -> None:
+    start = load_state_dict(FILES.generator)
+    one, several = runs[1][1], runs[world_size][1]
+    assert one.keys() == several.keys() == start.keys()
+    flat_start, flat_one, flat_several = (
+        torch.cat([state[name].double().flatten() for name in start]) for state in (start, one, several)
+    )
+    assert (flat_one - flat_several).norm() < 1e-5 * flat_one.norm()
+    assert (flat_one - flat_several).norm() < 1e-3 * (flat_one - flat_start).norm()
+
+
+def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None:
+    """torchrun ends the other rank well within a minute, and the error of the one that failed is in what it prints."""
+    (tmp_path / "breaks.py").write_text(
+        f"import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(E2E.parent)!r})\n"
+        "from vapi_fast import run\n"
+        "step = run.align_step\n"
+        "def broken(*arguments, **options):\n"
+        "    if os.environ['RANK'] == '1' and arguments[2] == 1:\n"
+        "        raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    return step(*arguments, **options)\n"
+        "run.align_step = broken\n"
+        f"sys.argv[0] = {str(E2E)!r}\n"
+        f"runpy.run_path({str(E2E)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "breaks.py"), "--model", "tiny", "--no-eval", "--batch-size", "4"]
+    started = time.monotonic()
+    finished = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode != 0
+    assert "the disk of rank 1 is on fire" in finished.stderr
+    assert time.monotonic() - started < 60

@@ -1,0 +1,122 @@
+"""The roofline's floors, budget and comparison with a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import roofline
+
+from vapi_fast import AlignConfig
+from vapi_fast.ceilings import Ceilings
+
+STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
+    """The table's rows by stage; its other lines under "text"."""
+    assert roofline.main(arguments) == 0
+    rows: dict[str, list[str]] = {"text": []}
+    for line in capsys.readouterr().out.splitlines():
+        name, *cells = line.split()
+        if name in (*STAGES, "startup", "data", "total"):
+            rows[name] = cells
+        else:
+            rows["text"].append(line)
+    return rows
+
+
+def run_json(path: Path, **changes: Any) -> Path:
+    """A run of two steps of the paper's recipe with made-up seconds."""
+    names = ("model", "tokenizer", "lpips", "image_size", "batch_size", "group_size", "micro_batch", "prior", "method")
+    config = AlignConfig(model="xxl", random_init=True, synthetic_data=True)
+    record = {
+        "config": {name: getattr(config, name) for name in names},
+        "device": "NVIDIA H100 80GB HBM3",
+        "processes": 1,
+        "reward": [-0.5, -0.4],
+        "seconds": {"stages": {"startup": 30.0, "data": 0.2, "decode": 3.0, "optimizer": 0.06, "backward": 2.0}},
+    }
+    path.write_text(json.dumps(record | changes))
+    return path
+
+
+def test_h100_floors_stand_beside_the_design_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys)
+    assert [name for name in rows if name != "text"] == [*STAGES, "total"]
+    assert rows["decode"] == ["521.96", "1786.28", "matmul", "0.6541", "1.30"]
+    assert rows["optimizer"][2:] == ["copy", "0.0151", "0.03"]
+    assert float(rows["total"][2]) == pytest.approx(sum(float(rows[stage][3]) for stage in STAGES), abs=1e-3)
+    assert rows["total"][3] == "2.95"
+    assert all(float(rows[stage][3]) < float(rows[stage][4]) for stage in STAGES if stage != "sample")
+    assert "copy 3 TB/s (measured), matrix product 798 TFLOP/s (measured)" in rows["text"][1]
+
+
+@pytest.mark.parametrize(("gpu", "copy"), [("a100-40", 1555), ("a100-80", 2039)])
+def test_a100_floors_follow_from_its_specification(capsys: pytest.CaptureFixture[str], gpu: str, copy: float) -> None:
+    rows = printed(capsys, "--gpu", gpu)
+    assert float(rows["decode"][3]) == pytest.approx(521.96 / 312, rel=1e-3)
+    assert float(rows["optimizer"][3]) == pytest.approx(45.15 / copy, rel=1e-2)
+    assert len(rows["decode"]) == 4  # no budget
+    assert rows["text"][1].count("(specification)") == 2
+    assert "DESIGN" not in " ".join(rows["text"])
+
+
+def test_sizes_change_the_work_and_take_the_budget_away(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "--image-size", "192", "--batch-size", "64", "--group-size", "4")
+    assert float(rows["decode"][0]) == pytest.approx(521.96 / 4 / 2 / 2, rel=0.01)
+    assert len(rows["decode"]) == 4
+    small = printed(capsys, "--gpu", "measure", "--model", "tiny")
+    assert 0.05 < float(small["decode"][0]) < 0.2
+    assert "CPU" in small["text"][1] or "NVIDIA" in small["text"][1]
+
+
+def test_a_run_is_held_against_the_floor_of_its_device(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = printed(capsys, str(run_json(tmp_path / "run.json")))
+    assert rows["decode"][5:] == ["1.5000", "348.0", "43.6%", "43.6%"]
+    assert rows["optimizer"][5:] == ["0.0300", "0.0", "0.0%", "50.2%"]
+    assert rows["data"] == ["0.1000"]
+    assert "startup" not in rows
+    assert rows["total"][4] == "2.6300"  # a step: data, decode, optimizer, backward
+    utilisation = 100 * 631.1e12 / 2.63 / 798e12
+    assert f"{utilisation:.1f}%" in rows["text"][3]
+
+
+def test_a_runs_own_ceilings_and_processes_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = run_json(tmp_path / "run.json", ceilings={"copy": 1e12, "matmul": 1e14}, processes=2, device="something")
+    rows = printed(capsys, str(path))
+    assert float(rows["decode"][3]) == pytest.approx(521.96 / 2 / 100, rel=1e-3)
+    assert "something: copy 1 TB/s (measured in the run)" in rows["text"][1]
+    assert "1/2" in rows["text"][0]
+    assert float(printed(capsys, str(path), "--gpu", "h200")["decode"][3]) == pytest.approx(260.98 / 788, rel=1e-3)
+
+
+def test_a_resumed_run_counts_the_steps_that_were_timed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = printed(capsys, str(run_json(tmp_path / "run.json", step_seconds=[2.0])))
+    assert rows["decode"][5] == "3.0000"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+    ],
+)
+def test_devices_are_known_by_name(name: str, key: str) -> None:
+    assert roofline.device_of({"device": name}) == roofline.DEVICES[key]
+
+
+def test_an_unknown_device_needs_a_choice() -> None:
+    with pytest.raises(SystemExit, match="no ceilings are known for Radeon: pass --gpu"):
+        roofline.device_of({"device": "Radeon"})
+
+
+def test_every_builtin_figure_says_where_it_is_from() -> None:
+    for device in roofline.DEVICES.values():
+        assert {device.copy, device.matmul} <= {roofline.MEASURED, roofline.SPECIFICATION}
+    assert roofline.DEVICES["h200"].ceilings == Ceilings(4.3e12, 788e12)

@@ -1,0 +1,322 @@
+"""`generate` on files: what is drawn, that an interrupted run ends the same, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vapi_fast import generate, samples, tiny
+from vapi_fast.checkpoint import CheckpointError, save_generator
+from vapi_fast.conditions import parse_class_ids
+from vapi_fast.config import ConfigError
+from vapi_fast.data import DataError
+from vapi_fast.heatmaps import save_entropy_maps
+from vapi_fast.image_sets import open_image_set
+from vapi_fast.models import LlamaGen, VQTokenizer
+from vapi_fast.samples import GenerateConfig, Sampler, draw_samples
+from vapi_fast.sheets import save_sheet
+
+
+def config(out: Path, **changes: object) -> GenerateConfig:
+    small = {"model": "tiny", "num": 6, "batch_size": 4, "class_ids": (0, 3, 8, 3), "seed": 5, "cfg_scale": 1.5}
+    return GenerateConfig(out=out, **(small | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def expected_images() -> Tensor:
+    """The six images of `config` by the library's own calls, uint8 [6,3,32,32]."""
+    model = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny").eval()
+    tokenizer = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny")
+    with torch.no_grad():
+        tokens = generate(model, torch.tensor([0, 3, 8, 3, 0, 3]), seed=5, cfg_scale=1.5)
+        return ((tokenizer.decode(tokens).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def png(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("samples") / "png"
+    draw_samples(config(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("samples") / "npz"
+    draw_samples(config(out, format="npz"))
+    return out
+
+
+def test_images_are_the_librarys_draws(png: Path, npz: Path) -> None:
+    expected = expected_images()
+    assert len({image.numpy().tobytes() for image in expected}) == 6
+    stored = np.load(npz / "samples.npz", allow_pickle=False)
+    assert stored.files == ["arr_0"]
+    assert (stored["arr_0"].dtype, stored["arr_0"].shape) == (np.uint8, (6, 32, 32, 3))
+    assert set(contents(npz)) == {"samples.npz", "manifest.json", "contact_sheet.png"}
+    for index in range(6):
+        image = np.asarray(Image.open(png / f"images/{index:06d}.png"))
+        assert (image == stored["arr_0"][index]).all()
+        # another batch size: rounding may move a pixel by one count
+        assert np.abs(image.astype(int) - expected[index].permute(1, 2, 0).numpy()).max() <= 1
+    for out in (png, npz):
+        assert torch.cat(list(open_image_set(out, 32).batches(0, 6, 6))).shape == (6, 3, 32, 32)
+
+
+def test_manifest_says_what_every_image_is(png: Path, npz: Path) -> None:
+    manifest = json.loads((png / "manifest.json").read_text())
+    assert [image["class"] for image in manifest["images"]] == [0, 3, 8, 3, 0, 3]
+    assert manifest["images"][4] == {"id": 4, "file": "images/000004.png", "class": 0, "seed": 5}
+    assert manifest["configuration"]["cfg_scale"] == 1.5
+    size = tiny.FILES.generator.stat().st_size
+    assert manifest["files"]["generator"] == {"name": tiny.FILES.generator.name, "bytes": size}
+    assert json.loads((npz / "manifest.json").read_text())["images"][4]["file"] == "samples.npz"
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_an_interrupted_run_ends_the_same(
+    form: str, png: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    draw = Sampler.draw
+
+    def interrupted(self: Sampler, ids: Tensor) -> Tensor:
+        if len(drawn) == 1:
+            raise KeyboardInterrupt
+        drawn.append(ids.tolist())
+        return draw(self, ids)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            draw_samples(config(out, format=form))
+    folder = out / {"png": "images", "npz": "parts"}[form]
+    for path in folder.iterdir():  # files are written in the background
+        if path.name in ("000001.png", "000002.png"):
+            path.unlink()
+    (folder / ".000005.x.tmp.png").write_bytes(b"half")
+    drawn.clear()
+    monkeypatch.setattr(Sampler, "draw", lambda self, ids: drawn.append(ids.tolist()) or draw(self, ids))
+    draw_samples(config(out, format=form))
+    assert contents(out) == contents({"png": png, "npz": npz}[form])
+    assert drawn == {"png": [[1, 2, 4, 5]], "npz": [[4, 5]]}[form]
+    draw_samples(config(out, format=form, batch_size=3))  # nothing is missing: another batch size does not matter
+    assert len(drawn) == 1
+
+
+SCRIPT = """
+import argparse, sys
+from vapi_fast import commands
+for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evaluate", sys.argv[3])):
+    parser = argparse.ArgumentParser()
+    getattr(commands, f"add_{name}_flags")(parser)
+    status = getattr(commands, f"{name}_main")(parser.parse_args(line.split()))
+    if status:
+        sys.exit(status)
+"""
+
+
+def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    flags = "--model tiny --num 6 --batch-size 4 --class-ids 0,3,8,3 --seed 5 --cfg-scale 1.5"
+    arguments = [f"{flags} --format {form} --out {tmp_path / form}" for form in ("png", "npz")]
+    arguments.append(f"--model tiny --samples {tmp_path / 'png'} --output {tmp_path / 'scores.json'}")
+    finished = subprocess.run(
+        [*command, str(tmp_path / "script.py"), *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[:6000]
+    assert contents(tmp_path / "png") == contents(png)
+    assert contents(tmp_path / "npz") == contents(npz)
+    from vapi_fast.scoring import EvaluateConfig, evaluate
+
+    with pytest.warns(UserWarning, match="FID from 6 samples"):
+        report = evaluate(EvaluateConfig(model="tiny", samples=png))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+        assert scores[name] == pytest.approx(getattr(report, name), rel=1e-6)
+    assert finished.stdout.count("6 images against 428 images") == 1
+
+
+def test_save_size_resizes_the_decoded_image(png: Path, tmp_path: Path) -> None:
+    draw_samples(config(tmp_path / "small", num=2, save_size=16))
+    large, small = (np.asarray(Image.open(out / "images/000001.png")) for out in (png, tmp_path / "small"))
+    assert small.shape == (16, 16, 3)
+    halved = large.reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(small - halved).mean() < 8 < np.abs(small[::-1] - halved).mean()
+
+
+def test_captions_condition_a_text_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaGen.from_name("tiny", caption_tokens=5, caption_width=16).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_generator(tmp_path / "text.pt", model.state_dict())
+    features, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    save_file({"features": features.half(), "mask": mask}, tmp_path / "captions.safetensors")
+    np.save(tmp_path / "captions.npy", features.half().numpy())
+    text = {"gpt_ckpt": tmp_path / "text.pt", "class_ids": None, "num": 3, "batch_size": 3, "cfg_scale": 1.0}
+    sampled = {}
+    for suffix in ("safetensors", "npy"):
+        path = tmp_path / f"captions.{suffix}"
+        draw_samples(config(tmp_path / suffix, caption_features=path, **text))
+        manifest = json.loads((tmp_path / suffix / "manifest.json").read_text())
+        assert [image["caption"] for image in manifest["images"]] == [0, 1, 0]
+        assert manifest["files"]["captions"]["name"] == path.name
+        sampled[suffix] = next(open_image_set(tmp_path / suffix, 32).batches(0, 3, 3)).int()
+    rows = features.half().float()[[0, 1, 0]]
+    tokenizer = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny")
+    with torch.no_grad():
+        for suffix, condition_mask in (("safetensors", mask[[0, 1, 0]].bool()), ("npy", None)):
+            tokens = generate(model, rows, seed=5, condition_mask=condition_mask)
+            images = (tokenizer.decode(tokens).clamp(-1, 1) * 127.5 + 127.5).round()
+            assert (sampled[suffix] - images).abs().max() <= 1
+    assert not torch.equal(sampled["npy"][0], sampled["safetensors"][0])
+
+    np.save(tmp_path / "narrow.npy", np.zeros((2, 5, 8), np.float32))
+    np.save(tmp_path / "text.npy", np.array(["a", "b"]))
+    (tmp_path / "damaged.npy").write_bytes(b"damaged")
+    save_file({"embeddings": features}, tmp_path / "other.safetensors")
+    for name, message in (
+        ("narrow.npy", r"is \[2, 5, 8\], this checkpoint takes \[N, 5, 16\]"),
+        ("text.npy", "cannot be read"),
+        ("damaged.npy", "cannot be read"),
+        ("other.safetensors", "no tensor `features`, only embeddings"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            draw_samples(config(tmp_path / "refused", caption_features=tmp_path / name, **text))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="--caption-features is required"):
+        draw_samples(config(tmp_path / "refused", **text))
+    classes = text | {"gpt_ckpt": tiny.FILES.generator}
+    with pytest.raises(ConfigError, match="conditioned on classes, pass --class-ids"):
+        draw_samples(config(tmp_path / "refused", caption_features=tmp_path / "captions.npy", **classes))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_folder_of_another_run_is_left_alone(png: Path, tmp_path: Path) -> None:
+    before = contents(png)
+    other = tmp_path / "other.safetensors"
+    shutil.copy(tiny.FILES.generator, other)
+    for changes, message in (
+        ({"seed": 6}, "seed is 5 there, 6 now"),
+        ({"num": 7}, "num is 6 there, 7 now"),
+        ({"class_ids": (0, 3)}, r"class_ids is \[0, 3, 8, 3\] there, \[0, 3\] now"),
+        ({"gpt_ckpt": other}, "generator is .*generator.safetensors.* there, .*other.safetensors"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds samples of another run .{message}.*choose another folder"):
+            draw_samples(config(png, **changes))
+    assert contents(png) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files: choose another folder"):
+        draw_samples(config(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"configuration": 3}')
+    with pytest.raises(ConfigError, match=r"its manifest\.json is damaged"):
+        draw_samples(config(tmp_path))
+
+
+def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples.FORMATS["npz"], "finish", lambda self: None)
+    monkeypatch.setattr(samples.FORMATS["npz"], "first", lambda self, count: torch.zeros(count, 3, 8, 8).byte())
+    draw_samples(config(tmp_path / "out", format="npz", num=2, batch_size=2))
+    (tmp_path / "out/parts/000000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"parts/000000.safetensors is damaged .*: delete it"):
+        draw_samples(config(tmp_path / "out", format="npz", num=2, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cfg_scale": 0.5}, "--cfg-scale must be at least 1, got 0.5"),
+        ({"cfg_scale": math.nan}, "--cfg-scale must be at least 1"),
+        ({"num": 0}, "--num must be at least 1"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"cfg_power": 0.0}, "--cfg-power must be greater than 0"),
+        ({"cfg_interval": -2}, "--cfg-interval must be at least -1"),
+        ({"cfg_schedule": "linear"}, "--cfg-schedule linear: choose one of constant, power-cosine"),
+        ({"kv_dtype": "int4"}, "--kv-dtype int4: choose one of fp8"),
+        ({"temperature": 0.0}, "--temperature must be greater than 0"),
+        ({"image_size": 30}, "--image-size must be a multiple of 4"),
+        ({"format": "jpg"}, "--format jpg: choose one of png, npz"),
+        ({"model": "huge"}, "--model huge: unknown"),
+        ({"model": "xxl"}, "--gpt-ckpt is required for --model xxl"),
+        ({"gpt_ckpt": Path("absent.pt")}, "--gpt-ckpt absent.pt: no such file"),
+        ({"class_ids": "0,x"}, "--class-ids 0,x: expected numbers and ranges"),
+        ({"class_ids": "5-3"}, "5-3 is not a range from low to high"),
+        ({"caption_features": Path(__file__)}, "one kind of condition"),
+    ],
+)
+def test_bad_options(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path / "out", **changes)
+
+
+def test_unknown_classes_and_misfitting_checkpoints_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown class 9, 12, this checkpoint has 0-8"):
+        draw_samples(config(tmp_path / "out", class_ids="0,9,12"))
+    with pytest.raises(CheckpointError, match="no weight named tok_embeddings"):
+        draw_samples(config(tmp_path / "out", gpt_ckpt=tiny.FILES.tokenizer))
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_ids_are_numbers_and_ranges() -> None:
+    assert parse_class_ids("7,0-3, 10-10 ") == (7, 0, 1, 2, 3, 10)
+
+
+def test_views_are_drawn_where_asked_for(png: Path, tmp_path: Path) -> None:
+    """Pictures beside the samples; the samples stay the same."""
+    other = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny")
+    with torch.no_grad():
+        other.output.weight.mul_(3)
+    save_generator(tmp_path / "sharper.pt", other.state_dict())
+    draw_samples(config(tmp_path / "out", compare_ckpt=tmp_path / "sharper.pt", entropy_maps=True))
+    found = contents(tmp_path / "out")
+    comparison, entropy = (Image.open(tmp_path / "out" / name) for name in ("comparison.png", "entropy.png"))
+    assert {name: found[name] for name in contents(png)} == contents(png)
+    assert set(found) - set(contents(png)) == {"comparison.png", "entropy.png"}
+    assert comparison.width > 2 * 96
+    assert entropy.width > entropy.height
+
+
+def test_the_heat_map_glows_where_entropy_is_high(tmp_path: Path) -> None:
+    entropies = torch.zeros(1, 16)
+    entropies[0, :8] = 5.0  # the upper half
+    save_entropy_maps(tmp_path / "map.png", torch.zeros(1, 3, 32, 32), entropies)
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+    right_half = picture[:, picture.shape[1] // 3 : 2 * picture.shape[1] // 3]
+    middle = len(picture) // 2
+    upper, lower = right_half[middle - 40 : middle - 20].mean(), right_half[middle + 30 : middle + 50].mean()
+    assert upper > lower + 50
+    with pytest.raises(ValueError, match="15 tokens do not fill a square grid"):
+        save_entropy_maps(tmp_path / "map.png", torch.zeros(1, 3, 32, 32), entropies[:, 1:])
+    with pytest.raises(ValueError, match="not finite"):
+        save_entropy_maps(tmp_path / "map.png", torch.zeros(1, 3, 32, 32), entropies / 0)
+
+
+def test_a_sheet_shows_every_image_in_order(tmp_path: Path) -> None:
+    levels = torch.arange(11, dtype=torch.uint8) * 20
+    save_sheet(
+        tmp_path / "sheet.png", levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), [f"class {i}" for i in range(11)]
+    )
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert picture.shape[:2] == (2 * 16 + 2 * (96 + 18 + 6) - 6, 2 * 16 + 8 * 102 - 6)
+    for index in range(11):
+        top, left = 16 + index // 8 * 120 + 18, 16 + index % 8 * 102
+        assert (picture[top : top + 96, left : left + 96] == 20 * index).all()
+    with pytest.raises(ValueError, match="2 captions given for 11 images"):
+        save_sheet(tmp_path / "sheet.png", levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), ["a", "b"])

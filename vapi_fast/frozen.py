@@ -1,0 +1,281 @@
+"""Inference forms of the tokenizer and of LPIPS, as the reward runs them: frozen weights and nothing kept for a gradient.
+
+They are built once from the loaded modules and share no memory with them. Between two convolutions of the tokenizer
+there is one fused operation: a convolution leaves out its bias, and the pass that adds it also adds the residual and
+normalises the sum. All shapes follow from the inputs' and nothing waits for the device, so a CUDA graph can hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vapi_fast import ops
+from vapi_fast.models import LPIPS, VQTokenizer
+from vapi_fast.models.tokenizer import AttentionBlock, Decoder, Downsample, Encoder, GroupNorm, ResidualBlock, Upsample
+
+TENSOR_CORE_CHANNELS = 8  # cuDNN's fused bf16 convolutions take channels in multiples of 8
+
+
+def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A vector that is added or multiplied in the accumulation dtype: float32, or float64 for float64."""
+    return bias.detach().to(torch.promote_types(dtype, torch.float32), copy=True)
+
+
+def frozen_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype, copy=True, memory_format=torch.channels_last)
+
+
+class Norm(NamedTuple):
+    """GroupNorm's arguments after the map's, as the operations take them."""
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+
+    @classmethod
+    def of(cls, norm: GroupNorm, dtype: torch.dtype) -> Norm:
+        return cls(frozen_bias(norm.weight, dtype), frozen_bias(norm.bias, dtype), norm.num_groups, norm.eps)
+
+
+@dataclass
+class Stream:
+    """A map of the residual stream whose parts are still to be added: h + bias + residual. To be added once.
+
+    The parts are let go of then: whoever holds the stream would otherwise keep two maps of full size alive.
+    """
+
+    h: Tensor | None  # [B,C,H,W]; of phases [B,4C,H/2+1,W/2+1]
+    bias: Tensor
+    residual: Tensor | None = None
+    phases: bool = False
+
+    def normed(self, norm: Norm, *, silu: bool = True) -> tuple[Tensor, Tensor]:
+        """The sum, and SiLU(GroupNorm(sum))."""
+        h, residual = self.let_go()
+        return ops.add_group_norm_silu(
+            h, *norm, residual=residual, channel_bias=self.bias, phases=self.phases, silu=silu
+        )
+
+    def sum(self) -> Tensor:
+        """The sum where no norm follows: before a change of resolution, where h is never of phases."""
+        h, residual = self.let_go()
+        h.add_(self.bias.to(h.dtype).view(-1, 1, 1))
+        return h if residual is None else h.add_(residual)
+
+    def let_go(self) -> tuple[Tensor, Tensor | None]:
+        parts = self.h, self.residual
+        self.h = self.residual = None
+        return parts
+
+
+class FrozenResidualBlock:
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
+        self.norm1, self.norm2 = Norm.of(block.norm1, dtype), Norm.of(block.norm2, dtype)
+        self.weight1, self.weight2 = (frozen_weight(conv.weight, dtype) for conv in (block.conv1, block.conv2))
+        self.bias1, self.bias2 = (frozen_bias(conv.bias, dtype) for conv in (block.conv1, block.conv2))
+        self.shortcut = None
+        if block.widens:
+            self.shortcut = frozen_weight(block.nin_shortcut.weight, dtype)
+            self.bias2 += frozen_bias(block.nin_shortcut.bias, dtype)
+
+    def __call__(self, stream: Stream) -> Stream:
+        x, h = stream.normed(self.norm1)
+        h = F.conv2d(h, self.weight1, padding=1)
+        h = ops.bias_group_norm_silu(h, self.bias1, *self.norm2)
+        h = F.conv2d(h, self.weight2, padding=1)
+        return Stream(h, self.bias2, x if self.shortcut is None else F.conv2d(x, self.shortcut))
+
+
+class FrozenAttentionBlock:
+    def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
+        self.norm = Norm.of(block.norm, dtype)
+        parts = (block.q, block.k, block.v)
+        self.qkv_weight = torch.cat([part.weight.detach().flatten(1) for part in parts]).to(dtype)
+        self.qkv_bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+        self.weight = block.proj_out.weight.detach().flatten(1).to(dtype, copy=True)
+        self.bias = frozen_bias(block.proj_out.bias, dtype)
+
+    def __call__(self, stream: Stream) -> Stream:
+        x, h = stream.normed(self.norm, silu=False)
+        qkv = F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), self.qkv_weight, self.qkv_bias)  # [B, H·W, 3·C]
+        out = F.scaled_dot_product_attention(*qkv.unsqueeze(1).chunk(3, dim=-1))
+        out = F.linear(out.squeeze(1), self.weight)
+        return Stream(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), self.bias, x)
+
+
+class FrozenUpsample:
+    def __init__(self, block: Upsample, dtype: torch.dtype) -> None:
+        self.weight = frozen_weight(phase_weight(block.conv.weight.detach()), dtype)
+        self.bias = frozen_bias(block.conv.bias, dtype)
+
+    def __call__(self, stream: Stream) -> Stream:
+        return Stream(F.conv2d(stream.sum(), self.weight, padding=1), self.bias, phases=True)
+
+
+class FrozenDownsample:
+    def __init__(self, block: Downsample, dtype: torch.dtype) -> None:
+        self.weight = frozen_weight(block.conv.weight, dtype)
+        self.bias = frozen_bias(block.conv.bias, dtype)
+
+    def __call__(self, stream: Stream) -> Stream:
+        return Stream(F.conv2d(F.pad(stream.sum(), (0, 1, 0, 1)), self.weight, stride=2), self.bias)
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """Weight `[4·C_out, C_in, 2, 2]` of the 2×2 convolution that stands for nearest ×2 upsampling and a 3×3 one.
+
+    Of the three rows that a 3×3 kernel w covers in the upsampled map, two are the same row i of the map itself. An
+    output row 2i sees rows i − 1 and i through (w₀, w₁ + w₂), an output row 2i + 1 rows i and i + 1 through
+    (w₀ + w₁, w₂); columns likewise. So with a padding of one, output pixel (2i + a, 2j + b) is at (i + a, j + b) of
+    channels p·C_out … of phase p = 2a + b: 16 products an input pixel and channel pair where there were 36.
+
+    weight: floating `[C_out, C_in, 3, 3]`; the sums are taken in float64 and returned in it.
+    """
+    sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)  # [a, tap, row]
+    phases = torch.einsum("akr,bls,oirs->aboikl", sums, sums, weight.double())
+    return phases.flatten(0, 2)
+
+
+FROZEN_BLOCKS = {
+    ResidualBlock: FrozenResidualBlock,
+    AttentionBlock: FrozenAttentionBlock,
+    Upsample: FrozenUpsample,
+    Downsample: FrozenDownsample,
+}
+
+
+def blocks_of(coder: Encoder | Decoder) -> Iterator[nn.Module]:
+    """The blocks between `conv_in` and `norm_out`, in the order in which they are applied."""
+    if isinstance(coder, Decoder):
+        yield from coder.mid
+    for level in coder.conv_blocks:
+        for i, block in enumerate(level.res):
+            yield block
+            yield from level.attn[i : i + 1]
+        yield from (module for name, module in level.named_children() if name in ("upsample", "downsample"))
+    if isinstance(coder, Encoder):
+        yield from coder.mid
+
+
+class FrozenCoder:
+    """The encoder or the decoder of a tokenizer; maps `[B,C,H,W]` of `dtype`, in and out, channels-last inside."""
+
+    def __init__(self, coder: Encoder | Decoder, dtype: torch.dtype) -> None:
+        self.weight_in = frozen_weight(coder.conv_in.weight, dtype)
+        self.bias_in = frozen_bias(coder.conv_in.bias, dtype)
+        self.blocks = [FROZEN_BLOCKS[type(block)](block, dtype) for block in blocks_of(coder)]
+        self.norm_out = Norm.of(coder.norm_out, dtype)
+        self.weight_out = frozen_weight(coder.conv_out.weight, dtype)
+        self.bias_out = coder.conv_out.bias.detach().to(dtype, copy=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        stream = Stream(F.conv2d(x, self.weight_in, padding=1), self.bias_in)
+        for block in self.blocks:
+            stream = block(stream)
+        return F.conv2d(stream.normed(self.norm_out)[1], self.weight_out, self.bias_out, padding=1)
+
+
+class FrozenTokenizer:
+    """`VQTokenizer.encode` and `.decode` for inference.
+
+    Args:
+        tokenizer: stays as it is; later changes to its weights are not seen here.
+        dtype: of the decoder's weights and maps.
+        encoder_dtype: the encoder's.
+    """
+
+    def __init__(self, tokenizer: VQTokenizer, dtype: torch.dtype, encoder_dtype: torch.dtype) -> None:
+        self.encoder_dtype = encoder_dtype
+        self.downsample = tokenizer.config.downsample
+        self.encoder = FrozenCoder(tokenizer.encoder, encoder_dtype)
+        self.quant_weight = tokenizer.quant_conv.weight.detach().flatten(1).to(encoder_dtype, copy=True)
+        self.quant_bias = tokenizer.quant_conv.bias.detach().to(encoder_dtype, copy=True)
+        self.codebook = tokenizer.quantize.embedding.weight.detach().clone()
+        with torch.no_grad():  # the decoder's input for each code: post_quant_conv sees one code at a time
+            entries = F.linear(
+                tokenizer.codebook().double(),
+                tokenizer.post_quant_conv.weight.double().flatten(1),
+                tokenizer.post_quant_conv.bias.double(),
+            )
+        self.entries = entries.to(dtype)  # [V, latent channels]
+        self.decoder = FrozenCoder(tokenizer.decoder, dtype)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[B,3,H,W]` in [−1, 1], sides multiples of the downsampling → tokens int64 `[B,T]`."""
+        if images.ndim != 4 or any(side % self.downsample for side in images.shape[2:]):
+            multiples = f"H and W multiples of {self.downsample}"
+            raise ValueError(f"images must be [B,3,H,W] with {multiples}, got {list(images.shape)}")
+        h = self.encoder(images.to(self.encoder_dtype)).permute(0, 2, 3, 1)
+        _, indices = ops.vq_lookup(F.linear(h, self.quant_weight, self.quant_bias), self.codebook)
+        return indices.flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B,T]`, T a square number → images `[B,3,H,W]` of `dtype`, approximately in [−1, 1]."""
+        side = round(tokens.shape[1] ** 0.5)
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"tokens must fill a square grid: T = {tokens.shape[1]} is not a square number")
+        entries = ops.codebook_lookup(tokens, self.entries, l2_norm=False)
+        return self.decoder(entries.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+
+
+class Layer(NamedTuple):
+    """One convolution of LPIPS's backbone with its ReLU."""
+
+    weight: Tensor
+    bias: Tensor
+    pool: bool  # halve the resolution first
+    tap: bool  # the result is one of the feature maps
+
+
+class FrozenLPIPS:
+    """LPIPS for inference, its backbone's weights and feature maps in `dtype`."""
+
+    def __init__(self, lpips: LPIPS, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.shift, self.scale = frozen_bias(lpips.shift, dtype), frozen_bias(lpips.scale, dtype)
+        self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
+        self.layers = []
+        pool = False
+        for index, module in enumerate(lpips.features):
+            pool = pool or isinstance(module, nn.MaxPool2d)
+            if isinstance(module, nn.Conv2d):
+                weight, bias = module.weight.detach(), module.bias.detach().to(dtype, copy=True)
+                if not self.layers and weight.is_cuda:
+                    weight = F.pad(weight, (0, 0, 0, 0, 0, TENSOR_CORE_CHANNELS - weight.shape[1]))
+                self.layers.append(Layer(frozen_weight(weight, dtype), bias, pool, index + 1 in lpips.taps))
+                pool = False
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
+        # Scaled before the first convolution pads with zeros, so that its border is that of the plain network.
+        h = ((images - self.shift) / self.scale).to(self.dtype, memory_format=torch.channels_last)
+        h = F.pad(h, (0, 0, 0, 0, 0, self.layers[0].weight.shape[1] - h.shape[1]))
+        maps = []
+        for layer in self.layers:
+            h = conv_relu(F.max_pool2d(h, 2) if layer.pool else h, layer.weight, layer.bias)
+            if layer.tap:
+                maps.append(h)
+        return maps
+
+    @torch.no_grad()
+    def __call__(self, decoded: Tensor, images: Tensor) -> Tensor:
+        """Distances `[B,G]` of decoded `[B,G,3,H,W]` from images `[B,3,H,W]`, whose features are computed once."""
+        maps = [level.unflatten(0, decoded.shape[:2]) for level in self.feature_maps(decoded.flatten(0, 1))]
+        return ops.lpips_distance(maps, self.feature_maps(images), self.heads)
+
+
+def conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU of a 3×3 convolution, padded by one: one kernel on CUDA."""
+    if x.is_cuda:
+        return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    return F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
