@@ -35,7 +35,6 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "scipy"],
-        "eval": ["torch-fidelity>=0.3"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},

@@ -22,7 +22,7 @@ from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
 from vapi_fast.models import LlamaGen
 
-CHUNK = 8  # sequences decoded, compared, and trained on at once
+CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
 
 
 def published_step(
@@ -46,7 +46,7 @@ def published_step(
     group_size = config.group_size
     with ops.use_backend("reference"):
         with clock("encode"), torch.no_grad():
-            own_tokens = models.tokenizer.encode(batch.images)
+            own_tokens = torch.cat([models.tokenizer.encode(images) for images in batch.images.split(CHUNK)])
             tokens = own_tokens if tokens is None else tokens
             inputs = context(models, config, batch, tokens, seed)
         models.generator.eval()

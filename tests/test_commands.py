@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from vapi_fast import commands
 from vapi_fast.samples import GenerateConfig, Sampler
@@ -56,6 +57,18 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         add(parser)
         flags = {action.dest for action in parser._actions} - {"help"}
         assert flags == {field.name for field in dataclasses.fields(config)}
+
+
+def test_torchrun_leaves_the_flags_alone() -> None:
+    """torchrun's parser takes what abbreviates one of its own options, even after the script's name."""
+    torchrun = get_args_parser()
+    for add in (commands.add_generate_flags, commands.add_evaluate_flags):
+        parser = argparse.ArgumentParser()
+        add(parser)
+        for action in parser._actions:
+            name = max(action.option_strings, key=len)  # --num-images, as --num abbreviates --numa-binding
+            if name != "--help":
+                assert torchrun.parse_args(["script.py", name, "1"]).training_script_args == [name, "1"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from vapi_fast import cli
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.snapshots import saved_steps
 
-STEPS = 12
+STEPS = 24
 SMALL = {"model": "tiny", "batch_size": 2, "group_size": 2, "steps": STEPS, "lr": 1e-3, "evaluate": False}
 KILLS = 20
 PATIENCE = 60  # seconds
@@ -36,6 +36,7 @@ def child(output: Path, log: Path, resume: bool, checkpoint_every: int, file_siz
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the state is what is tested; a GPU takes seconds to start
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -112,7 +113,7 @@ def assert_same_end(run: Alignment, undisturbed: Alignment) -> None:
 def stop_early(run: Alignment) -> int:
     """Start, send SIGTERM once there are two states; returns the step after which the run stopped."""
     run.start()
-    assert run.wait_for(lambda: len(saved_steps(run.snapshots)) == 2)
+    assert run.wait_for(lambda: len(saved_steps(run.snapshots)) >= 2)
     assert run.send(signal.SIGTERM) == 1
     newest = saved_steps(run.snapshots)[-1]
     last = run.log.read_text().splitlines()[-1]
@@ -130,9 +131,8 @@ def test_killed_twenty_times(tmp_path: Path, undisturbed: Alignment) -> None:
         run = runs[-1]
         run.start()
         if writing := bool(kills % 2):
-            for _ in range(rng.randint(1, 2)):
-                run.wait_for(run.nothing_half_written)  # what the kill before left is gone
-                run.wait_for(run.half_written)
+            run.wait_for(run.nothing_half_written)  # what the kill before left is gone
+            run.wait_for(run.half_written)
             time.sleep(rng.uniform(0, 0.03))
         else:
             time.sleep(rng.uniform(0, 1.5))

@@ -31,6 +31,11 @@ def vq16() -> VQTokenizer:
     return randomised(VQTokenizer.from_name("vq-16").double())
 
 
+@pytest.fixture(scope="module")
+def frozen_vq16(vq16: VQTokenizer) -> FrozenTokenizer:
+    return FrozenTokenizer(vq16, torch.float64, torch.float64)
+
+
 @pytest.fixture
 def small() -> VQTokenizer:
     torch.manual_seed(1)
@@ -68,16 +73,17 @@ def test_phases_hold_the_upsampled_convolution(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("side", [32, 48])
-def test_vq16_equals_the_plain_tokenizer(vq16: VQTokenizer, side: int) -> None:
-    frozen = FrozenTokenizer(vq16, torch.float64, torch.float64)
+def test_vq16_equals_the_plain_tokenizer(vq16: VQTokenizer, frozen_vq16: FrozenTokenizer, side: int) -> None:
     generator = torch.Generator().manual_seed(side)
     tokens = torch.randint(0, 16384, (1, (side // 16) ** 2), generator=generator)
-    decoded = frozen.decode(tokens)
+    decoded = frozen_vq16.decode(tokens)
     assert relative_l2(decoded, vq16.decode(tokens)) < 1e-12
     images = torch.rand(1, 3, side, side + 16, generator=generator, dtype=torch.float64) * 2 - 1
-    latents = F.linear(frozen.encoder(images).permute(0, 2, 3, 1), frozen.quant_weight, frozen.quant_bias)
+    latents = F.linear(
+        frozen_vq16.encoder(images).permute(0, 2, 3, 1), frozen_vq16.quant_weight, frozen_vq16.quant_bias
+    )
     assert relative_l2(latents, vq16.latents(images)) < 1e-12
-    assert torch.equal(frozen.encode(images), vq16.encode(images))
+    assert torch.equal(frozen_vq16.encode(images), vq16.encode(images))
 
 
 def test_tiny_equals_the_plain_tokenizer_in_float32(tokenizer: VQTokenizer, images: Tensor) -> None:
@@ -107,6 +113,8 @@ def test_the_kernels_decode_the_same(small: VQTokenizer) -> None:
 
 def test_nothing_is_shared_with_the_modules(small: VQTokenizer) -> None:
     lpips = LPIPS(LPIPS_CONFIGS["tiny"]).requires_grad_(False)
+    for module in (small, lpips):
+        module.to(memory_format=torch.channels_last)  # as the frozen form has it: a cast alone would copy nothing
     images = torch.rand(2, 3, 8, 8)
     frozen, distance = FrozenTokenizer(small, torch.float32, torch.float32), FrozenLPIPS(lpips, torch.float32)
 
@@ -184,23 +192,23 @@ def test_vq16_on_a_gpu(vq16: VQTokenizer) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("channels", "width"), [(8, 64), (64, 64), (512, 512)])
-def test_fused_relu_convolution_ignores_old_memory(dtype: torch.dtype, channels: int, width: int) -> None:
-    """cuDNN's form also has a tensor to add, times zero, for which PyTorch passes the result's own memory."""
-    x = torch.randn(2, channels, 24, 24, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
-    weight = (0.02 * torch.randn(width, channels, 3, 3, dtype=dtype, device="cuda")).to(
-        memory_format=torch.channels_last
-    )
+@pytest.mark.parametrize(("channels", "width", "side"), [(8, 64, 96), (64, 64, 96), (256, 512, 48)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_fused_relu_convolution_ignores_old_memory(
+    dtype: torch.dtype, channels: int, width: int, side: int, poison: float
+) -> None:
+    """cuDNN's form also adds a tensor, times zero, and PyTorch passes the result's own memory for it."""
+    x = torch.randn(16, channels, side, side, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
+    weight = torch.randn(width, channels, 3, 3, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
     bias = torch.randn(width, dtype=dtype, device="cuda")
     expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
-    old = torch.full_like(expected, torch.nan, dtype=dtype)
-    place = old.data_ptr()
+    torch.cuda.empty_cache()
+    old = [torch.full(expected.shape, poison, dtype=dtype, device="cuda") for _ in range(4)]
+    places = {each.data_ptr() for each in old}
     del old
     out = conv_relu(x, weight, bias)
-    assert out.data_ptr() == place
+    assert out.data_ptr() in places
     assert relative_l2(out, expected) < 1e-2
-    old = torch.full_like(expected, torch.inf, dtype=dtype)
-    assert relative_l2(conv_relu(x, weight, bias), expected) < 1e-2
 
 
 @pytest.mark.gpu

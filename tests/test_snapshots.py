@@ -220,6 +220,11 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change_number(path: Path) -> None:
+    """Still readable, and every file it names is whole."""
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -234,6 +239,7 @@ def truncate(path: Path) -> None:
         (truncate, ".metadata", "is truncated"),
         (flip_byte, "manifest.json", "is damaged"),
         (truncate, "manifest.json", "is damaged"),
+        (change_number, "manifest.json", "is damaged"),
         (lambda path: path.write_text("[]"), "manifest.json", "is damaged"),
         (Path.unlink, "manifest.json", "is missing"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.checkpoint import CheckpointError
 from vapi_fast.clock import Clock
-from vapi_fast.config import AlignConfig
+from vapi_fast.config import AlignConfig, ConfigError, reward_function
 from vapi_fast.data import ImageBatch
 from vapi_fast.distributed import gather_objects, reduce_at, sum_over_ranks
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
@@ -95,31 +95,52 @@ def vapi_loss(
     """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     rollout = roll_out(models.generator, tokens, batch.labels, config, clock=clock, **draw)
-    reward = models.reward.score(rollout.tokens, batch.images, clock)
+    scores = score(models, config, rollout.tokens, batch, clock)
     with clock("loss"):
-        advantages = ops.group_advantages(reward.total)
-        base_logprobs = None
-        if config.prior == "kl":
-            with torch.no_grad():
-                hidden = teacher_forced_hidden(models.base, tokens, batch.labels, config, **draw)
-            base_logprobs = token_logprobs(hidden, models.base.output.weight, rollout.tokens, config.temperature)
         filtered = config.top_k > 0 or config.top_p < 1
         loss = ops.policy_loss(
             rollout.hidden,
             head_weight(models.generator, rollout.hidden),
             rollout.tokens,
-            advantages,
+            ops.group_advantages(scores["reward"]),
             tokens,
             old_logprobs=rollout.logprobs if filtered else None,
-            base_logprobs=base_logprobs,
+            base_logprobs=base_logprobs(models, config, tokens, batch.labels, rollout.tokens, **draw),
             clip_range=config.clip_range,
             prior_weight=config.prior_weight if config.prior == "ce" else 0.0,
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
             temperature=config.temperature,
         )
-    distances = {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
-    terms = {"loss": loss.loss, **distances, "cross_entropy": loss.prior, "kl": loss.kl}
+    terms = {"loss": loss.loss, **scores, "cross_entropy": loss.prior, "kl": loss.kl}
     return Losses(terms, rollout.tokens)
+
+
+def score(models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, clock: Clock) -> dict[str, Tensor]:
+    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`."""
+    if config.reward is None:
+        reward = models.reward.score(rollouts, batch.images, clock)
+        return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
+    with clock("decode"):
+        images = models.reward.decode(rollouts.flatten(0, 1)).float().clamp(-1, 1)
+    with clock("lpips"), torch.no_grad():
+        rewards = reward_function(config.reward)(images, batch.labels.repeat_interleave(rollouts.shape[1]))
+    if not isinstance(rewards, Tensor) or rewards.shape != images.shape[:1]:
+        shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ConfigError(
+            f"--reward {config.reward} must return a tensor [{len(images)}], a reward an image; got {shape}"
+        )
+    return {"reward": rewards.float().view(rollouts.shape[:2])}
+
+
+def base_logprobs(
+    models: Models, config: AlignConfig, tokens: Tensor, labels: Tensor, rollouts: Tensor, **draw: Any
+) -> Tensor | None:
+    """Log-probs `[b,G,T]` of the rollouts under the frozen base model, if the prior needs them."""
+    if config.prior != "kl":
+        return None
+    with torch.no_grad():
+        hidden = teacher_forced_hidden(models.base, tokens, labels, config, **draw)
+    return token_logprobs(hidden, models.base.output.weight, rollouts, config.temperature)
 
 
 def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock) -> Losses:

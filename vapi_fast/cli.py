@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ import torch
 
 from vapi_fast.alignment import NonFiniteError
 from vapi_fast.checkpoint import CheckpointError
+from vapi_fast.commands import (
+    FAILURE,
+    USAGE_ERROR,
+    add_evaluate_flags,
+    add_generate_flags,
+    evaluate_main,
+    fail,
+    generate_main,
+)
 from vapi_fast.comparison import PublishedStep
-from vapi_fast.config import METHODS, PATHS, PRIORS, AlignConfig, ConfigError, flag
+from vapi_fast.config import METHODS, PATHS, PRIORS, ROLLOUTS, AlignConfig, ConfigError, flag
 from vapi_fast.data import DataError
 from vapi_fast.evaluation import EvaluationError
+from vapi_fast.graphs import CaptureError
 from vapi_fast.models import LLAMAGEN_CONFIGS
 from vapi_fast.run import StoppedError, align
 
-USAGE_ERROR = 2
-FAILURE = 1
 OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
 
 # Flag → (type or choices, help). Defaults are AlignConfig's: the paper's recipe, or the tiny preset's own.
@@ -32,6 +41,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "vgg_weights": (Path, "torchvision's VGG16 file for LPIPS (default: download)"),
     "data": (Path, "images: folder of class folders, save_to_disk folder, parquet or WebDataset tars"),
     "eval_data": (Path, "images to measure against (default: --data)"),
+    "inception_weights": (Path, "FID-Inception weights for the measurements (default: download)"),
     "image_size": (int, "pixels a side"),
     "batch_size": (int, "images a step, over all ranks"),
     "group_size": (int, "rollouts per image (G)"),
@@ -39,6 +49,8 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "micro_batch": (int, "images in one forward on one GPU; lower it when memory runs out"),
     "lr": (float, "AdamW's learning rate"),
     "method": (METHODS, "vapi; ste: straight-through baseline; ntp: next-token prediction alone"),
+    "rollouts": (ROLLOUTS, "teacher-forced: around the image's tokens; free: sampled from its class alone"),
+    "reward": (str, "module:function of images [N,3,H,W] and class ids [N] to rewards [N] (default: the pixels')"),
     "prior": (PRIORS, "ce: cross-entropy to the image's tokens; kl: divergence from the base model"),
     "prior_weight": (float, "weight of the prior (β)"),
     "mse_weight": (float, "weight of MSE in the reward"),
@@ -91,7 +103,7 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
         return fail(USAGE_ERROR, error)
     except torch.OutOfMemoryError:
         return fail(FAILURE, OUT_OF_MEMORY)
-    except (CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
+    except (CaptureError, CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
         return fail(FAILURE, "interrupted; --resume goes on from the last saved state")
@@ -108,11 +120,6 @@ def process_start() -> float:
     return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
-def fail(code: int, error: object) -> int:
-    print(f"vapi-fast: error: {error}", file=sys.stderr)
-    return code
-
-
 def e2e_main(published_step: PublishedStep) -> int:
     """`benchmarks/e2e_align.py`: `vapi-fast align` plus `--path reference|both`."""
     parser = argparse.ArgumentParser(description="Align a LlamaGen generator to pixel space with VA-π.")
@@ -120,14 +127,25 @@ def e2e_main(published_step: PublishedStep) -> int:
     return align_main(parser.parse_args(), published_step)
 
 
+COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int], str]] = {
+    "align": (add_align_flags, align_main, "align a generator to pixel space"),
+    "generate": (add_generate_flags, generate_main, "draw images from a generator"),
+    "evaluate": (add_evaluate_flags, evaluate_main, "score images: FID, sFID, Inception Score, precision, recall"),
+}
+
+
 def main() -> int:
     """`vapi-fast`: the console script."""
     parser = argparse.ArgumentParser(prog="vapi-fast", description="Fast VA-π alignment of LlamaGen generators.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_align_flags(commands.add_parser("align", help="align a generator to pixel space"))
+    for name, (add_flags, run, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_flags(command)
+        command.set_defaults(run=run)
     options = parser.parse_args()
-    del options.command
-    return align_main(options)
+    run = options.run
+    del options.command, options.run
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ GENERATE_FLAGS: dict[str, tuple[Any, str]] = {
     "model": (tuple(LLAMAGEN_CONFIGS), "size of the generator; tiny brings its own checkpoints"),
     "gpt_ckpt": (Path, "LlamaGen's generator, or an aligned one"),
     "vq_ckpt": (Path, "LlamaGen's VQ tokenizer"),
-    "num": (int, "images to draw (default: 50000, tiny 1000)"),
+    "num": (
+        int,
+        "images to draw (default: 50000, tiny 1000); torchrun takes --num for its own, use --num-images there",
+    ),
     "class_ids": (str, "classes such as 0,7,20-29, one image of each in turn (default: all)"),
     "caption_features": (Path, "text-encoder features [N, 120, 2048] (.npy, .safetensors) for a text model, in turn"),
     "cfg_scale": (float, "classifier-free guidance; 1: none (default)"),
@@ -48,6 +51,7 @@ GENERATE_FLAGS: dict[str, tuple[Any, str]] = {
     "out": (Path, "folder of the results; an interrupted one is finished by the same command"),
     "compare_ckpt": (Path, "another generator: comparison.png shows both at equal seeds"),
 }
+ALIASES = {"num": ("--num-images",)}
 EVALUATE_FLAGS: dict[str, tuple[Any, str]] = {
     "model": (tuple(LLAMAGEN_CONFIGS), "tiny brings its own reference and feature network; all others take Inception"),
     "samples": (
@@ -79,8 +83,9 @@ def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser, flags: dict[str, tuple[Any, str]], required: str) -> None:
     for name, (kind, text) in flags.items():
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        names = (flag(name), *ALIASES.get(name, ()))
         parser.add_argument(
-            flag(name), dest=name, default=argparse.SUPPRESS, help=text, required=name == required, **options
+            *names, dest=name, default=argparse.SUPPRESS, help=text, required=name == required, **options
         )
 
 

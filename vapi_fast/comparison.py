@@ -58,7 +58,7 @@ class Comparison:
             {
                 "gradient": relative_error(kept, published),
                 "advantages_cosine": float(F.cosine_similarity(*advantages, dim=0)),
-                "tokens_equal": float((models.tokenizer.encode(batch.images) == ours.tokens).double().mean()),
+                "tokens_equal": float((plain_tokens(models, batch) == ours.tokens).double().mean()),
             }
         )
         for parameter, gradient in zip(parameters, kept, strict=True):
@@ -96,6 +96,12 @@ class Comparison:
                 "tokens_equal": min(errors["tokens_equal"] for errors in self.errors),
             },
         }
+
+
+@torch.no_grad()
+def plain_tokens(models: Models, batch: ImageBatch) -> Tensor:
+    """The images' tokens by the plain tokenizer, an image at a time."""
+    return torch.cat([models.tokenizer.encode(image) for image in batch.images.split(1)])
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 PATHS = ("fast", "reference", "both")
+ROLLOUTS = ("teacher-forced", "free")
 
 # The paper's recipe (PAPER: 384², 128 images × G 8 a step, 100 steps, AdamW lr 1e-6); every model but tiny.
 PAPER: dict[str, Any] = {
@@ -76,6 +80,7 @@ class AlignConfig:
     vgg_weights: Path | None = PRESET  # None: download
     data: Path | None = PRESET
     eval_data: Path | None = PRESET  # None: `data`
+    inception_weights: Path | None = None  # None: download
     image_size: int = PRESET
     batch_size: int = PRESET  # images a step, over all ranks
     group_size: int = 8
@@ -85,6 +90,8 @@ class AlignConfig:
     weight_decay: float = 1e-4
     clip_grad_norm: float = 1.0
     method: str = "vapi"
+    rollouts: str = "teacher-forced"
+    reward: str | None = None  # module:function; None: the pixels' distance from the image
     prior: str = "ce"
     prior_weight: float = 0.1
     mse_weight: float = 1.0
@@ -97,7 +104,7 @@ class AlignConfig:
     top_p: float = 1.0
     seed: int = 0
     output_dir: Path = dataclasses.field(default=Path(""))  # "": runs/<model>-<method>-<time>
-    checkpoint_every: int = 25
+    checkpoint_every: int = 50
     eval_samples: int = PRESET
     eval_batch: int = PRESET  # images drawn at once
     cfg_scale: float = PRESET  # of the evaluation with classifier-free guidance
@@ -143,7 +150,7 @@ class AlignConfig:
             raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout must be at least 0 and less than 1, got {self.dropout}")
-        for name, choices in (("method", METHODS), ("prior", PRIORS), ("path", PATHS)):
+        for name, choices in (("method", METHODS), ("prior", PRIORS), ("path", PATHS), ("rollouts", ROLLOUTS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)}: choose one of {', '.join(choices)}")
 
@@ -157,6 +164,16 @@ class AlignConfig:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
         if self.prior == "kl" and self.method != "vapi":
             raise ConfigError(f"--prior kl needs --method vapi: --method {self.method} has no sampled tokens")
+        if self.method != "vapi" and (self.rollouts == "free" or self.reward):
+            raise ConfigError(
+                f"--rollouts free and --reward need --method vapi: --method {self.method} has no rollouts"
+            )
+        if self.rollouts == "free" and self.noise_prob:
+            raise ConfigError("--rollouts free needs --noise-prob 0: its context is its own tokens")
+        if self.path != "fast" and (self.rollouts == "free" or self.reward):
+            raise ConfigError(f"--path {self.path} needs the published recipe's own --rollouts and --reward")
+        if self.reward is not None:
+            reward_function(self.reward)
         if self.path != "fast" and self.method != "vapi":
             raise ConfigError(f"--path {self.path} needs --method vapi: the published recipe is VA-π")
         if self.path != "fast" and self.dropout:
@@ -169,7 +186,7 @@ class AlignConfig:
         for name in needed + (() if self.synthetic_data else ("data",)):
             if getattr(self, name) is None:
                 raise ConfigError(f"{flag(name)} is required for --model {self.model}")
-        for name in ("vq_ckpt", "gpt_ckpt", "data", "vgg_weights", "eval_data"):
+        for name in ("vq_ckpt", "gpt_ckpt", "data", "vgg_weights", "eval_data", "inception_weights"):
             path = getattr(self, name)
             if path is not None and not path.exists():
                 raise ConfigError(f"{flag(name)} {path}: no such file or folder")
@@ -193,6 +210,20 @@ class AlignConfig:
     def grid_size(self) -> int:
         """Tokens along one side of the image."""
         return self.image_size // VQ_CONFIGS[self.tokenizer].downsample
+
+
+def reward_function(name: str) -> Callable[..., Any]:
+    """The function that `--reward module:function` names; its module is looked for in the working directory too."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--reward {name}: {error}; pass module:function, importable from here") from error
+    if not callable(found):
+        raise ConfigError(f"--reward {name}: not a function")
+    return found
 
 
 def flag(field: str) -> str:

@@ -1,4 +1,4 @@
-"""Inference forms of the tokenizer and of LPIPS, as the reward runs them: frozen weights and nothing kept for a gradient.
+"""Inference forms of the tokenizer and of LPIPS, as the reward runs them: frozen weights, nothing kept for a gradient.
 
 They are built once from the loaded modules and share no memory with them. Between two convolutions of the tokenizer
 there is one fused operation: a convolution leaves out its bias, and the pass that adds it also adds the residual and

@@ -135,4 +135,4 @@ def feature_network(config: AlignConfig, models: Models, device: torch.device) -
     """The tiny preset scores with its own classifier; every other model with Inception, as papers do."""
     if config.lpips == "tiny":
         return models.reward.lpips, "tiny perceptual network"
-    return load_inception().to(device), "Inception-v3"
+    return load_inception(config.inception_weights).to(device), "Inception-v3"

@@ -47,7 +47,9 @@ def run_record(run: Run) -> dict[str, Any]:
         "step_seconds": run.clock.step_seconds(wait=True),
         "images_per_second": steps * run.config.batch_size / run.seconds["alignment"],
         "stages": stage_table(config, per_step, run.ceilings, processes=world_size()),
-        "model_flop_utilisation": model_flop_utilisation(costs, run.seconds["alignment"] / steps, run.ceilings),
+        "model_flop_utilisation": (
+            model_flop_utilisation(costs, run.seconds["alignment"] / steps, run.ceilings) if costs else None
+        ),
         "ceilings": dataclasses.asdict(run.ceilings),
         "attention": attention_backend(run.device),
         "planned_memory": run.plan.parts | {"free": run.plan.free} if run.plan else None,
@@ -139,10 +141,12 @@ def table(record: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("startup", "alignment", "evaluation"))
     lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}")
     lines += stages_table(record)
+    utilisation = record["model_flop_utilisation"]
     lines.append(
         f"{record['images_per_second']:.1f} images/s on {record['device']}, attention by {record['attention']}, "
-        f"peak memory {record['peak_memory'] / 1e9:.1f} GB, transformer at {record['model_flop_utilisation']:.0%} of "
-        "the matrix ceiling" + (f", {record['joules'] / 1e3:.1f} kJ" if record["joules"] else "")
+        f"peak memory {record['peak_memory'] / 1e9:.1f} GB"
+        + (f", transformer at {utilisation:.0%} of the matrix ceiling" if utilisation else "")
+        + (f", {record['joules'] / 1e3:.1f} kJ" if record["joules"] else "")
     )
     if record["skipped_images"]:
         lines.append(f"{len(record['skipped_images'])} unreadable images skipped: {record['skipped_images'][:5]}")

@@ -34,6 +34,7 @@ from vapi_fast.config import AlignConfig, ConfigError, flag
 from vapi_fast.data import ImageBatch, ImageData
 from vapi_fast.distributed import process_group, rank, shard, whole_copy, whole_state, world_size
 from vapi_fast.energy import EnergyMeter
+from vapi_fast.free_running import accumulate_free_gradients
 from vapi_fast.measurement import Evaluator, Measurement
 from vapi_fast.models.llamagen import llamagen_config
 from vapi_fast.optimization import make_optimizer
@@ -43,7 +44,17 @@ from vapi_fast.synthetic import SyntheticData
 GRID_IMAGES = 24
 COMPARED_STEPS = range(1, 4)  # of --path both: not the first, which warms up
 # Fields that may differ when a run is resumed: they do not touch what the steps compute.
-RESUMABLE = {"output_dir", "resume", "evaluate", "checkpoint_every", "steps", "micro_batch", "path", "eval_batch"}
+RESUMABLE = {
+    "output_dir",
+    "resume",
+    "evaluate",
+    "checkpoint_every",
+    "steps",
+    "micro_batch",
+    "path",
+    "eval_batch",
+    "inception_weights",
+}
 
 
 class StoppedError(RuntimeError):
@@ -118,6 +129,9 @@ class Run:
         self.device = device
         self.clock = StageClock(device)
         self.ceilings = measure(device)
+        if device.type == "cuda":  # the measurement's own memory
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         self.energy = EnergyMeter(device, nvml())
         self.plan = memory_plan(config, device)
         models = load_models(config, device, self.plan.reward_chunk if self.plan else None)
@@ -223,9 +237,8 @@ class Run:
         self.steps_read = 0
         self.align_started = time.perf_counter()
         for step in range(start_step, self.config.steps):
-            before = time.perf_counter()
-            batch = ImageBatch(*(value.to(self.device, non_blocking=True) for value in next(batches)))
-            self.clock.add("data", time.perf_counter() - before)
+            with self.clock("data"):
+                batch = ImageBatch(*(value.to(self.device, non_blocking=True) for value in next(batches)))
             stop = self.terminated.is_set()
             result = align_step(self.trainer, batch, step, gradients=self.gradients_of(step), stop=stop)
             self.clock.end_step()
@@ -247,7 +260,7 @@ class Run:
             return published_gradients(self.published_step)
         if self.comparison and step in COMPARED_STEPS:
             return self.comparison.gradients
-        return accumulate_gradients
+        return accumulate_free_gradients if self.config.rollouts == "free" else accumulate_gradients
 
     def read(self, result: StepResult) -> None:
         """Wait for a step's figures and write them down. Raises NonFiniteError."""

@@ -36,9 +36,8 @@ READERS = 8  # threads that compute checksums: zlib works without the interprete
 class Snapshots:
     """Resumable states of a run in `directory`: folders `step-000050`, the newest whole one wins.
 
-    Works for plain models in one process and for FSDP2 models in several, which must all see `directory`; what some
-    number of processes saved, any other number can restore. All methods but `__init__` of a single process are called
-    by every process, in the same order.
+    Works for a plain model in one process and for an FSDP2 model in several. Those must all see `directory`, and call
+    the same methods in the same order. What some number of processes saved, any other number can restore.
 
     Args:
         directory: made by the first `save`. Unfinished writing of an earlier run in it is removed.

@@ -40,22 +40,26 @@ def add_group_norm_silu(
     """The residual stream's next map and its norm; see `vapi_fast.ops.add_group_norm_silu`."""
     given = [each for each in (h, weight, bias, residual, channel_bias) if each is not None]
     dtype = accumulation_dtype(*given)
-    total = (interleaved(h) if phases else h).to(dtype)
+    total = (interleaved(h) if phases else h).to(dtype, copy=not phases)
     if channel_bias is not None:
-        total = total + channel_bias.to(dtype)[:, None, None]
+        total += channel_bias.to(dtype)[:, None, None]
     if residual is not None:
-        total = total + residual.to(dtype)
-    total = channels_last(total.to(h.dtype, copy=True))
+        total += residual.to(dtype)
+    total = channels_last(total.to(h.dtype))
     normed = torch.group_norm(total.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
-    return total, channels_last((F.silu(normed) if silu else normed).to(h.dtype))
+    return total, channels_last((F.silu(normed, inplace=True) if silu else normed).to(h.dtype))
 
 
 def interleaved(h: Tensor) -> Tensor:
     """Four phases `[B, 4·C, H + 1, W + 1]` → the map `[B, C, 2·H, 2·W]` whose pixels they hold in turns."""
+    phases = h.unflatten(1, (2, 2, -1))
     height, width = h.shape[2] - 1, h.shape[3] - 1
-    phase = h.unflatten(1, (2, 2, -1))
-    rows = [torch.stack([phase[:, a, b, :, a : a + height, b : b + width] for b in (0, 1)], -1) for a in (0, 1)]
-    return torch.stack(rows, 3).flatten(4, 5).flatten(2, 3)
+    shape = (len(h), phases.shape[3], 2 * height, 2 * width)
+    pixels = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+    for a in (0, 1):
+        for b in (0, 1):
+            pixels[:, :, a::2, b::2] = phases[:, a, b, :, a : a + height, b : b + width]
+    return pixels
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -39,21 +39,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
     """A new position's queries rotated, its keys and values stored; see `vapi_fast.ops.append_to_cache`."""
     dtype = accumulation_dtype(qkv)
-    slot = torch.as_tensor(position, device=qkv.device).view(1)
-    cosine, sine = table.index_select(0, slot).to(dtype)[0].unbind(-1)
+    row = table[position] if isinstance(position, int) else table.index_select(0, position.view(1))[0]
+    cosine, sine = row.to(dtype).unbind(-1)
     even, odd = qkv[:, :2].to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.view_as_real(torch.complex(even, odd) * torch.complex(cosine, sine)).flatten(-2)  # [N, 2, heads, d]
     for cache, new in ((k_cache, turned[:, 1]), (v_cache, qkv[:, 2])):
-        store(cache, slot, new)
+        store(cache, position, new)
     return turned[:, 0].to(qkv.dtype, memory_format=torch.contiguous_format)
 
 
-def store(cache: Tensor, slot: Tensor, new: Tensor) -> None:
-    """Write new `[N, heads, head_dim]` into one slot `[1]` of a cache, clamped to its largest number if it is fp8."""
+def store(cache: Tensor, position: int | Tensor, new: Tensor) -> None:
+    """Write new `[N, heads, head_dim]` into one slot of a cache, clamped to its largest number if it is fp8."""
     if cache.element_size() == 1:
         largest = torch.finfo(cache.dtype).max  # beyond it PyTorch's cast gives NaN, and index_copy_ takes bytes only
         cache, new = cache.view(torch.uint8), new.float().clamp(-largest, largest).to(cache.dtype).view(torch.uint8)
-    cache.index_copy_(2, slot, new[:, :, None].to(cache.dtype))
+    if isinstance(position, int):
+        cache[:, :, position] = new
+    else:
+        cache.index_copy_(2, position.view(1), new[:, :, None].to(cache.dtype))
 
 
 def decode_attention(
