@@ -2,37 +2,35 @@
 
     pytest benchmarks/ --benchmark-only [--benchmark-json FILE]
 
-On a GPU at XXL sizes in bf16 on Triton; on a CPU at small sizes on the reference, to see that all of it works.
-Times are medians on the device's own clock, the contestants in turns; `extra_info` has all the figures.
+On a GPU at XXL sizes in bf16 on Triton, held against plain PyTorch; on a CPU, where our own path is plain PyTorch too,
+at small sizes against the published G-fold form, where there is one. Times are medians on the device's own clock, the
+contestants in turns; `extra_info` has all the figures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from operations import BOTH, OPERATIONS, XXL, Operation, Source, changed, differentiable, one_image, tensors
+from operations import BOTH, OPERATIONS, Operation, changed, differentiable, tensors
 from peers import PEERS
-from pytest_benchmark.fixture import BenchmarkFixture
+from published import PUBLISHED
+from race import OURS, Contestant, Race
+from shapes import XXL, Source, one_image
 from targets import verdicts
-from timing import clock, hold, host_seconds, synchronize, timed
+from timing import clock
 from torch import Tensor
 
 from vapi_fast import ops, reference
 
 if TYPE_CHECKING:
-    from conftest import Bench
+    from conftest import Bench, Guard
 
-WARM_UPS = 3
-MOST_ROUNDS, FEWEST_ROUNDS, SECONDS = 30, 5, 0.5  # rounds of one row, as many as fit into SECONDS
 MOST_SETS = 16
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative L2 against float64
 DISAGREEMENT = 1e-2  # share of indices that may differ from float64's
@@ -57,48 +55,16 @@ class Inputs:
         return self.directions[key]
 
 
-class Contestant:
-    """One implementation of an operation; whatever stops a rival is kept in `failure`."""
+def run(call: Callable[..., Any], passes: str) -> Callable[[Inputs], Any]:
+    """A pass of `call` over a set of inputs."""
+    if passes != BOTH:
+        return torch.no_grad()(lambda inputs: call(*inputs.arguments))
 
-    def __init__(self, call: Callable[..., Any], passes: str) -> None:
-        self.call = call
-        self.backward = passes == BOTH
-        self.seconds: list[float] = []
-        self.host_seconds = self.peak_bytes = 0.0
-        self.failure: str | None = None
-
-    def run(self, inputs: Inputs) -> Any:
-        if not self.backward:
-            with torch.no_grad():
-                return self.call(*inputs.arguments)
-        results = [each for each in tensors(self.call(*inputs.marked)) if each.requires_grad]
+    def both(inputs: Inputs) -> tuple[Tensor, ...]:
+        results = [each for each in tensors(call(*inputs.marked)) if each.requires_grad]
         return torch.autograd.grad(results, inputs.leaves, [inputs.direction(each) for each in results])
 
-    def warm_up(self, inputs: Inputs) -> None:
-        for _ in range(WARM_UPS):
-            self.run(inputs)
-        self.host_seconds = min(host_seconds(lambda: self.run(inputs)) for _ in range(2))
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.run(inputs)
-            synchronize()
-            self.peak_bytes = torch.cuda.max_memory_allocated() - before
-
-    def time(self, inputs: Inputs) -> None:
-        self.seconds.append(timed(lambda: self.run(inputs), 1.5 * self.host_seconds))
-
-    def attempt(self, step: Callable[[Inputs], None], inputs: Inputs) -> None:
-        """A step of a rival, which may fail where ours may not."""
-        if self.failure is not None:
-            return
-        try:
-            step(inputs)
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if self.failure is not None:  # the exception is gone, and with it what it held in memory
-            gc.collect()
-            torch.cuda.empty_cache()
+    return both
 
 
 def rivals_of(operation: Operation, passes: str, bench: Bench) -> tuple[dict[str, Contestant], dict[str, str]]:
@@ -110,16 +76,18 @@ def rivals_of(operation: Operation, passes: str, bench: Bench) -> tuple[dict[str
         return operation.call(reference, *arguments)
 
     if bench.device.type == "cuda":
-        found["eager"] = Contestant(eager, passes)
+        found["eager"] = Contestant(run(eager, passes))
         if bench.compile_seconds > 0:
-            found["compiled"] = Contestant(torch.compile(eager, dynamic=False), passes)
+            found["compiled"] = Contestant(run(torch.compile(eager, dynamic=False), passes))
         else:
             skipped["compiled"] = "its time was up (--compile-seconds)"
     else:
         skipped["eager"] = "on a CPU it is what runs anyway"
         skipped["compiled"] = "not on a CPU, where it takes a C++ compiler and minutes"
+        if operation.name in PUBLISHED:
+            found["published"] = Contestant(run(PUBLISHED[operation.name], passes))
     for name, call in PEERS.get(operation.peers, {}).items():
-        found[name] = Contestant(call, passes)
+        found[name] = Contestant(run(call, passes))
     return found, skipped
 
 
@@ -169,64 +137,43 @@ CASES = [(operation, passes) for operation in OPERATIONS for passes in operation
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(("operation", "passes"), CASES, ids=[f"{o.name} {p}" for o, p in CASES])
-def test_operation(operation: Operation, passes: str, bench: Bench, benchmark: BenchmarkFixture) -> None:
+def test_operation(operation: Operation, passes: str, bench: Bench, guard: Guard) -> None:
     error, disagreement = accuracy(operation, passes, bench)
-    assert error < ERROR[bench.dtype], f"relative error {error:.2e} against float64"
     assert disagreement < DISAGREEMENT, f"{disagreement:.2%} of the indices differ from those in float64"
-
-    sets = rotation(operation, bench)
-    own = Contestant(lambda *arguments: operation.call(ops, *arguments), passes)
-    own.warm_up(next(sets))
     rivals, skipped = rivals_of(operation, passes, bench)
-    for name, rival in rivals.items():
-        start = time.monotonic()
-        rival.attempt(rival.warm_up, next(sets))
-        if name == "compiled":
-            bench.compile_seconds -= time.monotonic() - start
+    race = Race(run(lambda *arguments: operation.call(ops, *arguments), passes), rivals, rotation(operation, bench))
+    race.warm_up()
+    if "compiled" in rivals:
+        bench.compile_seconds -= rivals["compiled"].warm_up_seconds
+    name = f"{operation.name} {passes}"
+    reference_path = "eager" if bench.device.type == "cuda" else "published"
+    row = guard.measure(
+        name, race, reference=reference_path, error=error, bound=ERROR[bench.dtype], seconds=bench.seconds
+    )
 
-    def others_first() -> tuple[tuple[Inputs], dict[str, Any]]:
-        for rival in rivals.values():
-            rival.attempt(rival.time, next(sets))
-        hold(1.5 * own.host_seconds)
-        return (next(sets),), {}
-
-    start = time.monotonic()
-    others_first()
-    own.time(next(sets))
-    rounds = int(SECONDS / (time.monotonic() - start))
-    benchmark.pedantic(own.run, setup=others_first, rounds=max(FEWEST_ROUNDS, min(rounds, MOST_ROUNDS)))
-    if benchmark.disabled:
-        return
-
-    running = {name: rival for name, rival in rivals.items() if rival.failure is None}
-    times = {"vapi_fast": benchmark.stats.stats.median}
-    times |= {name: statistics.median(rival.seconds) for name, rival in running.items()}
-    skipped |= {f"{operation.name} {passes}, {n}": r.failure for n, r in rivals.items() if r.failure is not None}
-    peaks = {name: each.peak_bytes for name, each in {"vapi_fast": own, **running}.items()}
+    skipped |= {f"{name}, {n}": rival.failure for n, rival in rivals.items() if rival.failure is not None}
+    peaks = {n: each.peak_bytes for n, each in race.contestants.items() if each.failure is None}
     moved, flops = (sum(parts) if passes == BOTH else parts[0] for parts in amounts(operation, bench))
     floors = {"copy": moved / bench.ceilings.copy, "matmul": flops / bench.ceilings.matmul}
     bound = max(floors, key=floors.get)
-    row: dict[str, Any] = {
+    row |= {
         "operation": operation.name,
         "pass": passes,
         "device": bench.name,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "sizes": dataclasses.asdict(bench.sizes),
         "ceilings": dataclasses.asdict(bench.ceilings),
-        "seconds": times,
-        "host_seconds": own.host_seconds,
+        "host_seconds": race.ours.host_seconds,
         "peak_bytes": peaks,
         "bytes_moved": moved,
         "flops": flops,
-        "bound": bound,
-        "share": floors[bound] / times["vapi_fast"],
-        "error": error,
+        "bounded_by": bound,
+        "share": floors[bound] / row["seconds"][OURS],
         "disagreement": disagreement,
         "skipped": skipped,
     }
     row["targets"] = list(verdicts(row)) if bench.sizes == XXL else []
-    benchmark.extra_info |= row
-    bench.rows.append(row)
+    guard.judge(row)
 
 
 def amounts(operation: Operation, bench: Bench) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import baseline
 import pytest
 import torch
-from operations import SMALL, XXL, Sizes
-from summary import table
+from baseline import Baseline, BaselineError, Row
+from pytest_benchmark.fixture import BenchmarkFixture
+from race import FEWEST_ROUNDS, Race
+from shapes import SMALL, XXL, Sizes
+from summary import ratios, table
 
 from vapi_fast import ceilings
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+if TYPE_CHECKING:  # imported where they are used: operations are measured without the package `datasets`
+    from vapi_fast import AlignConfig
+    from vapi_fast.alignment import Models
+    from vapi_fast.data import ImageBatch
+
+ROWS = pytest.StashKey[list[Row]]()
+BASELINE = pytest.StashKey[Baseline]()
+THREADS = 1  # on a CPU: ratios then depend neither on the number of cores nor on who else uses them
+CPU_CACHE = 32 << 20
+BATCHES = 4
 
 
 @dataclass
@@ -22,36 +38,174 @@ class Bench:
     dtype: torch.dtype
     ceilings: ceilings.Ceilings
     cache_bytes: int
+    seconds: float  # of rounds, for one operation
     compile_seconds: float  # left for torch.compile
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+
+@dataclass
+class Guard:
+    """Measures one test's race and holds the figures to the accepted ones."""
+
+    bench: Bench
+    benchmark: BenchmarkFixture
+    baseline: Baseline
+    updating: bool
+
+    def measure(
+        self,
+        name: str,
+        race: Race,
+        *,
+        reference: str,
+        error: float,
+        bound: float,
+        seconds: float = 10.0,
+        fewest: int = FEWEST_ROUNDS,
+        **about: Any,
+    ) -> Row:
+        """The figures, which go into `extra_info` as well; measured once more where the ratio is too low.
+
+        Args:
+            race: warmed up. reference: whose time over ours is the ratio that is watched, if it takes part.
+            error: ours, relative to exact results. bound: of the error, at most.
+            seconds, fewest: of rounds, see `Race.run`. about: more for the row.
+        """
+        race.run(self.benchmark, seconds, fewest)
+        if self.benchmark.disabled:
+            pytest.skip("ran, but nothing was measured: --benchmark-disable")
+        accepted = self.baseline.accepted(self.bench.name, name)
+        about |= {"name": name, "kind": self.bench.name, "reference": reference, "error": error, "bound": bound}
+        about["accepted"] = accepted["ratio"] if accepted else None
+        row = about | figures(race, reference)
+        if self.updating or baseline.slower(row, accepted):
+            race.again()
+            row = about | figures(race, reference) | {"first_ratio": row["ratio"]}
+        self.benchmark.extra_info |= row
+        return self.benchmark.extra_info
+
+    def judge(self, row: Row) -> None:
+        """Fail if the figures are worse than the accepted ones, or with --update-baseline accept them."""
+        self.bench.rows.append(row)
+        accepted = None if self.updating else self.baseline.accepted(row["kind"], row["name"])
+        found = baseline.problems(row, accepted)
+        row["problems"] = found
+        if found:
+            pytest.fail("\n".join(found), pytrace=False)
+
+
+class Step(NamedTuple):
+    """A small alignment step's models, configuration and batches."""
+
+    models: Models
+    config: AlignConfig
+    batches: list[ImageBatch]
+
+
+def figures(race: Race, reference: str) -> Row:
+    ratio = race.ratio(reference)
+    row: Row = {"seconds": race.seconds(), "rounds": len(race.ours.seconds), "ratio": None, "failure": None}
+    if ratio is not None:
+        row |= {"ratio": ratio.median, "ratio_quartiles": [ratio.low, ratio.high]}
+    elif reference in race.contestants:
+        row["failure"] = race.contestants[reference].failure
+    return row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--compile-seconds", type=float, default=600, help="time for torch.compile, after which rows go without it"
     )
+    parser.addoption("--baseline", type=Path, default=baseline.FILE, help="file of the accepted ratios and errors")
+    parser.addoption(
+        "--update-baseline", action="store_true", help="accept what this run measures; other rows of the file stay"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[BASELINE] = Baseline(config.getoption("baseline"))
+    except BaselineError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[ROWS] = []
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
     torch.manual_seed(0)
     config = request.config
-    rows = config.stash.setdefault(ROWS, [])
+    rows = config.stash[ROWS]
     if not torch.cuda.is_available():
+        torch.set_num_threads(THREADS)
         cpu = torch.device("cpu")
-        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), 0, 0, rows)
+        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 1.0, 0, rows)
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     limit = config.getoption("compile_seconds")
-    return Bench(device, XXL, torch.bfloat16, ceilings.measure(device), cache, limit, rows)
+    return Bench(device, XXL, torch.bfloat16, ceilings.measure(device), cache, 0.5, limit, rows)
+
+
+@pytest.fixture
+def guard(request: pytest.FixtureRequest, bench: Bench, benchmark: BenchmarkFixture) -> Guard:
+    config = request.config
+    return Guard(bench, benchmark, config.stash[BASELINE], config.getoption("update_baseline"))
+
+
+@pytest.fixture(scope="module")
+def step(bench: Bench) -> Iterator[Step]:
+    """Eight images × 8 rollouts: LlamaGen-XXL with random weights at 384² on a GPU, the tiny preset on a CPU."""
+    pytest.importorskip("datasets", reason="vapi_fast.alignment needs it")
+    from vapi_fast import AlignConfig
+    from vapi_fast.alignment import load_models
+    from vapi_fast.data import ImageData
+    from vapi_fast.synthetic import SyntheticData
+
+    gpu = bench.device.type == "cuda"
+    made_up = {"random_init": gpu, "synthetic_data": gpu}
+    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, path="both", **made_up)
+    data = SyntheticData(config.image_size, 1000) if gpu else ImageData(config.data, config.image_size)
+    batches = list(data.batches(config.batch_size, BATCHES, seed=config.seed))
+    precision = torch.get_float32_matmul_precision()
+    if gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in a run and as published
+    batches = [type(batch)(*(value.to(bench.device) for value in batch)) for batch in batches]
+    yield Step(load_models(config, bench.device), config, batches)
+    torch.set_float32_matmul_precision(precision)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    good = [row for row in config.stash[ROWS] if not row["problems"]]
+    if config.getoption("update_baseline") and good:
+        config.stash[BASELINE].update(good)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own, longer table
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash.get(ROWS, []):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    if any("operation" in row for row in rows):
         terminalreporter.section("operations")
-        terminalreporter.write_line(table(config.stash[ROWS]))
+        terminalreporter.write_line(table(rows))
+    terminalreporter.section("ratios")
+    terminalreporter.write_line(ratios(rows))
+    terminalreporter.write_line(comparison(rows, config.stash[BASELINE], config.getoption("update_baseline")))
+
+
+def comparison(rows: list[Row], accepted: Baseline, updating: bool) -> str:
+    """What the rows were held to, in a line."""
+    kind = rows[0]["kind"]
+    if updating:
+        return f"{sum(not row['problems'] for row in rows)} rows of {kind} accepted in {accepted.path.name}"
+    new = [row["name"] for row in rows if accepted.accepted(kind, row["name"]) is None]
+    if len(new) == len(rows):
+        return f"{accepted.path.name} has nothing for {kind}: no ratio was compared; --update-baseline accepts these"
+    text = f"{len(rows) - len(new)} rows held to {accepted.path.name}"
+    return text + (f"; not in it: {', '.join(new)} (--update-baseline accepts them)" if new else "")

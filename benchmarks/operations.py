@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,98 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from shapes import XXL, Sizes, Source
 from torch import Tensor
 
 from vapi_fast import reference
 
 SEED = 20251219
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes; the defaults are LlamaGen-XXL's at 384²."""
-
-    images: int = 16
-    group: int = 8
-    tokens: int = 576  # a square number
-    vocabulary: int = 16384
-    width: int = 1536
-    heads: int = 24
-    head_dim: int = 64
-    hidden: int = 4096
-    code_width: int = 8
-    pixels: int = 384  # a side
-    channels: int = 128  # of the decoder at full resolution; LPIPS has half as many there
-    norm_groups: int = 32
-    sequences: int = 256  # decoded at once
-    prefix: int = 120  # positions that a group of sequences shares
-
-    @property
-    def rows(self) -> int:
-        return self.images * self.tokens
-
-    @property
-    def logits(self) -> int:
-        return self.rows * self.vocabulary
-
-    @property
-    def gemm(self) -> int:
-        """FLOPs of the language-model head."""
-        return 2 * self.logits * self.width
-
-
-XXL = Sizes()
-SMALL = Sizes(
-    images=2,
-    group=4,
-    tokens=16,
-    vocabulary=512,
-    width=64,
-    heads=4,
-    head_dim=16,
-    hidden=128,
-    pixels=32,
-    channels=32,
-    norm_groups=8,
-    sequences=8,
-    prefix=5,
-)
-# No multiples of a block, so that every mask is needed.
-ODD = Sizes(
-    images=2,
-    group=3,
-    tokens=49,
-    vocabulary=1000,
-    width=72,
-    heads=3,
-    head_dim=20,
-    hidden=100,
-    code_width=6,
-    pixels=36,
-    channels=24,
-    norm_groups=8,
-    sequences=6,
-    prefix=7,
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Makes random inputs; `dtype` is that of activations and weights in production."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=dtype or self.dtype) * scale
-
-    def integers(self, *shape: int, below: int) -> Tensor:
-        return torch.randint(below, shape, device=self.device)
-
-    def maps(self, *shape: int) -> Tensor:
-        """`[B, (G,) C, H, W]`, channels last in memory."""
-        flat = torch.randn(math.prod(shape[:-3]), *shape[-3:], device=self.device, dtype=self.dtype)
-        return flat.to(memory_format=torch.channels_last).view(shape)
 
 
 @dataclass(frozen=True)
@@ -272,6 +185,14 @@ def add_group_norm_silu(side: int, factor: int, shrink: int, phases: bool = Fals
         lambda s, e: ((4 if phases else 5) * e * math.prod(norm_maps(s, factor, shrink)), 0),
         peers=f"add_group_norm_silu{' phases' * phases}",
     )
+
+
+def append_inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
+    """One slot of a cache: neighbours in it are far apart in memory."""
+    keys, values = (new.normal(s.sequences, s.heads, 64, s.head_dim)[:, :, 5:6] for _ in range(2))
+    table = reference.rotary_2d_table(3, s.head_dim, 0)[5:6].to(new.device)
+    position = torch.zeros((), dtype=torch.int64, device=new.device)
+    return new.normal(s.sequences, 3, s.heads, s.head_dim), table, keys, values, position
 
 
 def decode_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
@@ -466,6 +387,12 @@ OPERATIONS = [
         peers="swiglu",
     ),
     Operation(
+        "append_to_cache",
+        append_inputs,
+        lambda m, *arguments: m.append_to_cache(*arguments),
+        lambda s, e: (6 * e * s.sequences * s.heads * s.head_dim, 0),
+    ),
+    Operation(
         "decode_attention",
         decode_inputs,
         lambda m, q, k, v, position: m.decode_attention(q, k, v, position),
@@ -495,8 +422,3 @@ def differentiable(operation: Operation, arguments: tuple[Any, ...]) -> tuple[tu
         for position, each in enumerate(arguments)
     )
     return marked, [leaf for position in operation.gradients for leaf in tensors(marked[position])]
-
-
-def one_image(sizes: Sizes) -> Sizes:
-    """For comparisons with float64."""
-    return dataclasses.replace(sizes, images=1, sequences=sizes.group)

@@ -20,7 +20,7 @@ from vapi_fast.alignment import Models
 from vapi_fast.clock import Clock
 from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
-from vapi_fast.models import LlamaGen
+from vapi_fast.models import LlamaGen, VQTokenizer
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
 
@@ -46,7 +46,7 @@ def published_step(
     group_size = config.group_size
     with ops.use_backend("reference"):
         with clock("encode"), torch.no_grad():
-            own_tokens = torch.cat([models.tokenizer.encode(images) for images in batch.images.split(CHUNK)])
+            own_tokens = torch.cat([encode(models.tokenizer, images) for images in batch.images.split(CHUNK)])
             tokens = own_tokens if tokens is None else tokens
             inputs = context(models, config, batch, tokens, seed)
         models.generator.eval()
@@ -56,6 +56,7 @@ def published_step(
             own_drawn = draw(logits, group_size, config.temperature)
             drawn = own_drawn if drawn is None else drawn
             old_logprobs = gathered(logits, config, drawn.transpose(1, 2)).transpose(1, 2)
+            del logits
         rewards = score(models, config, drawn.flatten(0, 1), batch.images.repeat_interleave(group_size, 0), clock)
         models.generator.train()
         grouped = {name: value.unflatten(0, (-1, group_size)) for name, value in rewards.items()}
@@ -71,6 +72,13 @@ def published_step(
                 "advantages": advantages.clamp(-5, 5).flatten(),
             }
         return {"loss": train(models, config, rows, clock), **grouped}
+
+
+def encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:
+    """Tokens int64 `[N,T]`: the nearest code by ‖z‖² + ‖e‖² − 2 z·e, as LlamaGen's quantizer has it."""
+    z, codebook = F.normalize(tokenizer.latents(images), dim=-1).flatten(0, 2), tokenizer.codebook()
+    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    return distances.argmin(1).unflatten(0, (len(images), -1))
 
 
 def context(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int) -> Tensor:
@@ -111,6 +119,7 @@ def draw(logits: Tensor, group_size: int, temperature: float) -> Tensor:
     for _ in range(group_size):
         probabilities = (logits / temperature).reshape(-1, vocab_size).softmax(-1)
         sequences.append(torch.multinomial(probabilities, 1).view(batch, length))
+        del probabilities
     return torch.stack(sequences, dim=1)
 
 

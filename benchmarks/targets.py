@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from operations import BOTH, FORWARD, XXL
+from operations import BOTH, FORWARD
+from shapes import XXL
 
 # Kind and limit: "ms" at most; "share" of the governing ceiling (copy or matrix product) at least; "gemms": time at
 # most that multiple of four products of the head's size; "memory" beyond the inputs at most that part of eager's.
@@ -46,7 +47,7 @@ def verdicts(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if kind == "ms":
             yield {"target": f"{limit} ms", "met": 1e3 * own <= limit}
         elif kind == "share":
-            yield {"target": f"{limit:.0%} of {row['bound']}", "met": row["share"] >= limit}
+            yield {"target": f"{limit:.0%} of {row['bounded_by']}", "met": row["share"] >= limit}
         elif kind == "gemms":
             met = own <= limit * 4 * XXL.gemm / row["ceilings"]["matmul"]
             yield {"target": f"{limit} × 4 GEMMs", "met": met}

@@ -110,13 +110,12 @@ def append_to_cache(
 ):
     """Of one sequence's heads · head_dim columns, a block: q rotated, k rotated and v into slot `position`.
 
-    qkv is contiguous `[N, 3, columns]`, q `[N, columns]`, the table `[S, head_dim / 2, 2]`. A position outside of the
-    cache stores nothing.
+    qkv is contiguous `[N, 3, columns]`, q `[N, columns]`, the table `[S, head_dim / 2, 2]`.
     """
     row = (tl.program_id(0) // column_blocks).to(tl.int64)
     column = (tl.program_id(0) % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    slot = tl.load(position_ptr)
-    inside = column < tl.where((slot >= 0) & (slot < S), columns, 0)
+    slot = tl.minimum(tl.maximum(tl.load(position_ptr), 0), S - 1)  # never outside of the cache
+    inside = column < columns
     from_row = qkv_ptr + row * 3 * columns + column
     head, within = column // HEAD_DIM, column % HEAD_DIM
     turn = tl.load(table_ptr + slot * HEAD_DIM + within, mask=inside, other=0.0).to(tl.float32)

@@ -72,6 +72,9 @@ def calls() -> dict[str, object]:
         "rms_norm": lambda: ops.rms_norm(x, row),
         "rotary_2d": lambda: ops.rotary_2d(cache, torch.zeros(4, 4, 2)),
         "swiglu": lambda: ops.swiglu(x, x),
+        "append_to_cache": lambda: ops.append_to_cache(
+            torch.zeros(2, 3, 4, 8), torch.zeros(6, 4, 2), cache, cache.clone(), 0
+        ),
         "decode_attention": lambda: ops.decode_attention(x, cache, cache, 0),
     }
 

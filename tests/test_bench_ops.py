@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from operations import BOTH, FORWARD, ODD, OPERATIONS, SMALL, XXL, Operation, Source, differentiable, tensors
+from operations import BOTH, FORWARD, OPERATIONS, Operation, differentiable, tensors
 from peers import PEERS
+from published import PUBLISHED
+from shapes import ODD, SMALL, XXL, Source
 from summary import table
 from targets import TARGETS, verdicts
 
@@ -24,12 +26,15 @@ def test_every_public_operation_is_measured() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
-def test_operations_and_their_peers_run_at_odd_sizes(operation: Operation) -> None:
+def test_operations_and_their_rivals_run_at_odd_sizes(operation: Operation) -> None:
     torch.manual_seed(0)
     arguments, leaves = differentiable(operation, operation.inputs(ODD, CPU))
     results = list(tensors(operation.call(reference, *arguments)))
     assert [each.requires_grad for each in results if each.requires_grad] == [True] * bool(leaves)
-    for name, call in PEERS.get(operation.peers, {}).items():
+    others = dict(PEERS.get(operation.peers, {}))
+    if operation.name in PUBLISHED:
+        others["published"] = PUBLISHED[operation.name]
+    for name, call in others.items():
         peer = list(tensors(call(*arguments)))
         assert [each.shape for each in peer] == [each.shape for each in results][: len(peer)], name
         if not operation.name.startswith(("group_sample", "linear_group", "noisy", "straight")):  # drawn
@@ -63,7 +68,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "peak_bytes": {"vapi_fast": 3e8, "eager": 4e9},
         "bytes_moved": 10**8,
         "flops": 3 * XXL.gemm,
-        "bound": "matmul",
+        "bounded_by": "matmul",
         "share": 0.47,
         "error": 1e-3,
         "skipped": {"compiled": "its time was up"},
@@ -85,7 +90,7 @@ def test_targets_are_of_measured_passes() -> None:
         ({"peak_bytes": {"vapi_fast": 7e8, "eager": 4e9}}, ["15% of eager's memory", "not slower than peer"]),
         ({"operation": "group_sample", "pass": FORWARD, "seconds": {"vapi_fast": 2.6e-4}}, ["0.25 ms"]),
         (
-            {"operation": "swiglu", "pass": FORWARD, "bound": "copy", "share": 0.79},
+            {"operation": "swiglu", "pass": FORWARD, "bounded_by": "copy", "share": 0.79},
             ["80% of copy", "not slower than peer"],
         ),
         ({"operation": "mse", "pass": FORWARD, "seconds": {"vapi_fast": 1.0, "eager": 0.99}}, []),

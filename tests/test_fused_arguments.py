@@ -40,7 +40,16 @@ HUGE_NUMBERS = (2**31, 2**63, 10**400)
 EXAMPLES = {"linear_group_sample": 15, "group_sample": 30, "policy_loss": 40, "decode_attention": 30}  # others: 60
 THE_MODELS_OWN = {"model", "condition"}
 INFERENCE = {"add_group_norm_silu", "bias_group_norm_silu"}  # refuse what requires a gradient
-WITHOUT_GRADIENT = {"model", "table", "q", "k_cache", "v_cache", "prefix_k", "prefix_v"}  # none is promised to these
+WITHOUT_GRADIENT = {
+    "model",
+    "table",
+    "q",
+    "qkv",
+    "k_cache",
+    "v_cache",
+    "prefix_k",
+    "prefix_v",
+}  # none is promised to these
 
 
 class Call:
@@ -87,6 +96,7 @@ def group_sample(call: Call) -> Arguments:
         "seed": call.seed(),
         "sample_ids": call.sample_ids(batch),
         "first_position": position,
+        "first_rollouts": call.sample_ids(batch),
         **call.filters(),
     }
 
@@ -99,6 +109,8 @@ def linear_group_sample(call: Call) -> Arguments:
         "group_size": call.sizes(1)[0],
         "seed": call.seed(),
         "sample_ids": call.sample_ids(batch),
+        "first_position": call.draw(st.sampled_from((0, torch.tensor(5)))),
+        "first_rollouts": call.sample_ids(batch),
         **call.filters(),
     }
 
@@ -246,6 +258,18 @@ def rotary_2d(call: Call) -> Arguments:
 def swiglu(call: Call) -> Arguments:
     shape = call.sizes(call.draw(st.integers(1, 4)))
     return {"gate": call.floating(*shape), "up": call.floating(*shape)}
+
+
+def append_to_cache(call: Call) -> Arguments:
+    sequences, heads, slots, pairs = call.sizes(4)
+    last = max(slots - 1, 0)
+    return {
+        "qkv": call.floating(sequences, 3, heads, 2 * pairs),
+        "table": call.floating(slots, pairs, 2),
+        "k_cache": call.floating(sequences, heads, slots, 2 * pairs),
+        "v_cache": call.floating(sequences, heads, slots, 2 * pairs),
+        "position": call.draw(st.sampled_from((0, last, torch.tensor(last)))),
+    }
 
 
 def decode_attention(call: Call) -> Arguments:

@@ -57,6 +57,7 @@ def inputs() -> dict[str, Tensor]:
         "keys": torch.randn(batch, heads, 6, width),
         "prefix": torch.randn(1, heads, 2, width),
         "table": ops.rotary_2d_table(2, width, 0),
+        "slots": ops.rotary_2d_table(3, width, 0)[:6],
         "seed": torch.tensor(7),
         "position": torch.tensor(3),
         "labels": torch.arange(batch),
@@ -84,10 +85,13 @@ def every_operation(x: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     logits = hidden @ head.T
     sampled, logprobs = ops.group_sample(logits, 3, seed=seed, temperature=0.9)
     filtered, _ = ops.group_sample(logits, 3, seed=seed, top_k=5, top_p=0.9, first_position=x["position"])
-    drawn, _ = ops.linear_group_sample(hidden, head, 2, seed=3)
+    later = {"first_position": x["position"], "first_rollouts": x["labels"]}
+    drawn, _ = ops.linear_group_sample(hidden, head, 2, seed=3, **later)
     entry, index = ops.vq_lookup(hidden.reshape(-1, 8), x["codebook"])
     soft, chosen = ops.straight_through_lookup(logits, x["codebook"], tau=1.0, seed=seed)
     prefix, mask = x["prefix"], torch.ones(1, 2, dtype=torch.bool, device=hidden.device)
+    qkv, caches = torch.stack([queries[:, 0].detach()] * 3, dim=1), (x["keys"].clone(), x["keys"].clone())
+    rotated = ops.append_to_cache(qkv, x["slots"], *caches, x["position"])
     attended = ops.decode_attention(
         queries[:, 0].detach(), x["keys"], x["keys"], x["position"], prefix_k=prefix, prefix_v=prefix, prefix_mask=mask
     )
@@ -113,6 +117,8 @@ def every_operation(x: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         "rms_norm": ops.rms_norm(hidden, x["gain"]),
         "rotary_2d": ops.rotary_2d(queries, x["table"]),
         "swiglu": ops.swiglu(hidden, hidden.flip(0)),
+        "append_to_cache": rotated,
+        "append_to_cache in place": torch.stack(caches),
         "decode_attention": attended,
         "lpips_distance": ops.lpips_distance([maps, maps], [x["reference_maps"]] * 2, [x["gain"]] * 2),
         "mse": ops.mse(maps, x["reference_maps"]),

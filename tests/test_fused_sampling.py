@@ -331,6 +331,18 @@ def test_a_rollout_depends_on_seed_sample_id_position_and_rollout_alone() -> Non
     assert torch.equal(draw(logits[:, 2:], 9, seed=1, sample_ids=ids, first_position=last)[0], tokens[:, :, 2:])
     assert torch.equal(draw(logits[:, 1:], 9, seed=1, sample_ids=ids, first_position=1)[0], tokens[:, :, 1:])
     assert not torch.equal(draw(logits, 9, seed=2, sample_ids=ids)[0], tokens)
+    rollouts = {"first_rollouts": torch.full_like(ids, 2**32 + 4)}
+    assert torch.equal(draw(logits, 2, seed=1, sample_ids=ids, **rollouts)[0], tokens[:, 4:6])
+    linear = draw_linear(
+        logits[:, 2:],
+        torch.eye(logits.shape[-1], device=DEVICE),
+        2,
+        seed=1,
+        sample_ids=ids,
+        **rollouts,
+        first_position=2,
+    )
+    assert torch.equal(linear[0], tokens[:, 4:6, 2:])
     assert not torch.equal(draw(logits, 9, seed=1)[0], tokens)
 
 
@@ -414,9 +426,9 @@ def test_opcheck(with_ids: bool) -> None:
     logits, hidden, weight = (torch.randn(shape, device=DEVICE) for shape in ((2, 1, 9), (2, 1, 4), (9, 4)))
     tokens = torch.randint(0, 9, (2, 5), device=DEVICE)
     for op, args in (
-        (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 0, 1.0, scalar(7))),
-        (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 2, 1.0, scalar(7))),
-        (torch.ops.vapi_fast.linear_group_sample, (hidden, weight, 3, scalar(1), ids, 1.0, 0, 1.0)),
+        (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 0, 1.0, scalar(7), ids)),
+        (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 2, 1.0, scalar(7), ids)),
+        (torch.ops.vapi_fast.linear_group_sample, (hidden, weight, 3, scalar(1), ids, 1.0, 0, 1.0, scalar(7), ids)),
         (torch.ops.vapi_fast.noisy_prefix, (tokens, 0.5, 9, scalar(1), ids)),
     ):
         torch.library.opcheck(op.default, args)

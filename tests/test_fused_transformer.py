@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accuracy import RELATIVE_L2, relative_l2
@@ -155,6 +157,73 @@ def test_swiglu_of_an_empty_batch(shape: tuple[int, ...]) -> None:
     out = on_triton(ops.swiglu, gate, gate)
     out.sum().backward()
     assert out.shape == gate.grad.shape == shape
+
+
+def appended(backend: str, qkv: Tensor, table: Tensor, caches: Tensor, position: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The rotated queries, and the caches as they are afterwards."""
+    caches = caches.clone(memory_format=torch.preserve_format)
+    with ops.use_backend(backend):
+        return ops.append_to_cache(qkv, table, *caches, position), caches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sequences", "slots", "heads", "head_dim"),
+    [(5, 9, 3, 32), (1, 1, 1, 8), (3, 5, 6, 100), (2, 7, 1, 2), (0, 3, 2, 4)],
+)
+def test_append_to_cache(sequences: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(sequences, 3, heads, head_dim, device=DEVICE).to(dtype)
+    table = torch.randn(slots, head_dim // 2, 2, device=DEVICE)
+    caches = torch.randn(2, sequences, heads, slots, head_dim, device=DEVICE).to(dtype)
+    for position in {0, slots // 2, slots - 1}:
+        q, filled = appended("triton", qkv, table, caches, torch.tensor(position, device=DEVICE))
+        expected_q, expected = appended("reference", qkv.double(), table.double(), caches.double(), position)
+        if sequences:
+            assert relative_l2(q, expected_q) < RELATIVE_L2[dtype]
+            assert relative_l2(filled, expected) < RELATIVE_L2[dtype]
+        others = [slot for slot in range(slots) if slot != position]
+        assert torch.equal(filled[:, :, :, others], caches[:, :, :, others])
+        assert q.dtype == dtype
+        assert q.shape == expected_q.shape
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[..., ::2], lambda x: x.transpose(2, 3)[..., 3:11]])
+def test_append_to_caches_of_any_strides(cut: Callable[[Tensor], Tensor]) -> None:
+    """And from a slice of a wider projection; position beyond the cache: the nearest slot."""
+    caches, whole = cut(torch.randn(2, 3, 6, 6, 16, device=DEVICE)), torch.randn(3, 5, 6, 8, device=DEVICE)
+    table = torch.randn(6, 4, 2, device=DEVICE)
+    for position, slot in ((0, 0), (100, 5), (-3, 0)):
+        q, filled = appended("triton", whole[:, 1:4], table, caches, torch.tensor(position, device=DEVICE))
+        expected = appended("reference", whole[:, 1:4], table, caches, slot)
+        torch.testing.assert_close((q, filled), expected)
+
+
+@pytest.mark.parametrize("scale", [1, pytest.param(0.9, marks=pytest.mark.gpu)])
+def test_append_to_cache_in_fp8(scale: float) -> None:
+    """Numbers that fp8 holds; interpreted, Triton rounds others just below a power of 2 to half of it."""
+    held = (torch.randn(3, 3, 2, 20, device=DEVICE) * 100).to(torch.float8_e4m3fn)
+    qkv, table = held.float() * scale, torch.tensor([1.0, 0.0], device=DEVICE).expand(4, 10, 2)  # no rotation
+    qkv[1, 1:, 0, :2] = torch.tensor([1e5, -1e5])
+    caches = torch.zeros(2, 3, 2, 4, 20, device=DEVICE).to(torch.float8_e4m3fn)
+    _, filled = appended("triton", qkv, table, caches, 2)
+    _, expected = appended("reference", qkv, table, caches, 2)
+    assert torch.equal(filled.float(), expected.float())
+    assert filled.float()[:, 1, 0, 2, :2].tolist() == [[448.0, -448.0]] * 2
+    with pytest.raises(TypeError, match="k_cache must be float32, bfloat16, float16 or float8_e4m3fn"):
+        appended("triton", qkv, table, caches.double(), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("splits")
+def test_decode_attention_of_a_cache_in_fp8(dtype: torch.dtype) -> None:
+    q, keys, values, *prefix = attention_inputs(4, 70, 2, 36, groups=2, prefix_len=5)
+    keys, values = (x.to(DEVICE, torch.float8_e4m3fn) for x in (keys, values))
+    low = [x.to(DEVICE, dtype) for x in (q, *prefix)]
+    out = on_triton(attend(66), low[0], keys, values, *low[1:])
+    with ops.use_backend("reference"):
+        expected = attend(66)(low[0].double(), keys.double(), values.double(), *(x.double() for x in low[1:]))
+    assert out.dtype == dtype
+    assert relative_l2(out, expected) < RELATIVE_L2[dtype]
 
 
 def attention_inputs(
@@ -326,7 +395,9 @@ def test_queries_of_another_dtype_than_the_caches(dtypes: tuple[torch.dtype, tor
         expected = attend(66)(*(x.double() for x in inputs))
     assert out.dtype == dtypes[0]
     assert relative_l2(out, expected) < RELATIVE_L2[dtypes[0]]
-    with pytest.raises(TypeError, match="decode_attention: k_cache must be float32, bfloat16 or float16"):
+    with pytest.raises(
+        TypeError, match="decode_attention: k_cache must be float32, bfloat16, float16 or float8_e4m3fn"
+    ):
         on_triton(attend(66), inputs[0], inputs[1].double(), *inputs[2:])
 
 
@@ -349,6 +420,8 @@ def test_opcheck() -> None:
     inputs = [x.detach() for x in (up, gate, up)]
     torch.library.opcheck(namespace.swiglu_backward.default, inputs)
     inputs = [x.to(DEVICE) for x in attention_inputs(4, 70, 2, 8, groups=2, prefix_len=3)]
+    qkv, slots = torch.randn(4, 3, 2, 8, device=DEVICE), rotary_table(70, 8)
+    torch.library.opcheck(namespace.append_to_cache.default, (qkv, slots, *inputs[1:3], torch.tensor(5, device=DEVICE)))
     position, mask = torch.tensor(66, device=DEVICE), torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     torch.library.opcheck(namespace.decode_attention.default, (*inputs[:3], position, *inputs[3:], mask))
     torch.library.opcheck(namespace.decode_attention.default, (*inputs[:3], position, None, None, None))

@@ -16,7 +16,7 @@ from reference_step import published_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vapi_fast
-from vapi_fast import AlignConfig, run
+from vapi_fast import AlignConfig, alignment, run
 from vapi_fast.alignment import NonFiniteError, StepResult, Trainer, align_step
 from vapi_fast.data import ImageBatch
 from vapi_fast.models import LlamaGen
@@ -62,10 +62,9 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert stages["startup"] == seconds["startup"]
     # The comparison of the gradients is in no stage.
     assert 0.5 < (sum(stages.values()) - stages["startup"]) / seconds["alignment"] < 1.01
-    assert record["stages"]["forward"]["seconds"] == pytest.approx(stages["forward"] / 3)
+    assert 0 < record["stages"]["forward"]["seconds"] < stages["forward"] / 2
     assert record["stages"]["forward"]["tflops"] > 0
-    assert len(record["step_seconds"]) == 3
-    assert record["images_per_second"] == pytest.approx(12 / seconds["alignment"])
+    assert record["images_per_second"] == pytest.approx(4 / record["step_seconds"])
     assert 0 < record["model_flop_utilisation"] < 1
     assert record["peak_memory"] > 1e8
     assert record["speedup_over_reference"] > 1
@@ -121,8 +120,8 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
         patch.setattr(run, "align_step", interrupted_at(1))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(checkpoint_every=1))
-    with pytest.raises(vapi_fast.config.ConfigError, match=r"was started with --lr .*, now it is 0\.5"):
-        vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, lr=0.5))
+    with pytest.raises(vapi_fast.config.ConfigError, match=r"was started with --clip-range .*, now it is 0\.5"):
+        vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, clip_range=0.5))
 
 
 def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
@@ -149,6 +148,54 @@ def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path
     ]
     assert rewards[0] == rewards[1]
     assert rewards[0] != rewards[2]
+
+
+def test_a_finished_alignment_is_resumed_for_its_measurement(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the aligned generator is measured: nothing is aligned again. Fewer steps than done are refused."""
+    options = {"evaluate": True, "eval_samples": 140, "output_dir": tmp_path / "a"}
+
+    def killed(self: run.Run, name: str) -> None:
+        if name == "aligned":
+            raise KeyboardInterrupt
+        self.measured[name] = {"fid": 1.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(**options))
+    with pytest.raises(vapi_fast.config.ConfigError, match="2 steps are done already; pass --steps 2 or more"):
+        vapi_fast.align(tiny_config(**options, resume=True, steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "measure", lambda self, name: self.measured.update({name: {"fid": 2.0}}))
+        patch.setattr(run.report, "scores_table", lambda *_: [])
+        record = vapi_fast.align(tiny_config(**options, resume=True))
+    assert (record["base"], record["aligned"]) == ({"fid": 1.0}, {"fid": 2.0})
+    assert len(record["reward"]) == 2
+    assert record["images_per_second"] is None
+    whole = vapi_fast.align(tiny_config(output_dir=tmp_path / "b"))
+    assert record["reward"] == whole["reward"]
+    assert torch.equal(weights(tmp_path / "a" / "aligned.pt"), weights(tmp_path / "b" / "aligned.pt"))
+
+
+def test_a_lower_learning_rate_on_resume(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the message about infinities advises."""
+    options = {"steps": 3, "checkpoint_every": 1, "output_dir": tmp_path / "a"}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "align_step", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(**options, lr=1e-3))
+    used = []
+    step_unless = alignment.step_unless
+
+    def noted(optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:
+        used.extend(group["lr"] for group in optimizer.param_groups)
+        step_unless(optimizer, failed)
+
+    monkeypatch.setattr(alignment, "step_unless", noted)
+    vapi_fast.align(tiny_config(**options, lr=1e-5, resume=True))
+    assert used == [1e-5, 1e-5]  # both parameter groups
 
 
 def test_straight_through_and_next_token_runs(tiny_config: Make, tmp_path: Path) -> None:

@@ -124,6 +124,24 @@ def test_a_rollout_depends_on_seed_sample_id_position_and_rollout_alone() -> Non
     assert len({tuple(row) for row in flat.T.tolist()}) == 6
 
 
+def test_rows_can_be_rollouts_of_one_image() -> None:
+    """With the same logits in each row, a row's own draw is the group's."""
+    logits = torch.randn(3, 4, 33)
+    ids = torch.tensor([5, 9, 2**34 + 1])
+    tokens, logprobs = ops.group_sample(logits, 6, seed=1, sample_ids=ids)
+    rows, rollouts = logits.repeat_interleave(6, 0), torch.arange(6).repeat(3)
+    options = {"seed": 1, "sample_ids": ids.repeat_interleave(6), "first_rollouts": rollouts + 2**32}
+    alone, alone_logprobs = ops.group_sample(rows, 1, **options)
+    assert torch.equal(alone.view(3, 6, 4), tokens)
+    assert torch.equal(alone_logprobs.view(3, 6, 4), logprobs)
+    last, _ = ops.group_sample(logits, 2, seed=1, sample_ids=ids, first_rollouts=torch.tensor([4, 4, 4]))
+    assert torch.equal(last, tokens[:, 4:])
+    eye = torch.eye(33)
+    for position in (3, torch.tensor(3)):
+        later, _ = ops.linear_group_sample(rows[:, 3:], eye, 1, **options, first_position=position)
+        assert torch.equal(later.view(3, 6), tokens[:, :, 3])
+
+
 def test_non_contiguous_logits_and_empty_batches() -> None:
     logits = torch.randn(6, 3, 17)
     strided = logits.transpose(0, 1)[:, ::2]

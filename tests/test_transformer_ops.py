@@ -79,6 +79,44 @@ def attention_inputs(sequences: int, slots: int, groups: int, prefix_len: int) -
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("position", [0, 4, 8])
+def test_append_to_cache(position: int, as_tensor: bool) -> None:
+    qkv, table = torch.randn(5, 3, 2, 8, dtype=torch.float64), ops.rotary_2d_table(3, 8, 0).double()
+    caches = torch.randn(2, 5, 2, 9, 8, dtype=torch.float64)
+    expected = caches.clone()
+    q, k = ops.rotary_2d(qkv[:, :2], table[position].expand(2, 4, 2)).unbind(1)
+    expected[0, :, :, position], expected[1, :, :, position] = k, qkv[:, 2]
+    found = ops.append_to_cache(qkv, table, *caches, torch.tensor(position) if as_tensor else position)
+    torch.testing.assert_close(found, q)
+    torch.testing.assert_close(caches, expected)
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("position", [2, torch.tensor(2)])
+def test_append_to_a_cache_of_another_dtype(position: int | Tensor, dtype: torch.dtype) -> None:
+    qkv, table = torch.randn(5, 3, 2, 8) * 10, torch.tensor([1.0, 0.0]).expand(4, 4, 2)  # no rotation
+    qkv[0, 1, 0, :6] = torch.tensor([1e6, -1e6, 449.0, 1.0, torch.nan, torch.nan])
+    caches = torch.zeros(2, 5, 2, 4, 8).to(dtype)
+    ops.append_to_cache(qkv, table, *caches, position)
+    largest = 448.0 if dtype is torch.float8_e4m3fn else 1e9
+    for cache, new in zip(caches, (qkv[:, 1], qkv[:, 2]), strict=True):
+        stored = cache[:, :, 2]
+        assert torch.equal(
+            stored.float().nan_to_num(7.0), new.clamp(-largest, largest).to(dtype).float().nan_to_num(7.0)
+        )
+        assert cache.float()[:, :, [0, 1, 3]].abs().max() == 0
+
+
+def test_decode_attention_of_a_cache_in_fp8() -> None:
+    x = attention_inputs(4, 9, 2, 5)
+    for name in ("k_cache", "v_cache"):
+        x[name] = x[name].to(torch.float8_e4m3fn)
+    wide = {name: value.double() for name, value in x.items()}
+    torch.testing.assert_close(ops.decode_attention(**x, position=6), ops.decode_attention(**wide, position=6))
+
+
 @pytest.mark.parametrize("position", [0, 4, 8])
 def test_decode_attention_without_prefix(position: int) -> None:
     x = attention_inputs(5, 9, 1, 1)
@@ -127,6 +165,17 @@ def test_bad_arguments() -> None:
         ops.rotary_2d(torch.zeros(2, 3, 1, 8), torch.zeros(3, 2, 2))
     with pytest.raises(ValueError, match=r"swiglu: up must be .* with ...=\(2,\), D=3, got float32 \[2, 4\]"):
         ops.swiglu(torch.zeros(2, 3), torch.zeros(2, 4))
+    qkv, table, cache = torch.zeros(4, 3, 3, 8), torch.zeros(9, 4, 2), torch.zeros(4, 3, 9, 8)
+    with pytest.raises(ValueError, match=r"append_to_cache: qkv must be floating \[N, 3, heads, head_dim\], got"):
+        ops.append_to_cache(qkv[:, :2], table, cache, cache, 0)
+    with pytest.raises(ValueError, match=r"table must be .* head_dim=8, got float32 \[9, 3, 2\]"):
+        ops.append_to_cache(qkv, table[:, :3], cache, cache, 0)
+    with pytest.raises(
+        ValueError, match=r"k_cache must be .* with N=4, heads=3, S=9, head_dim=8, got .*\[4, 3, 8, 8\]"
+    ):
+        ops.append_to_cache(qkv, table, cache[:, :, 1:], cache, 0)
+    with pytest.raises(ValueError, match="append_to_cache: position must be below k_cache's S=9, got 9"):
+        ops.append_to_cache(qkv, table, cache, cache, 9)
     with pytest.raises(ValueError, match="decode_attention: position must be below k_cache's S=9, got 9"):
         ops.decode_attention(**x, position=9)
     with pytest.raises(TypeError, match=r"position must be an int or a 0-d int64 tensor, got int64 \[1\]"):

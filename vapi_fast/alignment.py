@@ -15,7 +15,7 @@ from vapi_fast.checkpoint import CheckpointError
 from vapi_fast.clock import Clock
 from vapi_fast.config import AlignConfig, ConfigError, reward_function
 from vapi_fast.data import ImageBatch
-from vapi_fast.distributed import gather_objects, reduce_at, sum_over_ranks
+from vapi_fast.distributed import gather_objects, rank, reduce_at, sum_over_ranks
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.optimization import clip_gradients, step_unless
@@ -60,6 +60,7 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
         base = copy.deepcopy(generator).eval().requires_grad_(False)
         if device.type == "cuda":
             base.to(torch.bfloat16)  # it computes in bf16; the released script casts it too
+            base.rotary = generator.rotary
     generator.dropout = config.dropout
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
     return Models(generator.train(), tokenizer, reward, base)
@@ -289,7 +290,8 @@ def align_step(
 ) -> StepResult:
     """One optimizer step on one batch.
 
-    The draws of a step depend on (config.seed, step, sample id) alone: not on micro-batches, ranks or backend.
+    The draws of a step depend on (config.seed, step, sample id) alone: not on micro-batches, ranks or backend. Only
+    dropout's masks do.
 
     Args:
         gradients: computes them, by `accumulate_gradients`'s signature.
@@ -297,7 +299,7 @@ def align_step(
     """
     config, generator, clock = trainer.config, trainer.models.generator, trainer.clock
     seed = ops.fold_seed(config.seed, step)
-    torch.manual_seed(seed)  # for dropout, the only draw that is not Philox's
+    torch.manual_seed(ops.fold_seed(seed, rank()))  # for dropout, the only draw that is not Philox's
     trainer.optimizer.zero_grad(set_to_none=True)
     found = gradients(trainer.models, config, batch, seed, clock)
     with clock("optimizer"):

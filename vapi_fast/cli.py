@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vapi_fast.alignment import NonFiniteError
 from vapi_fast.checkpoint import CheckpointError
@@ -96,7 +98,24 @@ def add_align_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def align_main(options: argparse.Namespace, published_step: PublishedStep | None = None) -> int:
-    """Run the alignment; every expected failure is one line on standard error."""
+    """Run the alignment; every expected failure is one line on standard error.
+
+    One of several ranks that fails ends at once, without a word to the others, so that torchrun ends them.
+    """
+    try:
+        code = align_status(options, published_step)
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = FAILURE
+    if code and dist.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def align_status(options: argparse.Namespace, published_step: PublishedStep | None) -> int:
     try:
         align(AlignConfig(**vars(options)), published_step=published_step, started=process_start())
     except ConfigError as error:

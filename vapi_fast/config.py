@@ -34,7 +34,7 @@ PAPER: dict[str, Any] = {
     "lr": 1e-6,
     "noise_prob": 0.0,
     "eval_samples": 50_000,
-    "eval_batch": 32,
+    "eval_batch": 64,
     "cfg_scale": 1.75,
 }
 
@@ -176,6 +176,8 @@ class AlignConfig:
             reward_function(self.reward)
         if self.path != "fast" and self.method != "vapi":
             raise ConfigError(f"--path {self.path} needs --method vapi: the published recipe is VA-π")
+        if self.path == "both" and self.steps < 2:
+            raise ConfigError("--path both needs --steps 2 or more: it compares from the second step on")
         if self.path != "fast" and self.dropout:
             raise ConfigError(f"--path {self.path} needs --dropout 0: the two paths would draw different masks")
         if self.path != "fast" and (self.top_k or self.top_p < 1):

@@ -101,7 +101,7 @@ def step_costs(
 
 def config_costs(config: Mapping[str, Any], *, processes: int = 1) -> dict[str, Cost]:
     """`step_costs` of a run's config, as `run.json` holds it, for one of its processes; none of free rollouts."""
-    if config["rollouts"] == "free":  # how much their sampling has to move depends on how many are drawn at once
+    if config.get("rollouts") == "free":  # how much their sampling has to move depends on how many are drawn at once
         return {}
     return step_costs(
         LLAMAGEN_CONFIGS[config["model"].lower()],

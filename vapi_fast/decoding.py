@@ -12,7 +12,8 @@ head is linear, and so runs for half of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
+from vapi_fast.graphs import RecordedGraph, graph_pool
 from vapi_fast.models import LlamaGen
 from vapi_fast.ops.backends import implementation
 from vapi_fast.reference.precision import accumulation_dtype, head_logits
@@ -146,9 +148,9 @@ class Decoder:
         wide = accumulation_dtype(self.weights.norm)
         self.scales = torch.tensor(scales, dtype=wide, device=device)
 
-        self.apart = config.prefix_len > 1  # whether the condition has a cache of its own
+        self.apart = int(config.prefix_len > 1)  # 1 if the condition has a cache of its own, else it takes a slot
         slots = max(self.length - self.apart, 1)
-        self.rotary = model.rotary[config.prefix_len - (not self.apart) :][:slots].contiguous()
+        self.rotary = model.rotary[config.prefix_len - 1 + self.apart :][:slots].contiguous()
         head_dim = config.width // config.heads
         shape = (2, halves * self.count, config.heads, slots, head_dim)
         caches = [torch.empty(shape, dtype=cache_dtype or self.dtype, device=device) for _ in model.layers]
@@ -162,13 +164,14 @@ class Decoder:
         self.tokens = torch.zeros(self.length, self.count, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(self.length, self.count, dtype=wide, device=device)
         self.entropies = torch.zeros_like(self.logprobs) if entropies else None
-        self.sample_ids, self.first_rollouts = torch.zeros_like(self.tokens[:2])
-        self.seed, self.position = torch.zeros(2, dtype=torch.int64, device=device)
-        self.graphs = {}
+        self.sample_ids, self.first_rollouts = torch.zeros(2, self.count, dtype=torch.int64, device=device)
+        self.seed, self.positions = torch.zeros_like(self.tokens[0, 0]), torch.arange(self.length, device=device)
+        self.graphs: dict[bool, RecordedGraph] = {}
         if device.type == "cuda":
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                kinds = {t < self.guided for t in range(1, self.length)}
-                self.graphs = {guided: self.captured(guided) for guided in kinds}
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device(device):
+                pool, example = graph_pool(device), (self.positions[-1],)
+                for guided in {t < self.guided for t in range(1, self.length)}:
+                    self.graphs[guided] = RecordedGraph(partial(self.step, guided=guided), example, pool)
 
     @torch.no_grad()
     def draw(
@@ -190,15 +193,19 @@ class Decoder:
         self.seed.copy_(seed) if isinstance(seed, Tensor) else self.seed.fill_(seed)
         hidden = self.prefill(condition, condition_mask)
         with torch.autocast(hidden.device.type, enabled=False):
-            self.draw_token(hidden, 0, self.guided > 0)
-            self.position.fill_(1)
+            self.draw_token(hidden, self.positions[0] if self.graphs else 0, self.guided > 0)
             for t in range(1, self.length):
                 if self.graphs:
-                    self.graphs[t < self.guided].replay()
+                    self.graphs[t < self.guided].replay((self.positions[t],))
                 else:
                     self.step(t, t < self.guided)
-        results = (self.tokens, self.logprobs, self.entropies)
-        return Generation(*(x if x is None else x.T.reshape(self.groups, self.rollouts, -1) for x in results))
+        return Generation(self.result(self.tokens), self.result(self.logprobs), self.result(self.entropies))
+
+    def result(self, buffer: Tensor | None) -> Tensor | None:
+        """A copy of `[T, rows]` as `[groups, rollouts, T]`: the next draw overwrites the buffer."""
+        if buffer is None:
+            return None
+        return buffer.T.clone(memory_format=torch.contiguous_format).unflatten(0, (self.groups, self.rollouts))
 
     def prefill(self, condition: Tensor, condition_mask: Tensor | None) -> Tensor:
         """Fill the caches with the condition, once a group; hidden states `[rows, D]` that predict the first token."""
@@ -234,16 +241,16 @@ class Decoder:
         for own, new in ((self.keys, cache.keys), (self.values, cache.values)):
             for mine, theirs in zip(own, new[:, :, :, 0], strict=True):
                 limit = torch.finfo(mine.dtype).max  # fp8 has no infinity
-                mine[rows, :, 0] = theirs.clamp(-limit, limit).to(mine.dtype).repeat_interleave(repeats, dim=0)
+                mine[rows, :, 0].copy_(theirs.clamp(-limit, limit).repeat_interleave(repeats, dim=0))
 
-    def step(self, t: int | Tensor, guided: bool) -> None:
-        """Draw token t ≥ 1 of all sequences: t is an int, or on a GPU a 0-d tensor that the graph reads."""
+    def step(self, t: int | Tensor, guided: bool) -> Tensor:
+        """Draw token t ≥ 1 of all sequences, `[rows]`: t is an int, or on a GPU a 0-d tensor that the graph reads."""
         before = torch.as_tensor(t - 1, device=self.tokens.device).view(1)
         last = self.tokens.index_select(0, before)[0]
         h = F.embedding(last.repeat(2 if guided else 1), self.weights.embeddings)
         for index, layer in enumerate(self.weights.layers):
             h = self.block(h, layer, index, t - self.apart)
-        self.draw_token(ops.rms_norm(h, self.weights.norm), t, guided)
+        return self.draw_token(ops.rms_norm(h, self.weights.norm), t, guided)
 
     def block(self, h: Tensor, layer: Layer, index: int, slot: int | Tensor) -> Tensor:
         """One transformer block for one position of each row; `[rows, D]`, changed in place."""
@@ -273,7 +280,7 @@ class Decoder:
             ]
         )
 
-    def draw_token(self, hidden: Tensor, t: int | Tensor, guided: bool) -> None:
+    def draw_token(self, hidden: Tensor, t: int | Tensor, guided: bool) -> Tensor:
         """Draw token t from the normalised hidden states `[rows, D]`, and note it."""
         index = torch.as_tensor(t, device=hidden.device).view(1)
         if guided:
@@ -294,32 +301,10 @@ class Decoder:
         self.logprobs.index_copy_(0, index, logprobs[:, 0].T)
         if self.entropies is not None:
             self.entropies.index_copy_(0, index, self.entropy(hidden)[None])
+        return tokens[:, 0, 0]
 
     def entropy(self, hidden: Tensor) -> Tensor:
         """Entropy `[rows]`, in nats, of the distribution that a token is drawn from."""
         logits = head_logits(hidden, self.weights.head) / self.filters["temperature"]
         logits = filter_logits(logits, self.filters["top_k"], self.filters["top_p"])
         return torch.special.entr(logits.softmax(-1)).sum(-1)
-
-    def captured(self, guided: bool) -> torch.cuda.CUDAGraph:
-        """The step at `position`, which it then moves on, as a graph."""
-
-        def step() -> None:
-            self.step(self.position, guided)
-            self.position.add_(1)
-
-        self.position.fill_(1)
-        return captured(step)
-
-
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph, after it ran once, so that kernels are compiled and libraries set up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph

@@ -30,11 +30,10 @@ def process_group() -> Iterator[torch.device]:
     if joins:
         # gloo beside nccl: snapshots and evaluation features are gathered on the host.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield device
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    yield device
+    # After an error nothing is waited for: the other ranks may be in a collective that never ends.
+    if joins:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -77,8 +76,13 @@ def reduce_at(generator: LlamaGen, last: bool) -> None:
 
 
 def whole_state(generator: LlamaGen) -> dict[str, Tensor]:
-    """The generator's weights on every rank, gathered one by one onto the CPU; all ranks must call it."""
-    return {name: whole(value).detach().cpu() for name, value in generator.state_dict().items()}
+    """The generator's weights, gathered one by one onto rank 0's CPU; all ranks must call it, others get nothing."""
+    state = {}
+    for name, value in generator.state_dict().items():
+        gathered = whole(value)
+        if rank() == 0:
+            state[name] = gathered.detach().cpu()
+    return state
 
 
 def whole(tensor: Tensor) -> Tensor:

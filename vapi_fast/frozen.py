@@ -138,9 +138,13 @@ def phase_weight(weight: Tensor) -> Tensor:
 
     weight: floating `[C_out, C_in, 3, 3]`; the sums are taken in float64 and returned in it.
     """
-    sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)  # [a, tap, row]
-    phases = torch.einsum("akr,bls,oirs->aboikl", sums, sums, weight.double())
-    return phases.flatten(0, 2)
+
+    def pairs(w: Tensor, dim: int) -> list[Tensor]:
+        """For both parities of a row (or column), the two taps in place of three."""
+        first, middle, last = w.unbind(dim)
+        return [torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)]
+
+    return torch.cat([phase for rows in pairs(weight.double(), 2) for phase in pairs(rows, 3)])
 
 
 FROZEN_BLOCKS = {

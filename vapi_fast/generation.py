@@ -67,8 +67,10 @@ def sample_groups(
         temperature, top_k, top_p: applied to the guided logits; 0 and 1 switch the filters off.
         condition_mask: bool `[B,prefix_len]`, False at caption padding.
         batch_size: sequences drawn at once; default: on a GPU what its free memory holds, on a CPU 256.
-        kv_dtype: "fp8" keeps keys and values in float8_e4m3fn: half the memory, and faster, but rounded to 4
-            significant bits. On a GPU from compute capability 8.9 on.
+        kv_dtype: "fp8" keeps keys and values in float8_e4m3fn, half of bf16's memory and traffic, on a GPU from
+            compute capability 8.9 on. They are rounded by 2.6 % (rms); on the tiny preset the log-prob of a token
+            moves by 0.032 nats in the mean, where bf16 moves it by 0.010, and 76 % of the draws stay the same (bf16:
+            89 %).
         return_entropies: also give the entropy of each distribution that a token was drawn from.
 
     Raises:

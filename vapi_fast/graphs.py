@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Pool = tuple[int, int]
+from vapi_fast.ops.backends import backend_name
+
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class Pool(NamedTuple):
+    """Memory that graphs share. The allocator gives a block to its own stream alone, so all are recorded on one."""
+
+    handle: tuple[int, int]
+    stream: torch.cuda.Stream
 
 
 class CaptureError(RuntimeError):
@@ -62,7 +71,7 @@ class Replayed:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if device.type != "cuda":
                 return self.function(*inputs)
-            key = tuple((each.shape, each.dtype, each.device) for each in inputs)
+            key = backend_name(inputs[0]), *((each.shape, each.dtype, each.device) for each in inputs)
             if key not in self.recorded:
                 self.recorded[key] = RecordedGraph(self.function, inputs, self.pool)
             return self.recorded[key].replay(inputs)
@@ -77,7 +86,7 @@ class RecordedGraph:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         shapes = ", ".join(f"{list(each.shape)} {each.dtype}" for each in examples)
         with torch.cuda.device(examples[0].device):
-            stream = torch.cuda.Stream()
+            handle, stream = pool or graph_pool(examples[0].device)
             stream.wait_stream(torch.cuda.current_stream())
             # The first call compiles kernels, chooses algorithms and creates handles: none of it can be recorded.
             with torch.cuda.stream(stream):
@@ -85,9 +94,11 @@ class RecordedGraph:
             torch.cuda.current_stream().wait_stream(stream)
             try:
                 # Other threads (data loading, NCCL's watchdog) may call CUDA meanwhile: only this one is recorded.
-                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self.graph, pool=handle, stream=stream, capture_error_mode="thread_local"):
                     # Held from now on, so that no later graph of the same pool gets the results' memory.
                     self.outputs = function(*self.inputs)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise CaptureError(f"{name}({shapes}) cannot be recorded as a CUDA graph: {error}") from error
 
@@ -109,4 +120,6 @@ def filled(rows: Tensor, size: int) -> Tensor:
 
 def graph_pool(device: torch.device) -> Pool | None:
     """Memory for the graphs of one pipeline, which then take as much as the largest needs; None without CUDA."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,11 +23,12 @@ from vapi_fast.models import LlamaGen
 from vapi_fast.rollout import roll_out
 
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
+PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn at
+DECODED = 16  # images decoded at once
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
 
 
-class FeatureNetwork(Protocol):
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+FeatureNetwork = Callable[[Tensor], tuple[Tensor, Tensor]]  # images → pooled features, logits
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Evaluator:
         self.device = device
         classes = models.generator.config.num_classes
         data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
-        self.network, self.network_name = feature_network(config, models, device)
+        self.features_and_logits, self.network_name = feature_network(config, models, device)
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(data, count, config.eval_batch):
-            features.append(self.network.features_and_logits(batch.images.to(device))[0].cpu())
+            features.append(self.features_and_logits(batch.images.to(device))[0].cpu())
             labels.append(batch.labels)
             positions.append(position)
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
@@ -76,7 +78,7 @@ class Evaluator:
     def score(self, generator: LlamaGen, cfg_scale: float, name: str) -> evaluation.Scores:
         features, logits = [], []
         for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
-            parts = self.network.features_and_logits(images)
+            parts = self.features_and_logits(images)
             features.append(parts[0].cpu())
             logits.append(parts[1].cpu())
         return evaluation.score(
@@ -102,7 +104,7 @@ class Evaluator:
         seed = ops.fold_seed(self.config.seed, SEED_STREAM)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             tokens = generate(generator, labels, seed=seed, sample_ids=sample_ids.to(self.device), cfg_scale=cfg_scale)
-        return self.models.tokenizer.decode(tokens).clamp(-1, 1)
+        return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
 
     def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:
         """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
@@ -122,17 +124,27 @@ class Evaluator:
 
 
 def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
-    """This rank's part of the first `count` images of the data's own shuffled order: batches and their positions."""
-    size = batch_size * world_size()
+    """This rank's part of the first `count` images of the data's own shuffled order: batches and their positions.
+
+    Of at least as many images as ranks, every rank gets some in the first batch.
+    """
+    size = max(1, min(batch_size, count // world_size())) * world_size()
     steps = -(-count // size)
     for step, batch in enumerate(data.batches(size, steps, seed=0, rank=rank(), world_size=world_size())):
         positions = step * size + batch.sample_ids
         wanted = positions < count
-        yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
+        if wanted.any():
+            yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
 
 
 def feature_network(config: AlignConfig, models: Models, device: torch.device) -> tuple[FeatureNetwork, str]:
-    """The tiny preset scores with its own classifier; every other model with Inception, as papers do."""
+    """The tiny preset scores with its own classifier; every other model with Inception at 256², as papers do."""
     if config.lpips == "tiny":
-        return models.reward.lpips, "tiny perceptual network"
-    return load_inception(config.inception_weights).to(device), "Inception-v3"
+        return models.reward.lpips.features_and_logits, "tiny perceptual network"
+    inception = load_inception(config.inception_weights).to(device)
+
+    def features_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
+        side = [PAPER_SIDE, PAPER_SIDE]
+        return inception.features_and_logits(F.interpolate(images, side, mode="bicubic", antialias=False))
+
+    return features_and_logits, "Inception-v3"

@@ -209,7 +209,7 @@ def published_bytes(generator: LlamaGenConfig, images: int) -> int:
     """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     length = generator.grid_size**2
-    sampling = 3 * FP32 * images * length * vocab  # logits, probabilities, the draw's exponentials
+    sampling = 4 * FP32 * images * length * vocab  # logits, scaled, probabilities, the draw's exponentials
     layer = 34 * width + 8 * hidden + FP32 * generator.heads  # bytes that its plain layers keep of a position
     training = PUBLISHED_SEQUENCES * length * (generator.layers * layer + 24 * vocab)
     return max(sampling, training)

@@ -15,7 +15,6 @@ import torch
 
 from vapi_fast.accelerators import attention_backend
 from vapi_fast.checkpoint import write_atomically
-from vapi_fast.clock import STAGES
 from vapi_fast.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.distributed import gather_objects, world_size
 from vapi_fast.pictures import save_grid, save_reward_curve, save_stage_bars
@@ -29,11 +28,9 @@ PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
 
 def run_record(run: Run) -> dict[str, Any]:
     """The dictionary that becomes `run.json`; seconds are wall-clock, rewards one mean per step."""
-    steps = len(run.clock.step_seconds(wait=True))
-    stages = run.clock.seconds(wait=True)
     config = {key: plain(value) for key, value in dataclasses.asdict(run.config).items()}
-    per_step = {stage: stages[stage] / steps for stage in STAGES if stage in stages and stage != "startup"}
     costs = config_costs(config, processes=world_size())
+    step_seconds, stages = run.step_seconds(), run.stage_seconds()
     record = {
         "config": config,
         "versions": versions(),
@@ -43,12 +40,12 @@ def run_record(run: Run) -> dict[str, Any]:
         **run.measured,
         "reward": run.curves["reward"],
         "curves": run.curves,
-        "seconds": run.seconds | {"stages": stages},
-        "step_seconds": run.clock.step_seconds(wait=True),
-        "images_per_second": steps * run.config.batch_size / run.seconds["alignment"],
-        "stages": stage_table(config, per_step, run.ceilings, processes=world_size()),
+        "seconds": run.seconds | {"stages": run.clock.seconds(wait=True)},
+        "step_seconds": step_seconds,  # median
+        "images_per_second": run.config.batch_size / step_seconds if step_seconds else None,
+        "stages": stage_table(config, stages, run.ceilings, processes=world_size()),
         "model_flop_utilisation": (
-            model_flop_utilisation(costs, run.seconds["alignment"] / steps, run.ceilings) if costs else None
+            model_flop_utilisation(costs, step_seconds, run.ceilings) if costs and step_seconds else None
         ),
         "ceilings": dataclasses.asdict(run.ceilings),
         "attention": attention_backend(run.device),
@@ -142,8 +139,9 @@ def table(record: dict[str, Any]) -> str:
     lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}")
     lines += stages_table(record)
     utilisation = record["model_flop_utilisation"]
+    speed = f"{record['images_per_second']:.1f} images/s on " if record["images_per_second"] else ""
     lines.append(
-        f"{record['images_per_second']:.1f} images/s on {record['device']}, attention by {record['attention']}, "
+        f"{speed}{record['device']}, attention by {record['attention']}, "
         f"peak memory {record['peak_memory'] / 1e9:.1f} GB"
         + (f", transformer at {utilisation:.0%} of the matrix ceiling" if utilisation else "")
         + (f", {record['joules'] / 1e3:.1f} kJ" if record["joules"] else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ from vapi_fast.checkpoint import save_generator
 from vapi_fast.clock import StageClock
 from vapi_fast.comparison import Comparison, PublishedStep, published_gradients
 from vapi_fast.config import AlignConfig, ConfigError, flag
-from vapi_fast.data import ImageBatch, ImageData
-from vapi_fast.distributed import process_group, rank, shard, whole_copy, whole_state, world_size
+from vapi_fast.data import ImageBatch, ImageData, ahead
+from vapi_fast.distributed import gather_objects, process_group, rank, shard, whole_copy, whole_state, world_size
 from vapi_fast.energy import EnergyMeter
 from vapi_fast.free_running import accumulate_free_gradients
 from vapi_fast.measurement import Evaluator, Measurement
@@ -42,9 +43,11 @@ from vapi_fast.snapshots import Snapshots
 from vapi_fast.synthetic import SyntheticData
 
 GRID_IMAGES = 24
-COMPARED_STEPS = range(1, 4)  # of --path both: not the first, which warms up
-# Fields that may differ when a run is resumed: they do not touch what the steps compute.
+COMPARED_STEPS = 3  # of --path both
+# Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
+# a run that met infinities needs.
 RESUMABLE = {
+    "lr",
     "output_dir",
     "resume",
     "evaluate",
@@ -82,10 +85,12 @@ def align(
     if config.path != "fast" and published_step is None:
         raise ConfigError(f"--path {config.path} needs the published recipe: run benchmarks/e2e_align.py")
     started = time.perf_counter() if started is None else started
-    with process_group() as device, termination() as terminated:
+    with process_group() as device:
         if config.path != "fast" and world_size() > 1:
             raise ConfigError(f"--path {config.path} needs one process, this is one of {world_size()}")
-        return Run(config, device, published_step, started, terminated).execute()
+        # The default folder has the time in its name: that of rank 0.
+        config = dataclasses.replace(config, output_dir=gather_objects(config.output_dir)[0])
+        return Run(config, device, published_step, started).execute()
 
 
 @contextlib.contextmanager
@@ -103,10 +108,11 @@ def termination() -> Iterator[threading.Event]:
 
 
 def memory_plan(config: AlignConfig, device: torch.device) -> memory.MemoryPlan | None:
-    """How to use the GPU's free memory; None on a CPU. Raises ConfigError if the run will not fit."""
+    """How to use the GPUs' free memory, alike on all ranks; None on a CPU. Raises ConfigError if it will not fit."""
     if device.type != "cuda":
         return None
-    return memory.check(config, llamagen_config(config.model), torch.cuda.mem_get_info(device)[0], world_size())
+    free = min(gather_objects(torch.cuda.mem_get_info(device)[0]))
+    return memory.check(config, llamagen_config(config.model), free, world_size())
 
 
 class Run:
@@ -118,10 +124,8 @@ class Run:
         device: torch.device,
         published_step: PublishedStep | None,
         started: float,
-        terminated: threading.Event,
     ) -> None:
         self.started = started
-        self.terminated = terminated
         if config.batch_size % world_size():
             raise ConfigError(f"--batch-size {config.batch_size} does not divide over {world_size()} processes")
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in the published recipe
@@ -152,6 +156,7 @@ class Run:
         self.measured: dict[str, dict[str, Any]] = {}
         self.curves: dict[str, list[float]] = {}
         self.seconds = {"startup": time.perf_counter() - started, "alignment": 0.0, "evaluation": 0.0}
+        self.first_step: dict[str, float] = {}  # its seconds by stage
         self.clock.add("startup", self.seconds["startup"])
         if rank() == 0:
             print(self.introduction())
@@ -166,6 +171,12 @@ class Run:
         return text + (f"\nmemory a GPU, as planned: {self.plan}" if self.plan else "")
 
     def execute(self) -> dict[str, Any]:
+        try:
+            return self.run()
+        finally:
+            self.snapshots.finish()
+
+    def run(self) -> dict[str, Any]:
         start_step = 0
         if self.evaluator:
             self.picture("base sample", originals=True)
@@ -176,6 +187,7 @@ class Run:
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
         self.align(start_step)
         if self.evaluator:
+            self.save_state(self.config.steps)  # the measurement can take longer than the alignment
             self.measure("aligned")
             self.picture("aligned sample")
         return self.write_results()
@@ -204,7 +216,10 @@ class Run:
         batches = iter(
             self.data.batches(config.batch_size, config.steps, seed=config.seed, start_step=start_step, **shares)
         )
+        batches = ahead(batches, pin=self.device.type == "cuda")
         with contextlib.ExitStack() as stack:
+            self.terminated = stack.enter_context(termination())
+            stack.callback(batches.close)
             self.writer = None
             if rank() == 0:
                 folder = str(config.output_dir / "tensorboard")
@@ -227,14 +242,13 @@ class Run:
                     f"step {steps + 1}: {error}; stopped before the optimizer step, the weights up to step {steps} "
                     f"are in {config.snapshots}"
                 ) from error
-            finally:
-                self.snapshots.finish()
 
     def align_steps(self, batches: Iterator[ImageBatch], start_step: int) -> None:
         """The steps; the figures of one are read once the next is launched, so that a GPU never waits for the host."""
         pending: StepResult | None = None
         self.stopping = False
         self.steps_read = 0
+        self.start_step = start_step
         self.align_started = time.perf_counter()
         for step in range(start_step, self.config.steps):
             with self.clock("data"):
@@ -245,12 +259,14 @@ class Run:
             if pending:
                 self.read(pending)
             pending = result
-            due = (step + 1) % self.config.checkpoint_every == 0
-            if due or self.stopping or step + 1 == self.config.steps:
+            save = ((step + 1) % self.config.checkpoint_every == 0 or self.stopping) and step + 1 < self.config.steps
+            if save or step == start_step or step + 1 == self.config.steps:
                 self.read(pending)
                 pending = None
-                if step + 1 < self.config.steps:
-                    self.save_state(step + 1)
+            if step == start_step:
+                self.first_step = self.clock.seconds(wait=True)
+            if save:
+                self.save_state(step + 1)
             if self.stopping and step + 1 < self.config.steps:
                 raise StoppedError(f"stopped by SIGTERM after step {step + 1}; --resume goes on from it")
 
@@ -258,7 +274,7 @@ class Run:
         """What computes a step's gradients: ours, the published recipe, or ours beside it."""
         if self.config.path == "reference":
             return published_gradients(self.published_step)
-        if self.comparison and step in COMPARED_STEPS:
+        if self.comparison and 0 < step - self.start_step <= COMPARED_STEPS:  # not the first, which warms up
             return self.comparison.gradients
         return accumulate_free_gradients if self.config.rollouts == "free" else accumulate_gradients
 
@@ -273,12 +289,30 @@ class Run:
             self.curves.setdefault(name, []).append(value)
             if self.writer:
                 self.writer.add_scalar(name, value, result.step)
-        self.progress.set_postfix(
-            reward=f"{metrics['reward']:.4f}",
-            loss=f"{metrics['loss']:.4f}",
-            images_per_s=f"{self.steps_read * self.config.batch_size / self.seconds['alignment']:.1f}",
-        )
+        stages = {stage: seconds for stage, seconds in self.clock.seconds().items() if stage != "startup"}
+        longest = max(stages, key=stages.get)
+        shown = {"reward": f"{metrics['reward']:.4f}", "loss": f"{metrics['loss']:.4f}"}
+        shown["images_per_s"] = f"{self.steps_read * self.config.batch_size / self.seconds['alignment']:.1f}"
+        shown[longest] = f"{stages[longest] / sum(stages.values()):.0%}"
+        shown["memory"] = f"{report.peak_memory(self.device) / 1e9:.1f}GB"
+        if (joules := self.energy.joules()) is not None:
+            shown["energy"] = f"{joules / 1e3:.1f}kJ"
+        self.progress.set_postfix(shown)
         self.progress.update()
+
+    def step_seconds(self) -> float | None:
+        """Median of the steps after the first, which compiles and warms up, and without those that were compared."""
+        seconds = self.clock.step_seconds(wait=True)
+        alone = seconds[1 + COMPARED_STEPS :] if self.comparison else seconds[1:]
+        return statistics.median(alone or seconds) if seconds else None
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Mean seconds a step by stage, of the steps after the first where there are more."""
+        count, first = len(self.clock.step_seconds(wait=True)), self.first_step
+        seconds = {stage: each for stage, each in self.clock.seconds(wait=True).items() if stage != "startup"}
+        if count < 2:
+            return seconds if count else {}
+        return {stage: (each - first.get(stage, 0.0)) / (count - 1) for stage, each in seconds.items()}
 
     def save_state(self, step: int) -> None:
         """Everything that `--resume` needs after `step` steps; all ranks call it."""
@@ -298,6 +332,10 @@ class Run:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
+        if step > self.config.steps:
+            raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.config.lr
         self.curves = extra["curves"]
         self.measured = extra["measured"]
         return step

@@ -170,6 +170,11 @@ class AtomicWriter(dcp.FileSystemWriter):
         super().finish(metadata, results)
         temporary = Path(self.path)
         names = sorted(path.name for path in temporary.iterdir())
+        written = {each.storage_data.relative_path for of_rank in results for each in of_rank}
+        if not written <= set(names):
+            raise OSError(
+                "what other processes have written is not there: --output-dir must be a folder all of them see"
+            )
         files = dict(zip(names, fingerprints(temporary, names), strict=True))
         if None in files.values():
             raise OSError("what was just written cannot be read back")

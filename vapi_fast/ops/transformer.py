@@ -66,8 +66,7 @@ def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor
         table: floating `[S, head_dim / 2, 2]`, rows of `rotary_2d_table`, one for each slot of the cache.
         k_cache, v_cache: floating `[N, heads, S, head_dim]`, written in place. Numbers beyond the largest of
             float8_e4m3fn are stored as the largest.
-        position: the slot, in [0, S): an int, or a 0-d int64 tensor (range not checked; nothing may rely on what a
-            position outside of it does).
+        position: the slot, in [0, S): an int, or a 0-d int64 tensor (range not checked: the nearest slot is taken).
 
     Returns:
         the rotated queries `[N, heads, head_dim]` in qkv's dtype, contiguous. No gradient.
@@ -81,6 +80,7 @@ def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor
     checks.floating("k_cache", k_cache, "N heads S head_dim")
     checks.floating("v_cache", v_cache, "N heads S head_dim")
     checks.not_empty("qkv", "head_dim")
+    checks.not_empty("k_cache", "S")
     if qkv.shape[1] != 3:
         raise ValueError(f"append_to_cache: qkv must be floating [N, 3, heads, head_dim], got {described(qkv)}")
     if table.shape[1:] != (qkv.shape[-1] // 2, 2) or qkv.shape[-1] % 2:

@@ -39,13 +39,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
     """A new position's queries rotated, its keys and values stored; see `vapi_fast.ops.append_to_cache`."""
     dtype = accumulation_dtype(qkv)
+    if isinstance(position, Tensor):
+        position = position.clamp(0, len(table) - 1)
     row = table[position] if isinstance(position, int) else table.index_select(0, position.view(1))[0]
     cosine, sine = row.to(dtype).unbind(-1)
     even, odd = qkv[:, :2].to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.view_as_real(torch.complex(even, odd) * torch.complex(cosine, sine)).flatten(-2)  # [N, 2, heads, d]
     for cache, new in ((k_cache, turned[:, 1]), (v_cache, qkv[:, 2])):
         store(cache, position, new)
-    return turned[:, 0].to(qkv.dtype, memory_format=torch.contiguous_format)
+    return turned[:, 0].to(qkv.dtype).contiguous()
 
 
 def store(cache: Tensor, position: int | Tensor, new: Tensor) -> None:

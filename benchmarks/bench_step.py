@@ -1,0 +1,58 @@
+"""A whole alignment step's forward, rollouts, reward, loss and backward against the published recipe's.
+
+On a GPU LlamaGen-XXL with random weights and few images, in bf16; on a CPU the tiny preset in float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from race import Contestant, Race
+from timing import clock
+
+if TYPE_CHECKING:
+    from conftest import Guard, Step
+
+    from vapi_fast.data import ImageBatch
+
+SEED = 0
+# Of the gradient, relative L2 against the published step's on the same rollouts. In bf16 the rollouts' rewards round,
+# and with random weights they differ little, so that their advantages round much.
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_gradients(guard: Guard, step: Step) -> None:
+    from reference_step import published_step
+
+    from vapi_fast.alignment import accumulate_gradients
+    from vapi_fast.comparison import relative_error
+
+    models, config = step.models, step.config
+    parameters = list(models.generator.parameters())
+
+    def ours(batch: ImageBatch) -> None:
+        models.generator.zero_grad(set_to_none=True)
+        accumulate_gradients(models, config, batch, SEED, nullcontext)
+
+    def published(batch: ImageBatch) -> None:
+        models.generator.zero_grad(set_to_none=True)
+        published_step(models, config, batch, SEED)
+
+    first = step.batches[0]
+    models.generator.zero_grad(set_to_none=True)
+    found = accumulate_gradients(models, config, first, SEED, nullcontext)
+    gradients = [parameter.grad for parameter in parameters]
+    models.generator.zero_grad(set_to_none=True)
+    published_step(models, config, first, SEED, tokens=found.tokens, drawn=found.rollouts)
+    error = relative_error(gradients, [parameter.grad for parameter in parameters])
+    del gradients
+    race = Race(ours, {"published": Contestant(published)}, itertools.cycle(step.batches))
+    race.warm_up()
+    about = {"images": len(first.images), "group_size": config.group_size, "model": config.model}
+    bound = BOUND[models.reward.dtype]
+    guard.judge(guard.measure("alignment step", race, reference="published", error=error, bound=bound, **about))

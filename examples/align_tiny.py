@@ -1,0 +1,41 @@
+"""Align the tiny preset step by step, and draw samples: `python examples/align_tiny.py [--steps 20] [--out FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from vapi_fast import AlignConfig, generate
+from vapi_fast.alignment import Trainer, align_step, load_models
+from vapi_fast.checkpoint import save_generator
+from vapi_fast.data import ImageData
+from vapi_fast.optimization import make_optimizer
+from vapi_fast.pictures import save_grid
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--out", type=Path, default=Path("aligned_tiny"))
+options = parser.parse_args()
+options.out.mkdir(parents=True, exist_ok=True)
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+config = AlignConfig(model="tiny", steps=options.steps)  # 32 images × 8 rollouts a step
+models = load_models(config, device)
+optimizer = make_optimizer(models.generator, config)
+trainer = Trainer(models, optimizer, config, clock=nullcontext, failed=torch.zeros((), device=device))
+classes = torch.arange(9, device=device)
+columns = [("before", models.tokenizer.decode(generate(models.generator, classes, seed=1)))]
+
+data = ImageData(config.data, config.image_size)
+for step, batch in enumerate(data.batches(config.batch_size, config.steps, seed=config.seed)):
+    on_device = type(batch)(*(value.to(device) for value in batch))
+    metrics, _ = align_step(trainer, on_device, step).read()
+    print(f"step {step + 1}: reward {metrics['reward']:.4f}, mse {metrics['mse']:.4f}, lpips {metrics['lpips']:.4f}")
+
+columns.append(("aligned", models.tokenizer.decode(generate(models.generator, classes, seed=1))))
+save_generator(options.out / "aligned.pt", models.generator.state_dict())
+save_grid(options.out / "samples.png", columns)
+print(f"{options.out}: aligned.pt, samples.png")

@@ -1,0 +1,177 @@
+"""The raw operators: documented as they are registered, and exported programs of them run elsewhere as here."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fused import DEVICE
+from torch import Tensor, nn
+
+from vapi_fast import ops
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "ops.md"
+SIZES = {"B": 2, "G": 3, "T": 4, "V": 24, "D": 16, "C": 8, "H": 4, "W": 6, "K": 2, "N": 6, "S": 7, "P": 3, "L": 5}
+DTYPES = {"float": torch.bfloat16, "fp32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+OPTIONS = {"groups": 2, "group_size": 3, "top_k": 0, "vocab_size": 24, "phases": False, "dtype": torch.float32}
+KINDS = "|".join(DTYPES)
+LOADER = """
+import sys
+from pathlib import Path
+import torch
+import vapi_fast.ops
+
+for program in Path(sys.argv[1]).glob("*.pt2"):
+    module = torch.export.load(program).module()
+    torch.save(module(*torch.load(program.with_suffix(".inputs"))), program.with_suffix(".results"))
+"""
+
+
+def documented() -> dict[str, tuple[str, str, str]]:
+    """The document's table: schema, shapes and public functions by operator."""
+    rows = re.findall(r"^\| `((\w+)\(.*\) -> .*?)` \| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return {name: (schema, shapes, public) for schema, name, shapes, public in rows}
+
+
+def registered() -> set[str]:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vapi_fast::")}
+    return {name.removeprefix("vapi_fast::").partition(".")[0] for name in names}
+
+
+def test_every_operator_is_documented() -> None:
+    assert set(documented()) == registered()
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_schema_is_documented(name: str) -> None:
+    schema, _, public = documented()[name]
+    assert f"vapi_fast::{schema}" == str(getattr(torch.ops.vapi_fast, name).default._schema)
+    functions = re.findall(r"`(\w+)`", public)
+    assert functions or public == "backward of the two losses"
+    assert set(functions) <= set(ops.__all__)
+
+
+def shape(text: str) -> list[int]:
+    """A documented shape in numbers; "..." stands for two dimensions."""
+    sizes: list[int] = []
+    for dimension in filter(None, text.split(", ")):
+        if dimension == "...":
+            sizes += [2, 3]
+        else:
+            sizes.append(size(dimension))
+    return sizes
+
+
+def size(dimension: str) -> int:
+    """Of a documented dimension: `T`, `2`, `B·T`, `T-1` or `D/2`."""
+    if "-" in dimension or "/" in dimension:
+        letter, operator, number = dimension
+        return SIZES[letter] - int(number) if operator == "-" else SIZES[letter] // int(number)
+    return math.prod(SIZES[each] if each in SIZES else int(each) for each in dimension.split("·"))
+
+
+def tensors(text: str, named: bool) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the documented dtypes and shapes, without data; the first of two alternatives."""
+    pattern = rf"`(\w+)` ({KINDS})(?: or \w+)? `\[(.*?)\]`" if named else rf"()\b({KINDS}) `\[(.*?)\]`"
+    for name, dtype, dimensions in re.findall(pattern, text):
+        yield name, torch.empty(shape(dimensions), dtype=DTYPES[dtype], device="meta")
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_shapes_and_dtypes_are_documented(name: str) -> None:
+    """The operator, given tensors as its row says, infers results as its row says."""
+    before, after = documented()[name][1].split(" → ")
+    given = dict(tensors(before, named=True))
+    operator = getattr(torch.ops.vapi_fast, name).default
+    arguments = []
+    for argument in operator._schema.arguments:
+        kind = str(argument.type)
+        if "Tensor" in kind:
+            value = given.pop(argument.name)
+            arguments.append([value] if kind.startswith("List") else value)
+        else:
+            arguments.append(OPTIONS.get(argument.name, True if kind == "bool" else 0.5))
+    assert not given
+    results = operator(*arguments)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    expected = [value for _, value in tensors(after, named=False)]
+    assert [(x.dtype, list(x.shape)) for x in results] == [(x.dtype, list(x.shape)) for x in expected]
+
+
+class Norms(nn.Module):
+    """The transformer's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(16))
+        self.register_buffer("table", ops.rotary_2d_table(2, 8, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = ops.rms_norm(x, self.gain, 1e-5)
+        turned = ops.rotary_2d(normed.unflatten(-1, (2, 8)), self.table).flatten(2)
+        return ops.swiglu(turned, normed)
+
+
+class Decoder(nn.Module):
+    """The tokenizer's: an entry for each token, then a residual block's norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(24, 8))
+        self.gain, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        entries = ops.codebook_lookup(tokens, self.codebook).unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+        h = ops.group_norm_silu(entries, self.gain, self.bias, 2, 1e-6)
+        with torch.no_grad():
+            return ops.add_group_norm_silu(h, self.gain, self.bias, 2, 1e-6, residual=entries)
+
+
+class Sampler(nn.Module):
+    """Rollouts from hidden states at a seed that comes as a tensor, their loss, and a distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Parameter(torch.randn(24, 16))
+
+    def forward(self, hidden: Tensor, rewards: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        drawn, _ = ops.linear_group_sample(hidden, self.head, 3, seed=seed, temperature=0.9)
+        loss = ops.policy_loss(hidden, self.head, drawn, ops.group_advantages(rewards), drawn[:, 0])
+        return drawn, loss.loss + ops.mse(hidden[:, None], hidden.flip(0)[:, None]).mean()
+
+
+def case(name: str) -> tuple[nn.Module, tuple[Tensor, ...], set[str]]:
+    """A module, its inputs and the operators that its program must hold."""
+    torch.manual_seed(0)
+    if name == "norms":
+        return Norms().to(DEVICE), (torch.randn(2, 4, 16, device=DEVICE),), {"rms_norm", "rotary_2d", "swiglu"}
+    if name == "decoder":
+        tokens = torch.randint(24, (2, 4), device=DEVICE)
+        return Decoder().to(DEVICE), (tokens,), {"codebook_lookup", "group_norm_silu", "add_group_norm_silu"}
+    inputs = torch.randn(2, 4, 16, device=DEVICE), torch.randn(2, 3, device=DEVICE), torch.tensor(7, device=DEVICE)
+    return Sampler().to(DEVICE), inputs, {"linear_group_sample", "policy_loss", "mse"}
+
+
+def test_exported_programs_run_in_another_process(tmp_path: Path) -> None:
+    expected = {}
+    for name in ("norms", "decoder", "sampler"):
+        module, inputs, operators = case(name)
+        with ops.use_backend("triton"):
+            expected[name] = module(*inputs)
+            exported = torch.export.export(module, inputs)
+        graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+        called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+        assert {f"vapi_fast.{each}.default" for each in operators} <= called
+        torch.export.save(exported, tmp_path / f"{name}.pt2")
+        torch.save(inputs, tmp_path / f"{name}.inputs")
+    variables = os.environ | ({} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, "-c", LOADER, tmp_path], check=True, env=variables)
+    for name, results in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.results"), results, rtol=0, atol=0)
