@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import FEWEST_ROUNDS, Race
 from shapes import SMALL, XXL, Sizes
 from summary import ratios, table
+from timing import keep_freed_memory
 
 from vapi_fast import ceilings
 
@@ -39,6 +40,7 @@ class Bench:
     ceilings: ceilings.Ceilings
     cache_bytes: int
     seconds: float  # of rounds, for one operation
+    model_seconds: float  # the same for whole models
     compile_seconds: float  # left for torch.compile
     rows: list[Row] = field(default_factory=list)
 
@@ -64,7 +66,7 @@ class Guard:
         reference: str,
         error: float,
         bound: float,
-        seconds: float = 10.0,
+        seconds: float | None = None,
         fewest: int = FEWEST_ROUNDS,
         **about: Any,
     ) -> Row:
@@ -73,9 +75,9 @@ class Guard:
         Args:
             race: warmed up. reference: whose time over ours is the ratio that is watched, if it takes part.
             error: ours, relative to exact results. bound: of the error, at most.
-            seconds, fewest: of rounds, see `Race.run`. about: more for the row.
+            seconds, fewest: of rounds, see `Race.run`; None: those for whole models. about: more for the row.
         """
-        race.run(self.benchmark, seconds, fewest)
+        race.run(self.benchmark, seconds or self.bench.model_seconds, fewest)
         if self.benchmark.disabled:
             pytest.skip("ran, but nothing was measured: --benchmark-disable")
         accepted = self.baseline.accepted(self.bench.name, name)
@@ -141,12 +143,13 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     rows = config.stash[ROWS]
     if not torch.cuda.is_available():
         torch.set_num_threads(THREADS)
+        keep_freed_memory()
         cpu = torch.device("cpu")
-        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 1.0, 0, rows)
+        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 2.0, 20.0, 0, rows)
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     limit = config.getoption("compile_seconds")
-    return Bench(device, XXL, torch.bfloat16, ceilings.measure(device), cache, 0.5, limit, rows)
+    return Bench(device, XXL, torch.bfloat16, ceilings.measure(device), cache, 0.5, 8.0, limit, rows)
 
 
 @pytest.fixture

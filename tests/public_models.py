@@ -361,7 +361,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("codebook_used", torch.zeros(256))
 
     def forward(self, z: Tensor) -> tuple[Any, ...]:
-        z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
+        z = F.normalize(z.permute(0, 2, 3, 1).contiguous(), dim=-1)
         codes = F.normalize(self.embedding.weight, dim=-1)
         flat = z.reshape(-1, self.e_dim)
         distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T

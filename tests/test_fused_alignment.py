@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,12 +32,18 @@ def figures_and_gradient(models: Models, config: AlignConfig, batch: ImageBatch)
 
 @pytest.mark.parametrize("method", ["vapi", "ste", "ntp"])
 def test_a_step_is_the_same_on_both_backends(
-    tiny_config: Callable[..., AlignConfig], tiny_batch: ImageBatch, method: str
+    tiny_config: Callable[..., AlignConfig], tiny_batch: ImageBatch, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In float32 throughout: bf16 or TF32 would carry draws and gradients further apart than a wrong kernel."""
+    from vapi_fast import rollout
     from vapi_fast.alignment import load_models
+    from vapi_fast.reward import PixelReward
 
+    monkeypatch.setattr(rollout, "AUTOCAST", set())
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     config = tiny_config(method=method, group_size=2, batch_size=2, micro_batch=2, noise_prob=0.3)
     models = load_models(config, DEVICE)
+    models = replace(models, reward=PixelReward(models.tokenizer, models.reward.lpips, dtype=torch.float32))
     batch = type(tiny_batch)(*(value[:2].to(DEVICE) for value in tiny_batch))
     with ops.use_backend("reference"):
         expected, expected_gradient = figures_and_gradient(models, config, batch)

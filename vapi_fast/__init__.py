@@ -9,14 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vapi_fast import evaluation, models, ops, reference
+    from vapi_fast import evaluation, models, ops, patch, reference
     from vapi_fast.config import AlignConfig
     from vapi_fast.generation import generate
+    from vapi_fast.patch import patch_llamagen, patch_lpips, patch_tokenizer, unpatch
     from vapi_fast.run import align
 
-__all__ = ["AlignConfig", "align", "evaluation", "generate", "models", "ops", "reference"]
+__all__ = [
+    "AlignConfig",
+    "align",
+    "evaluation",
+    "generate",
+    "models",
+    "ops",
+    "patch",
+    "patch_llamagen",
+    "patch_lpips",
+    "patch_tokenizer",
+    "reference",
+    "unpatch",
+]
 
+PATCHES = ("patch_llamagen", "patch_lpips", "patch_tokenizer", "unpatch")
 HOME = {"AlignConfig": "vapi_fast.config", "align": "vapi_fast.run", "generate": "vapi_fast.generation"}
+HOME |= dict.fromkeys(PATCHES, "vapi_fast.patch")
 
 
 def __getattr__(name: str) -> Any:

@@ -121,7 +121,8 @@ def stage_bars(record: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 def write_record(record: dict[str, Any], output: Path) -> None:
     """Write `run.json`, which marks the run as finished, and print the table."""
-    save_stage_bars(output / "stages.png", stage_bars(record))
+    if record["stages"]:
+        save_stage_bars(output / "stages.png", stage_bars(record))
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))

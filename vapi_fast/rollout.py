@@ -15,6 +15,9 @@ from vapi_fast.config import AlignConfig
 from vapi_fast.models import LlamaGen
 
 
+AUTOCAST = {"cuda"}  # devices that compute in bf16
+
+
 class Rollout(NamedTuple):
     """`hidden` `[B,T,D]` keeps the graph of the forward that the tokens were drawn from."""
 
@@ -31,7 +34,7 @@ def teacher_forced_hidden(
     if config.noise_prob:
         context = ops.noisy_prefix(tokens, config.noise_prob, model.config.vocab_size, seed=seed, sample_ids=sample_ids)
     # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
-    autocast = tokens.is_cuda and not isinstance(model, FSDPModule)
+    autocast = tokens.device.type in AUTOCAST and not isinstance(model, FSDPModule)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         return model(context, condition, return_hidden=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ def patch_llamagen(model: nn.Module, *, keep_logits: bool = True) -> Patch:
         model: the Transformer, also inside of DDP, torch.compile or with its parameters sharded by FSDP2. FSDP1
             flattens parameters: patch before wrapping.
         keep_logits: False changes what `forward` returns where `targets` are given without `valid`: `(None, loss)`,
-            the loss by `ops.linear_cross_entropy` without logits in memory (2.4 GB of them in a training step of
-            16 images of 24×24 tokens). Then targets must be token ids: -100 is not ignored.
+            the loss by `ops.linear_cross_entropy` without logits in memory (for 16 images of 24×24 tokens they and
+            their gradient are 604 MB each). Targets must then be token ids: -100 is not ignored.
 
     Returns:
         the Patch: `.report()` names what was replaced and what was not recognised, and it is a context manager.
@@ -52,8 +51,8 @@ def patch_llamagen(model: nn.Module, *, keep_logits: bool = True) -> Patch:
             patch_part(patch, f"layers.{index}.{name}", *PARTS[name])
     patch_part(patch, "norm", *PARTS["norm"])
     forward = forward_with_logits if keep_logits else forward_without_logits
-    what = "a decoding step knows its mask" if keep_logits else "the same; loss → ops.linear_cross_entropy, no logits"
-    patch.replace("", Candidate(what, (forward,), functools.partial(model_cases, patch, keep_logits)))
+    what = "the decoding step's mask" if keep_logits else "the decoding step's mask, loss → ops.linear_cross_entropy"
+    patch.replace("", Candidate(what, (forward,), functools.partial(model_cases, root, keep_logits)))
     return patch.finished()
 
 
@@ -81,14 +80,10 @@ def attention(
     self: nn.Module, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """LlamaGen's `Attention.forward`: x `[B,S,D]`, freqs_cis `[S, head_dim / 2, 2]`, mask bool `[B,1,S,keys]`."""
-    batch, length, _ = x.shape
     turned = self.n_head + self.n_kv_head
-    heads = self.wqkv(x).view(batch, length, turned + self.n_kv_head, self.head_dim)
-    q, k = (
-        ops.rotary_2d(heads[:, :, :turned], freqs_cis.view(length, -1, 2))
-        .transpose(1, 2)
-        .split([self.n_head, self.n_kv_head], dim=1)
-    )
+    heads = self.wqkv(x).unflatten(-1, (turned + self.n_kv_head, self.head_dim))
+    qk = ops.rotary_2d(heads[:, :, :turned], freqs_cis.view(x.shape[1], -1, 2)).transpose(1, 2)
+    q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
     v = heads[:, :, turned:].transpose(1, 2)
     if self.kv_cache is not None:
         k, v = self.kv_cache.update(input_pos, k, v)
@@ -105,7 +100,7 @@ def attention(
 def attends_in_one_pass(q: Tensor, keys: Tensor, dropout: float) -> bool:
     """Whether `ops.decode_attention` takes these: one query for each sequence of the cache, no gradient wanted."""
     wanted = (*keys.shape[:2], 1, keys.shape[3])
-    return q.shape == wanted and q.dtype == keys.dtype and not dropout and not (q.requires_grad)
+    return q.shape == wanted and q.dtype == keys.dtype and not dropout and not q.requires_grad
 
 
 def is_filled_part(mask: Tensor | None) -> bool:
@@ -238,9 +233,8 @@ def attention_cases(module: nn.Module) -> list[Case]:
     return cases
 
 
-def model_cases(patch: Patch, keep_logits: bool) -> list[Case]:
+def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
     """The decoding loop, and the loss where it is to be replaced; a caption is cut down to a few positions."""
-    model = patch.root
     tokens = integers("tokens", (BATCH, FEW), model.vocab_size)
     prefix = 1 if model.model_type == "c2i" else FEW
     if model.model_type == "c2i":
@@ -249,9 +243,6 @@ def model_cases(patch: Patch, keep_logits: bool) -> list[Case]:
         condition = uniform("condition", (BATCH, prefix, model.cls_embedding.uncond_embedding.shape[1]), -1, 1)
 
     def decoding(method: Method, twin: nn.Module, tokens: Tensor, condition: Tensor) -> list[Any]:
-        for index, layer in enumerate(twin.layers):
-            if method is not type(twin).forward and f"layers.{index}.attention" in patch.replaced:
-                layer.attention.forward = MethodType(attention, layer.attention)  # as it will run, on the fork's cache
         twin.setup_caches(BATCH, model.cls_token_num + model.block_size, torch.float32)
         with torch.no_grad():
             results = [method(twin, None, condition, torch.arange(prefix, device="cpu"))]

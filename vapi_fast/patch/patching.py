@@ -134,10 +134,10 @@ def checked_root(name: str, model: object, needed: Iterable[str]) -> nn.Module:
 
 
 def in_groups(paths: dict[str, str]) -> list[tuple[str, str]]:
-    """Paths that differ in numbers only and share a text, as one line with their count."""
+    """Paths that differ in indices alone and share a text, as one line with their count."""
     groups: dict[tuple[str, str], list[str]] = {}
     for path, text in paths.items():
-        groups.setdefault((re.sub(r"\d+", "*", path), text), []).append(path)
+        groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", path), text), []).append(path)
     return [
         (f"{general} ({len(members)})" if len(members) > 1 else members[0], text)
         for (general, text), members in groups.items()

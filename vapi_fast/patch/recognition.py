@@ -24,6 +24,7 @@ from .modules import is_ours, unwrapped
 TOLERANCE = 1e-4  # relative L2: rounding in float32 gives 1e-6, another formula or epsilon 1e-3 and more
 PLAIN = (int, float, bool, str, tuple, type(None))
 BOTH_MODES = (False, True)
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a module in a list; not the digit of w1 and w3
 
 
 class Case(NamedTuple):
@@ -137,8 +138,8 @@ def entries(value: Any) -> Iterator[Any]:
 def twin_of(module: nn.Module, weights: Weights, path: str = "") -> nn.Module:
     """A module of the same classes and attributes on the CPU, without hooks and patches.
 
-    weights: random numbers by path and shape, added to. Paths that differ in numbers only share theirs: the layers of a
-    transformer then take one layer's memory. KV caches are large and set up anew: they are left out.
+    weights: random numbers by path and shape, added to. Paths that differ in an index alone share theirs: the layers of
+    a transformer then take one layer's memory. KV caches are large and set up anew: they are left out.
     """
     module = unwrapped(module)
     twin = object.__new__(type(module))
@@ -153,7 +154,7 @@ def twin_of(module: nn.Module, weights: Weights, path: str = "") -> nn.Module:
     for name, parameter in module._parameters.items():
         parameters[name] = None
         if parameter is not None:
-            key = re.sub(r"\d+", "*", f"{path}.{name}"), parameter.shape
+            key = INDEX.sub("*", f"{path}.{name}"), parameter.shape
             if key not in weights:
                 weights[key] = nn.Parameter(random_weight(*key))
             parameters[name] = weights[key]

@@ -81,8 +81,10 @@ def residual_block(self: nn.Module, x: Tensor) -> Tensor:
 def attention_block(self: nn.Module, x: Tensor) -> Tensor:
     h = self.norm(x)
     q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
-    out = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H·W, C]
-    return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+    out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+    if x.is_contiguous():  # else the blocks that follow would draw dropout in another order
+        out = out.contiguous()
+    return x + self.proj_out(out)
 
 
 @replaces("forward")

@@ -1,0 +1,604 @@
+"""`vapi_fast.patch` on models of the public repository's structure: the same numbers, and for forks no wrong ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import public_models
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accuracy import relative_l2
+from public_models import LPIPS, Transformer, VQModel, randomised
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import vapi_fast
+from vapi_fast import ops, patch, patch_llamagen, patch_lpips, patch_tokenizer, unpatch
+from vapi_fast.models import LlamaGen
+from vapi_fast.patch import llamagen as llamagen_patch
+
+BATCH = 3
+CAPTIONS = {"model_type": "t2i", "cls_token_num": 4}
+KINDS = {"classes": {}, "captions": CAPTIONS, "grouped queries": {"n_kv_head": 1}, "dropout": {"attn_dropout": 0.2}}
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    """What is not recognised warns: no other test may see that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="patch_")
+        yield
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return randomised(Transformer()).eval()
+
+
+@pytest.fixture
+def vq_model() -> VQModel:
+    return randomised(VQModel()).eval()
+
+
+def example(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Tokens and condition."""
+    torch.manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (BATCH, model.block_size))
+    if model.model_type == "c2i":
+        return tokens, torch.randint(model.num_classes, (BATCH,))
+    return tokens, torch.randn(BATCH, model.cls_token_num, model.config.caption_dim)
+
+
+def gradients(module: nn.Module, loss: Tensor) -> Tensor:
+    found = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+def training_results(model: Transformer, **arguments: Any) -> list[Tensor]:
+    """Logits, loss and gradients of a training step, dropout included."""
+    tokens, condition = example(model)
+    model.train()
+    torch.manual_seed(1)
+    logits, loss = model(tokens[:, :-1], condition, targets=tokens, **arguments)
+    return [logits, loss, gradients(model, loss)]
+
+
+def evaluation_logits(model: Transformer) -> Tensor:
+    tokens, condition = example(model)
+    positions = torch.arange(model.cls_token_num + tokens.shape[1] - 1)
+    return model.eval()(tokens[:, :-1], condition, positions)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_llamagen_gives_the_same_in_evaluation_and_in_training(kind: str) -> None:
+    model = randomised(Transformer(**KINDS[kind]))
+    valid = torch.tensor([1, 0, 1])
+    expected = [evaluation_logits(model), *training_results(model), *training_results(model, valid=valid)]
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    report = patch_llamagen(model).report()
+    actual = [evaluation_logits(model), *training_results(model), *training_results(model, valid=valid)]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert report.startswith("patch_llamagen: 10 modules replaced, 0 left alone")
+    assert "layers.*.feed_forward (2): SwiGLU → ops.swiglu" in report
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_without_logits_is_the_same(kind: str) -> None:
+    model = randomised(Transformer(**KINDS[kind]))
+    tokens, condition = example(model)
+    _, loss, gradient = training_results(model)
+    with_valid = training_results(model, valid=torch.ones(BATCH))
+    with patch_llamagen(model, keep_logits=False):
+        logits, new_loss, new_gradient = training_results(model)
+        assert logits is None
+        torch.testing.assert_close([new_loss, new_gradient], [loss, gradient], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(training_results(model, valid=torch.ones(BATCH)), with_valid, rtol=1e-5, atol=1e-5)
+        assert model(tokens[:, :-1], condition)[0].shape == (BATCH, model.block_size, model.vocab_size)
+        handle = model.output.register_forward_hook(lambda module, inputs, output: output * 2)
+        assert training_results(model)[0] is not None  # a hook on the head has to see logits
+        handle.remove()
+    assert training_results(model)[0] is not None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["classes", "captions"])
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 3.0, "cfg_interval": 4}], ids=["plain", "guided"])
+def test_generate_gives_the_same_tokens(
+    kind: str, options: dict[str, Any], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LlamaGen's loop on a patched model, and our `generate`; with a caption's mask attention is not ours."""
+    model = randomised(Transformer(**KINDS[kind])).eval()
+    _, condition = example(model)
+    if masked and kind == "captions":
+        options = options | {"emb_masks": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])}
+    runs = []
+    monkeypatch.setattr(ops, "decode_attention", counted(ops.decode_attention, runs))
+    greedy = public_models.generate(model, condition, 9, sample_logits=False, **options)
+    torch.manual_seed(2)
+    sampled = public_models.generate(model, condition, 9, top_k=20, **options)
+    assert not runs
+    with patch_llamagen(model):
+        runs.clear()
+        torch.testing.assert_close(public_models.generate(model, condition, 9, sample_logits=False, **options), greedy)
+        assert len(runs) == (0 if "emb_masks" in options else 8 * len(model.layers))
+        torch.manual_seed(2)
+        torch.testing.assert_close(public_models.generate(model, condition, 9, top_k=20, **options), sampled)
+        ours = patch.generate(model, condition, 9, sample_logits=False, **options)
+    torch.testing.assert_close(ours, greedy)
+    torch.testing.assert_close(patch.generate(model, condition, 4, sample_logits=False, **options), greedy[:, :4])
+    assert len(greedy.unique()) > 3
+
+
+def counted(function: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return function(*arguments, **options)
+
+    return run
+
+
+def test_generate_draws_what_multinomial_draws_from_the_same_numbers(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, condition = example(model)
+    options = {"cfg_scale": 2.0, "top_k": 12, "top_p": 0.9, "temperature": 0.8}
+    steps = iter(range(9))
+
+    def multinomial(probabilities: Tensor, count: int) -> Tensor:
+        return ops.group_sample(probabilities.log()[:, None], count, seed=11, first_position=next(steps))[0][:, 0]
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    expected = public_models.generate(model, condition, 9, **options)
+    assert torch.equal(patch.generate(model, condition, 9, seed=11, **options), expected)
+
+
+def test_generate_follows_the_distribution_and_the_global_seed(model: Transformer) -> None:
+    count = 4000
+    condition = torch.zeros(count, dtype=torch.long)
+    torch.manual_seed(3)
+    tokens = patch.generate(model, condition, 1, temperature=1.5)
+    frequencies = tokens.flatten().bincount(minlength=model.vocab_size) / count
+    probabilities = (first_logits(model) / 1.5).softmax(-1)
+    assert ((frequencies - probabilities).abs() < 5 * (probabilities / count).sqrt() + 1e-3).all()
+    torch.manual_seed(3)
+    assert torch.equal(patch.generate(model, condition, 1, temperature=1.5), tokens)
+    assert not torch.equal(patch.generate(model, condition, 1, temperature=1.5), tokens)
+
+
+def first_logits(model: Transformer) -> Tensor:
+    model.setup_caches(1, 10, torch.float32)
+    with torch.no_grad():
+        return model(None, torch.zeros(1, dtype=torch.long), torch.arange(1))[0][0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 10}, "max_new_tokens must be in 1…9"),
+        ({"cfg_type": "power-cosine"}, "cfg_type must be 'constant'"),
+        ({"emb_masks": torch.ones(BATCH, 1)}, "condition_mask is for text-conditioned models"),
+    ],
+)
+def test_generate_rejects(model: Transformer, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch.generate(model, example(model)[1], **({"max_new_tokens": 9} | arguments))
+
+
+def test_patching_twice_is_patching_once(model: Transformer) -> None:
+    before = dict(model.norm.__dict__)
+    expected = evaluation_logits(model)
+    with patch_llamagen(model) as outer:
+        forwards = [module.__dict__.get("forward") for module in model.modules()]
+        with patch_llamagen(model) as inner:
+            assert inner.replaced == outer.replaced
+        assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+        with patch_llamagen(model, keep_logits=False):
+            assert training_results(model)[0] is None
+        assert training_results(model)[0] is not None
+    assert dict(model.norm.__dict__) | {"training": False} == before
+    patch_llamagen(model)
+    unpatch(model)
+    unpatch(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(evaluation_logits(model), expected)
+
+
+def test_patching_leaves_no_other_trace(model: Transformer, vq_model: VQModel) -> None:
+    random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    patch_llamagen(model, keep_logits=False)
+    patch_tokenizer(vq_model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_patched_model_under_autocast_is_as_exact_as_before(model: Transformer) -> None:
+    exact = [x.detach() for x in training_results(model)[1:]]
+
+    def errors() -> list[float]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [relative_l2(a.detach(), b) for a, b in zip(training_results(model)[1:], exact, strict=True)]
+
+    before = errors()
+    for keep_logits in (True, False):
+        with patch_llamagen(model, keep_logits=keep_logits):
+            assert all(new < 2 * old + 1e-3 for new, old in zip(errors(), before, strict=True))
+
+
+def test_copies_and_pickles_stand_on_their_own(model: Transformer) -> None:
+    expected = evaluation_logits(model)
+    patch_llamagen(model)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        model.output.weight.zero_()
+        model.norm.weight.zero_()
+    assert twin.norm.__dict__["forward"].__self__ is twin.norm
+    torch.testing.assert_close(evaluation_logits(twin), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(evaluation_logits(loaded), expected)
+    assert not patch_llamagen(loaded).left_alone
+    torch.testing.assert_close(evaluation_logits(loaded), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_still_run(model: Transformer, vq_model: VQModel) -> None:
+    seen = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: seen.append(name)
+
+    for name in ("layers.0.attention", "layers.1.ffn_norm", "layers.0.feed_forward.w1", "output"):
+        model.get_submodule(name).register_forward_hook(note(name))
+    names = ("decoder.mid.0.norm1", "decoder.norm_out", "decoder.conv_blocks.0.upsample.conv", "quantize")
+    for name in names:
+        vq_model.get_submodule(name).register_forward_hook(note(name))
+    patch_llamagen(model)
+    patch_tokenizer(vq_model)
+    evaluation_logits(model)
+    with torch.no_grad():
+        vq_model(torch.randn(1, 3, 8, 8))
+    assert len(seen) == 8
+    assert {*names, "output"} < set(seen)
+
+
+@pytest.mark.parametrize("keep_logits", [True, False])
+def test_a_patched_model_compiles_without_a_graph_break(model: Transformer, keep_logits: bool) -> None:
+    model = randomised(Transformer(dropout=0.0))
+    expected = [evaluation_logits(model), *training_results(model)]
+    patch_llamagen(model, keep_logits=keep_logits)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = [evaluation_logits(compiled), *training_results(compiled)]
+    torch.testing.assert_close(actual[2:] + actual[:1], expected[2:] + expected[:1], rtol=1e-5, atol=1e-5)
+    with patch_llamagen(compiled) as second:  # the wrapper is looked through
+        assert not second.left_alone
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_wrapped_models_train_the_same(model: Transformer, wrapper: str, patch_first: bool) -> None:
+    expected = training_results(model)
+    wrapped = model
+    for step in ("patch", "wrap") if patch_first else ("wrap", "patch"):
+        if step == "patch":
+            assert len(patch_llamagen(wrapped).replaced) == 10
+        elif wrapper == "DDP":
+            wrapped = DistributedDataParallel(model, static_graph=True)
+        else:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+    tokens, condition = example(model)
+    wrapped.train()
+    torch.manual_seed(1)
+    logits, loss = wrapped(tokens[:, :-1], condition, targets=tokens)
+    loss.backward()
+    gradient = [p.grad.full_tensor() if wrapper == "FSDP2" else p.grad for p in model.parameters()]
+    actual = [logits, loss, torch.cat([g.flatten() for g in gradient])]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    if wrapper == "FSDP2":
+        with pytest.raises(ValueError, match="as_llamagen: the parameters are sharded by FSDP"):
+            patch.generate(model, condition, 2)
+    unpatch(wrapped)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fsdp1_is_patched_before_wrapping_only(model: Transformer) -> None:
+    expected = evaluation_logits(model)
+    late = FullyShardedDataParallel(copy.deepcopy(model), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.warns(UserWarning, match=r"left 10 of 10 modules as they are.*under FullyShardedDataParallel"):
+        assert not patch_llamagen(late).replaced
+    patch_llamagen(model)
+    early = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    positions = torch.arange(model.block_size)
+    tokens, condition = example(model)
+    for wrapped in (late, early):
+        logits, _ = wrapped.eval()(tokens[:, :-1], condition, positions)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+class OneMoreRMSNorm(public_models.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.weight * (1 + self.weight)
+
+
+class OtherEpsilon(public_models.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+class GatedGELU(public_models.FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.gelu(self.w1(x)) * self.w3(x)))
+
+
+class SwappedGate(public_models.FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(self.w1(x) * F.silu(self.w3(x))))
+
+
+class TwiceDropped(public_models.FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class NormalisedQueries(public_models.Attention):
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        return super().forward(F.normalize(x, dim=-1), *arguments)
+
+
+class StoppedGradient(public_models.Attention):
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        return super().forward(x.detach(), *arguments)
+
+
+class WindowedModel(Transformer):
+    """A fork whose steps see the last three slots alone."""
+
+    def setup_caches(self, *arguments: Any) -> None:
+        super().setup_caches(*arguments)
+        self.causal_mask &= ~self.causal_mask.tril(-3)
+
+
+FORKS = {
+    "ffn_norm": (OneMoreRMSNorm, OtherEpsilon),
+    "feed_forward": (GatedGELU, SwappedGate, TwiceDropped),
+    "attention": (NormalisedQueries, StoppedGradient),
+}
+
+
+@pytest.mark.parametrize(("part", "fork"), [(part, fork) for part, forks in FORKS.items() for fork in forks])
+def test_a_forks_own_part_is_named_and_left_alone(model: Transformer, part: str, fork: type[nn.Module]) -> None:
+    layer = model.layers[1]
+    setattr(layer, part, randomised(fork(32 if part == "ffn_norm" else model.config)))
+    expected = training_results(model)
+    with pytest.warns(UserWarning, match=rf"left 1 of 10 modules as they are, such as layers.1.{part}"):
+        left = patch_llamagen(model)
+    assert list(left.left_alone) == [f"layers.1.{part}"]
+    assert "computes something else" in left.report()
+    torch.testing.assert_close(training_results(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_mask_for_decoding_is_obeyed() -> None:
+    model = randomised(WindowedModel()).eval()
+    _, condition = example(model)
+    expected = public_models.generate(model, condition, 9, sample_logits=False)
+    assert not patch_llamagen(model).left_alone
+    assert torch.equal(public_models.generate(model, condition, 9, sample_logits=False), expected)
+    model.causal_mask.fill_(True)  # in place, after a step has looked at it
+    assert not llamagen_patch.mask_is_causal(model)
+    model.causal_mask = model.causal_mask.tril()
+    assert llamagen_patch.mask_is_causal(model)
+
+
+def test_a_fork_that_computes_something_else_is_not_viewed(model: Transformer) -> None:
+    model.layers[0].feed_forward = SwappedGate(model.config)
+    with pytest.raises(ValueError, match=r"this Transformer is not LlamaGen's as we know it: .*relative error"):
+        patch.generate(model, example(model)[1], 9)
+    with pytest.raises(ValueError, match="n_kv_head is 1, ours is 2"):
+        patch.as_llamagen(Transformer(n_kv_head=1))
+
+
+def test_what_lacks_a_part_is_named(model: Transformer) -> None:
+    del model.layers[0].ffn_norm
+    model.layers[1].attention.forward = model.layers[1].attention.forward.__func__.__get__(model.layers[0].attention)
+    model.layers[1].feed_forward.forward = lambda x: x
+    with pytest.warns(UserWarning, match="such as layers.0.ffn_norm"):
+        left = patch_llamagen(model).left_alone
+    assert left["layers.0.ffn_norm"] == "there is no such module"
+    assert left["layers.1.feed_forward"] == "its forward has been replaced by something else already"
+    assert model.layers[1].feed_forward.forward(3) == 3
+
+
+@pytest.mark.parametrize("function", [patch_llamagen, patch_tokenizer, patch_lpips, unpatch, patch.as_llamagen])
+def test_what_is_no_model_is_rejected(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        function({"model": 1})
+
+
+def test_other_models_are_rejected(model: Transformer, vq_model: VQModel) -> None:
+    with pytest.raises(ValueError, match="this VQModel has no tok_embeddings and no cls_embedding"):
+        patch_llamagen(vq_model)
+    with pytest.raises(ValueError, match=r"structure, with encoder, decoder.*this Transformer has no encoder"):
+        patch_tokenizer(model)
+    with pytest.raises(ValueError, match="this Linear has no scaling_layer and no net and no lin0"):
+        patch_lpips(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="this LlamaGen is vapi-fast's own"):
+        patch_llamagen(LlamaGen.from_name("tiny"))
+
+
+def tokenizer_results(vq_model: VQModel) -> list[Any]:
+    """Codes, tokens and images in evaluation; losses, usage and gradients of a training step."""
+    torch.manual_seed(4)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    vq_model.eval()
+    with torch.no_grad():
+        codes, losses, (_, _, indices) = vq_model.encode(images)
+        decoded = [vq_model.decode(codes), vq_model.decode_code(indices.int().view(2, -1), (2, 8, 4, 4))]
+        vq_model.train()
+    torch.manual_seed(5)
+    reconstructed, (*terms, usage) = vq_model(images)
+    loss = (reconstructed - images).square().mean() + sum(terms)
+    return [
+        codes,
+        *losses,
+        indices,
+        *decoded,
+        *terms,
+        usage,
+        gradients(vq_model, loss),
+        vq_model.quantize.codebook_used,
+    ]
+
+
+@pytest.mark.parametrize("entropy_loss_ratio", [0.0, 0.1])
+def test_a_patched_tokenizer_gives_the_same(entropy_loss_ratio: float) -> None:
+    vq_model = randomised(VQModel(entropy_loss_ratio))
+    twin = copy.deepcopy(vq_model)
+    expected = tokenizer_results(twin)
+    patched = patch_tokenizer(vq_model)
+    assert len(patched.replaced) == 25
+    assert list(vq_model.state_dict()) == list(twin.state_dict())
+    actual = tokenizer_results(vq_model)
+    assert [type(x) for x in actual] == [type(x) for x in expected]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    patched.unpatch()
+    assert not any(name in m.__dict__ for m in vq_model.modules() for name in ("forward", "get_codebook_entry"))
+
+
+def test_upsampling_follows_every_change_of_its_weight(vq_model: VQModel) -> None:
+    """Also those that no version counter sees; and a gradient goes through a frozen decoder."""
+    codes = torch.randn(2, 8, 4, 4)
+    twin = copy.deepcopy(vq_model).requires_grad_(False)
+    patch_tokenizer(vq_model.requires_grad_(False))
+    for _ in range(2):
+        inputs = [codes.clone().requires_grad_() for _ in range(2)]
+        images = [m.decode(x) for m, x in zip((vq_model, twin), inputs, strict=True)]
+        torch.testing.assert_close(*images, rtol=1e-4, atol=1e-5)
+        assert images[0].is_contiguous()
+        found = [torch.autograd.grad(y.sin().sum(), x)[0] for x, y in zip(inputs, images, strict=True)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        for m in (vq_model, twin):
+            m.decoder.conv_blocks[0].upsample.conv.weight.data.mul_(-0.5)
+
+
+def test_upsampling_trains_by_the_original(vq_model: VQModel) -> None:
+    patch_tokenizer(vq_model)
+    upsample = vq_model.decoder.conv_blocks[0].upsample
+    x = torch.randn(1, 16, 4, 4)
+    assert torch.equal(upsample(x), type(upsample).forward(upsample, x))
+    with torch.no_grad():
+        assert not torch.equal(upsample(x), type(upsample).forward(upsample, x))  # rounded in another order
+        last = upsample(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_patched_tokenizer_encodes_exactly_under_autocast(vq_model: VQModel) -> None:
+    """The same dtypes; the lookup, which autocast would do in bf16, is that of the latents as they come."""
+    z = torch.randn(2, 8, 4, 4, dtype=torch.bfloat16)
+    expected = vq_model.quantize(z.float())
+    patch_tokenizer(vq_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, _, (_, _, indices) = vq_model.quantize(z)
+        assert vq_model.decode(codes).dtype == torch.bfloat16
+    assert codes.dtype == torch.float32
+    assert torch.equal(indices, expected[2][2])
+
+
+class ThreeLosses(public_models.VectorQuantizer):
+    """As the copy of this class in Janus, which does not return the usage."""
+
+    def forward(self, z: Tensor) -> tuple[Any, ...]:
+        codes, losses, found = super().forward(z)
+        return codes, losses[:3], found
+
+
+class LinearUpsample(public_models.Upsample):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
+
+
+def test_a_forks_tokenizer_parts_are_named_and_left_alone(vq_model: VQModel) -> None:
+    vq_model.quantize = ThreeLosses(40, 8, 0.25, 0.0)
+    vq_model.decoder.conv_blocks[0].upsample = LinearUpsample(16)
+    vq_model.encoder.mid[0].norm2 = nn.BatchNorm2d(16)
+    images = torch.randn(1, 3, 8, 8)
+    expected = vq_model.eval()(images)
+    with pytest.warns(UserWarning, match="left 3 of 25 modules"):
+        left = patch_tokenizer(vq_model).left_alone
+    assert set(left) == {"quantize", "decoder.conv_blocks.0.upsample", "encoder.mid.0"}
+    torch.testing.assert_close(vq_model(images), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="this VQModel is not LlamaGen's as we know it"):
+        patch.as_tokenizer(vq_model)
+
+
+def test_patched_lpips_gives_the_same() -> None:
+    lpips = randomised(LPIPS()).eval()
+    a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+
+    def results() -> list[Tensor]:
+        x = a.clone().requires_grad_()
+        distance = lpips.eval()(x, b)
+        torch.manual_seed(6)
+        return [distance, torch.autograd.grad(distance.sum(), x)[0], lpips.train()(a, b)]
+
+    expected = results()
+    with patch_lpips(lpips) as patched:
+        torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-6)
+        assert patched.replaced == {"model": "distance → ops.lpips_distance"}
+        black = torch.zeros(1, 3, 16, 16, requires_grad=True)
+        with torch.no_grad():
+            lpips.net.slice1[0].bias.fill_(-100)  # features that are all zero: the original's gradient is NaN
+        lpips.eval()(black, torch.ones(1, 3, 16, 16)).sum().backward()
+        assert black.grad.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        dtype = lpips(a, b).dtype
+        assert patch_lpips(lpips).replaced
+        assert lpips(a, b).dtype == dtype
+
+
+def test_views_are_our_models_on_the_same_parameters(model: Transformer, vq_model: VQModel) -> None:
+    view = patch.as_llamagen(model)
+    tokens, condition = example(model)
+    torch.testing.assert_close(view(tokens[:, :-1], condition), evaluation_logits(model), rtol=1e-5, atol=1e-5)
+    assert view.output.weight is model.output.weight
+    view(tokens[:, :-1], condition).logsumexp(-1).sum().backward()
+    assert model.layers[0].attention.wqkv.weight.grad.abs().sum() > 0
+
+    images = torch.rand(2, 3, 8, 8)
+    tokenizer = patch.as_tokenizer(vq_model)
+    indices = vq_model.encode(images)[2][2].view(2, -1)
+    assert torch.equal(tokenizer.encode(images), indices)
+    decoded = vq_model.decode_code(indices, (2, 8, 4, 4))
+    torch.testing.assert_close(tokenizer.decode(indices), decoded, rtol=1e-4, atol=1e-5)
+
+    lpips = randomised(LPIPS()).eval()
+    images_b = torch.rand(2, 3, 8, 8)
+    expected = lpips(images, images_b).flatten()
+    torch.testing.assert_close(patch.as_lpips(lpips)(images, images_b), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_names_of_the_package() -> None:
+    for name in ("patch_llamagen", "patch_tokenizer", "patch_lpips", "unpatch"):
+        assert getattr(vapi_fast, name) is getattr(patch, name)
+    assert llamagen_patch.patch_llamagen is vapi_fast.patch_llamagen
