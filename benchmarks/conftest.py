@@ -130,7 +130,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
-        config.stash[BASELINE] = Baseline(config.getoption("baseline"))
+        config.stash[BASELINE] = Baseline(config.getoption("baseline", baseline.FILE))
     except BaselineError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[ROWS] = []
@@ -138,7 +138,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
-    torch.manual_seed(0)
     config = request.config
     rows = config.stash[ROWS]
     if not torch.cuda.is_available():
@@ -148,14 +147,15 @@ def bench(request: pytest.FixtureRequest) -> Bench:
         return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 2.0, 20.0, 0, rows)
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    limit = config.getoption("compile_seconds")
+    limit = config.getoption("compile_seconds", 600.0)
     return Bench(device, XXL, torch.bfloat16, ceilings.measure(device), cache, 0.5, 8.0, limit, rows)
 
 
 @pytest.fixture
 def guard(request: pytest.FixtureRequest, bench: Bench, benchmark: BenchmarkFixture) -> Guard:
+    torch.manual_seed(0)  # a test's inputs, and with them its error, whatever ran before
     config = request.config
-    return Guard(bench, benchmark, config.stash[BASELINE], config.getoption("update_baseline"))
+    return Guard(bench, benchmark, config.stash[BASELINE], config.getoption("update_baseline", False))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def step(bench: Bench) -> Iterator[Step]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     good = [row for row in config.stash[ROWS] if not row["problems"]]
-    if config.getoption("update_baseline") and good:
+    if config.getoption("update_baseline", False) and good:
         config.stash[BASELINE].update(good)
 
 
@@ -199,7 +199,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(table(rows))
     terminalreporter.section("ratios")
     terminalreporter.write_line(ratios(rows))
-    terminalreporter.write_line(comparison(rows, config.stash[BASELINE], config.getoption("update_baseline")))
+    terminalreporter.write_line(comparison(rows, config.stash[BASELINE], config.getoption("update_baseline", False)))
 
 
 def comparison(rows: list[Row], accepted: Baseline, updating: bool) -> str:

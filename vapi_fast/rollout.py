@@ -14,7 +14,6 @@ from vapi_fast.clock import Clock
 from vapi_fast.config import AlignConfig
 from vapi_fast.models import LlamaGen
 
-
 AUTOCAST = {"cuda"}  # devices that compute in bf16
 
 
