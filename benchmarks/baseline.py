@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +48,10 @@ class Baseline:
             kept["seconds"] = {
                 name: kept["seconds"][name] for name in (OURS, row["reference"]) if name in row["seconds"]
             }
-            kept |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+            kept |= {
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "with": f"torch {torch.__version__}, {processor()}",
+            }
             self.kinds.setdefault(row["kind"], {})[row["name"]] = rounded(kept)
         temporary = self.path.with_suffix(".json.tmp")
         temporary.write_text(text(self.kinds), encoding="utf-8")
@@ -78,9 +83,19 @@ def text(kinds: dict[str, dict[str, Row]]) -> str:
     """JSON with a line for each row."""
     parts = []
     for kind, rows in sorted(kinds.items()):
-        lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())]
+        lines = [
+            f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(row, ensure_ascii=False)}"
+            for name, row in sorted(rows.items())
+        ]
         parts.append(f" {json.dumps(kind)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def processor() -> str:
+    """The host's, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def slower(row: Row, accepted: Row | None) -> bool:
@@ -110,7 +125,7 @@ def problems(row: Row, accepted: Row | None) -> list[str]:
 
 
 def slowdown(row: Row, accepted: Row) -> str:
-    before = f"accepted on {accepted['date']} with torch {accepted['torch']}: {milliseconds(accepted['seconds'])}"
+    before = f"accepted on {accepted['date']} ({accepted['with']}): {milliseconds(accepted['seconds'])}"
     if row["ratio"] is None:
         return f"{row['reference']} could not be timed to compare with ({row['failure']}); {before}"
     low, high = row["ratio_quartiles"]
@@ -124,3 +139,15 @@ def slowdown(row: Row, accepted: Row) -> str:
 
 def milliseconds(seconds: dict[str, float]) -> str:
     return ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+
+
+def comparison(rows: Sequence[Row], accepted: Baseline, updating: bool) -> str:
+    """What the rows were held to, in a line."""
+    kind = rows[0]["kind"]
+    if updating:
+        return f"{sum(not row['problems'] for row in rows)} rows of {kind} accepted in {accepted.path.name}"
+    new = [row["name"] for row in rows if accepted.accepted(kind, row["name"]) is None]
+    if len(new) == len(rows):
+        return f"{accepted.path.name} has nothing for {kind}: no ratio was compared; --update-baseline accepts these"
+    text = f"{len(rows) - len(new)} rows held to {accepted.path.name}"
+    return text + (f"; not in it: {', '.join(new)} (--update-baseline accepts them)" if new else "")

@@ -199,16 +199,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(table(rows))
     terminalreporter.section("ratios")
     terminalreporter.write_line(ratios(rows))
-    terminalreporter.write_line(comparison(rows, config.stash[BASELINE], config.getoption("update_baseline", False)))
-
-
-def comparison(rows: list[Row], accepted: Baseline, updating: bool) -> str:
-    """What the rows were held to, in a line."""
-    kind = rows[0]["kind"]
-    if updating:
-        return f"{sum(not row['problems'] for row in rows)} rows of {kind} accepted in {accepted.path.name}"
-    new = [row["name"] for row in rows if accepted.accepted(kind, row["name"]) is None]
-    if len(new) == len(rows):
-        return f"{accepted.path.name} has nothing for {kind}: no ratio was compared; --update-baseline accepts these"
-    text = f"{len(rows) - len(new)} rows held to {accepted.path.name}"
-    return text + (f"; not in it: {', '.join(new)} (--update-baseline accepts them)" if new else "")
+    updating = config.getoption("update_baseline", False)
+    terminalreporter.write_line(baseline.comparison(rows, config.stash[BASELINE], updating))

@@ -474,13 +474,14 @@ class LPIPS(nn.Module):
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights for everything, norms and biases too, so that nothing that is left out goes unseen."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for parameter in model.parameters():
-        with torch.no_grad():
-            if parameter.ndim < 2:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        values = torch.empty(parameter.shape, device="cpu")
+        if parameter.ndim < 2:
+            values.uniform_(0.5, 1.5, generator=generator)
+        else:
+            values.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        parameter.data.copy_(values)
     if isinstance(model, LPIPS):
         for lin in (model.lin0, model.lin1):
             lin.model[-1].weight.data.abs_()

@@ -16,7 +16,7 @@ from typing import Any
 
 import history
 import pytest
-from baseline import Baseline, BaselineError, problems
+from baseline import Baseline, BaselineError, comparison, problems
 from race import AGAIN, FEWEST_ROUNDS, Contestant, Race
 from summary import ratios
 
@@ -117,7 +117,7 @@ def test_a_rival_that_fails_leaves_the_race() -> None:
         (
             {"ratio": 1.5},
             "mse forward on cpu is slower: 1.50 × as fast as published, 25% below the accepted 2.00 × (at most 15% are "
-            "allowed). Now vapi_fast 1 ms, published 2 ms, F.mse_loss 3 ms; accepted on 2025-11-24 with torch 2.11: "
+            "allowed). Now vapi_fast 1 ms, published 2 ms, F.mse_loss 3 ms; accepted on 2025-11-24 (torch 2.11, Xeon): "
             "vapi_fast 1 ms, published 2 ms. Measured as the median ratio of 60 rounds taken in turns (quartiles 1.90 "
             "and 2.10), after 1.95 × in fewer rounds; --update-baseline accepts it",
         ),
@@ -129,7 +129,7 @@ def test_a_rival_that_fails_leaves_the_race() -> None:
 )
 def test_what_is_worse_than_accepted(measured: dict[str, Any], message: str | None) -> None:
     kept = {"ratio": 2.0, "error": 2e-7, "seconds": {"vapi_fast": 1e-3, "published": 2e-3}}
-    found = problems(row(**measured), kept | {"date": "2025-11-24", "torch": "2.11"})
+    found = problems(row(**measured), kept | {"date": "2025-11-24", "with": "torch 2.11, Xeon"})
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
 
@@ -137,7 +137,7 @@ def test_what_is_worse_than_accepted(measured: dict[str, Any], message: str | No
 def test_the_error_has_a_bound_with_nothing_accepted_and_growth_is_watched() -> None:
     assert problems(row(ratio=0.1), None) == []
     assert len(problems(row(error=2e-5), None)) == 1
-    accepted = {"ratio": 2.0, "error": 5e-3, "date": "", "torch": "", "seconds": {}}
+    accepted = {"ratio": 2.0, "error": 5e-3, "date": "", "with": "", "seconds": {}}
     assert problems(row(error=9e-3, bound=1e-2), accepted) == []
     assert "bound 1.0e-02" in problems(row(error=1.1e-2, bound=1e-2), accepted)[0]  # not four times 5e-3
 
@@ -157,6 +157,17 @@ def test_accepted_rows_are_kept_beside_those_measured(tmp_path: Path) -> None:
     assert read.accepted("NVIDIA H100 80GB HBM3", "mse forward")["ratio"] == 9.877
     assert len(path.read_text().splitlines()) == 9  # a line a row
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_rows_were_held_to(tmp_path: Path) -> None:
+    baseline, rows = Baseline(tmp_path / "baseline.json"), [row(problems=[]), row(name="new", problems=["slower"])]
+    assert comparison(rows, baseline, updating=True) == "1 rows of cpu accepted in baseline.json"
+    assert comparison(rows, baseline, updating=False).startswith(
+        "baseline.json has nothing for cpu: no ratio was compared"
+    )
+    baseline.update(rows[:1])
+    text = comparison(rows, baseline, updating=False)
+    assert text == "1 rows held to baseline.json; not in it: new (--update-baseline accepts them)"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"cpu": {"mse": {"ratio": 1}}}', '{"cpu": {"mse": 3}}'])
@@ -205,17 +216,12 @@ reference.mse = lambda a, b: mse(a.bfloat16().float() if a.dtype == torch.float3
 
 def test_a_slow_and_an_inexact_operation_are_caught(tmp_path: Path) -> None:
     path, report = tmp_path / "baseline.json", tmp_path / "report.json"
-    code, output = benchmark_mse(tmp_path, "--benchmark-json", str(report))
-    assert code == 0, output
-    assert "baseline.json has nothing for cpu: no ratio was compared" in output
-    (measured,) = [each["extra_info"] for each in json.loads(report.read_text())["benchmarks"]]
-    assert measured["ratio"] > 0
-    assert not path.exists()
-
-    code, output = benchmark_mse(tmp_path, "--update-baseline")
+    code, output = benchmark_mse(tmp_path, "--update-baseline", "--benchmark-json", str(report))
     assert code == 0, output
     assert "1 rows of cpu accepted in baseline.json" in output
     accepted = json.loads(path.read_text())["cpu"]["mse forward"]
+    (measured,) = [each["extra_info"] for each in json.loads(report.read_text())["benchmarks"]]
+    assert measured["ratio"] == pytest.approx(accepted["ratio"], rel=1e-3)
 
     code, output = benchmark_mse(tmp_path, plugin=SLOW)
     assert code == 1, output

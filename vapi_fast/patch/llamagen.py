@@ -15,7 +15,7 @@ from vapi_fast import ops
 
 from .modules import hooked, replaces, unwrapped
 from .patching import Candidate, Patch, checked_root
-from .recognition import Case, integers, uniform
+from .recognition import PLAIN, Case, integers, uniform
 
 NEEDED = ("tok_embeddings", "cls_embedding", "layers", "norm", "output")
 BATCH, LENGTH, FEW = 2, 5, 3  # of the calls compared; FEW positions for the whole model
@@ -187,11 +187,16 @@ def mask_is_causal(model: nn.Module) -> bool:
     return causal
 
 
-def activations(module: nn.Module) -> list[Case]:
-    """One call on activations `[B,S,D]`, for a norm or a feed-forward part."""
-    width = next(p.shape[-1] for p in module.parameters())
-    inputs = [uniform("x", (BATCH, LENGTH, width), -scale, scale) for scale in SCALES]
-    return [Case("activations", (x,), lambda method, twin, x: method(twin, x)) for x in inputs]
+def one_call(x: Tensor) -> Case:
+    return Case("activations", (x,), lambda method, twin, x: method(twin, x))
+
+
+def norm_cases(module: nn.Module) -> list[Case]:
+    return [one_call(uniform("x", (BATCH, LENGTH, len(module.weight)), -scale, scale)) for scale in SCALES]
+
+
+def feed_forward_cases(module: nn.Module) -> list[Case]:
+    return [one_call(uniform("x", (BATCH, LENGTH, module.w1.in_features), -1, 1))]
 
 
 class SlotCache(nn.Module):
@@ -233,6 +238,20 @@ def attention_cases(module: nn.Module) -> list[Case]:
     return cases
 
 
+class StandIn(nn.Module):
+    """In place of a block in the check of `Transformer.forward`: quick; depends on its place and all it is given."""
+
+    def __init__(self, place: int, block: nn.Module) -> None:
+        super().__init__()
+        self.place = place
+        self.attention = nn.Module()  # gets a cache, by what it says of its heads
+        self.attention.__dict__.update((k, v) for k, v in vars(block.attention).items() if isinstance(v, PLAIN))
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, start_pos: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        given = [g.float().mean() for g in (freqs_cis, start_pos, mask) if g is not None]
+        return x.roll(1, dims=-1) + torch.stack(given).cumsum(0).sin().sum() * x.roll(2 + self.place, dims=-1)
+
+
 def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
     """The decoding loop, and the loss where it is to be replaced; a caption is cut down to a few positions."""
     tokens = integers("tokens", (BATCH, FEW), model.vocab_size)
@@ -243,6 +262,7 @@ def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
         condition = uniform("condition", (BATCH, prefix, model.cls_embedding.uncond_embedding.shape[1]), -1, 1)
 
     def decoding(method: Method, twin: nn.Module, tokens: Tensor, condition: Tensor) -> list[Any]:
+        twin.layers = nn.ModuleList(StandIn(*numbered) for numbered in enumerate(twin.layers))
         twin.setup_caches(BATCH, model.cls_token_num + model.block_size, torch.float32)
         with torch.no_grad():
             results = [method(twin, None, condition, torch.arange(prefix, device="cpu"))]
@@ -251,6 +271,7 @@ def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
         return results
 
     def loss(method: Method, twin: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
+        twin.layers = nn.ModuleList(StandIn(*numbered) for numbered in enumerate(twin.layers))
         if prefix > 1:
             twin.cls_token_num = prefix
             twin.cls_embedding.uncond_embedding = twin.cls_embedding.uncond_embedding[:prefix]
@@ -270,9 +291,9 @@ def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
 
 
 PARTS = {
-    "attention_norm": ("RMSNorm → ops.rms_norm", rms_norm, activations),
-    "ffn_norm": ("RMSNorm → ops.rms_norm", rms_norm, activations),
-    "norm": ("RMSNorm → ops.rms_norm", rms_norm, activations),
+    "attention_norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
+    "ffn_norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
+    "norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
     "attention": ("attention → ops.rotary_2d, ops.decode_attention", attention, attention_cases),
-    "feed_forward": ("SwiGLU → ops.swiglu", feed_forward, activations),
+    "feed_forward": ("SwiGLU → ops.swiglu", feed_forward, feed_forward_cases),
 }

@@ -51,7 +51,8 @@ def difference(
     key = (methods, signature(module))
     if key not in checked:
         try:
-            checked[key] = first_difference(module, methods, cases())
+            with on_cpu():
+                checked[key] = first_difference(module, methods, cases())
         except Exception as error:  # whatever a fork's code raises when it is called as LlamaGen's would be
             reason = str(error).partition("\n")[0][:160]
             checked[key] = f"cannot be called as LlamaGen's is: {type(error).__name__}: {reason}"
@@ -79,7 +80,7 @@ def first_difference(module: nn.Module, methods: tuple[Callable[..., Any], ...],
 
 def outcome(twin: nn.Module, method: Callable[..., Any], case: Case) -> list[Any]:
     """All that a call gives: results, buffers afterwards, and gradients of inputs and parameters."""
-    with on_cpu(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPUs' generators too
         results = list(entries(case.call(method, twin, *inputs)))
@@ -115,15 +116,20 @@ def distance(expected: list[Any], actual: list[Any]) -> float:
     for a, b in zip(expected, actual, strict=True):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             error = 0.0 if type(a) is type(b) and a == b else math.inf
-        elif a.shape != b.shape or a.dtype != b.dtype or (not a.is_floating_point() and not torch.equal(a, b)):
+        elif a.shape != b.shape or a.dtype != b.dtype:
             error = math.inf
+        elif not a.is_floating_point():
+            error = 0.0 if torch.equal(a, b) else math.inf
         else:
-            a, b = a.detach().double(), b.detach().double()
-            error = float((a - b).norm()) / (float(a.norm()) or 1.0)
+            error = norm(a.detach() - b.detach()) / (norm(a.detach()) or 1.0)
         if math.isnan(error):
             return math.inf
         worst = max(worst, error)
     return worst
+
+
+def norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def entries(value: Any) -> Iterator[Any]:

@@ -25,7 +25,7 @@ from .patching import checked_root
 from .recognition import TOLERANCE, distance, integers, on_cpu, signature, twin_of, uniform
 
 GROUP_NORM_EPS = 1e-6
-BATCH, POSITIONS, SIDE = 2, 3, 16  # of the calls compared
+BATCH, POSITIONS, SIDE = 2, 2, 16  # of the calls compared
 CHECKED: set[Any] = set()  # signatures of models whose views compute the same
 
 
@@ -160,13 +160,13 @@ def check_view(name: str, root: nn.Module, results: Callable[[nn.Module], tuple[
 
 def llamagen_results(twin: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the fork and of the view; a caption is cut down to a few positions."""
-    tokens = integers("tokens", (BATCH, POSITIONS), twin.vocab_size)
-    condition, prefix = integers("condition", (BATCH,), twin.num_classes), 1
+    tokens = integers("tokens", (1, POSITIONS), twin.vocab_size)
+    condition, prefix = integers("condition", (1,), twin.num_classes), 1
     if twin.model_type == "t2i":
         prefix, embedding = POSITIONS, twin.cls_embedding
         twin.freqs_cis, twin.cls_token_num = twin.freqs_cis[twin.cls_token_num - prefix :], prefix
         embedding.uncond_embedding = embedding.uncond_embedding[:prefix]
-        condition = uniform("condition", (BATCH, *embedding.uncond_embedding.shape), -1, 1)
+        condition = uniform("condition", (1, *embedding.uncond_embedding.shape), -1, 1)
     positions = torch.arange(prefix + POSITIONS)
     logits, _ = type(twin).forward(twin, tokens, condition, positions)
     return [logits[:, prefix - 1 :]], [llamagen_view(twin).eval()(tokens, condition)]
