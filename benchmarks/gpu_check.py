@@ -1,11 +1,11 @@
-"""Everything that a GPU is needed for, in two commands of eight and ten minutes; see `gpu_check.sh`.
+"""Everything that a GPU is needed for, in three commands of eight and ten minutes; see `gpu_check.sh`.
 
 Installs the package into a temporary folder, then runs, each with its own time limit and whatever becomes of the
-others: the tests of the kernels, compute-sanitizer over every operation, the check of the machine code, the tests at
-production sizes, and the benchmarks of the operations. With --align instead the
-alignment of LlamaGen-XXL with random weights and made-up images: a hundred steps, then twelve, on three of them beside
-the published recipe. Writes `gpu_check.json` (`gpu_check_align.json`) and each part's log into DIR and prints a short
-table. Exit code 0 if every part passed; only the memory check may be left out, where it cannot be run.
+others: the tests of the kernels, compute-sanitizer over every operation, the check of the machine code, the tests that
+need a GPU, and the benchmarks. With --align instead the alignment of LlamaGen-XXL with random weights and made-up
+images: a hundred steps, then twelve, on three of them beside the published recipe; with --generate its sampling beside
+LlamaGen's own. Writes `gpu_check.json` (`gpu_check_align.json`, `gpu_check_generate.json`) and each part's log into DIR
+and prints a short table. Exit code 0 if every part passed; only the memory check may be left out, where it cannot run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from summary import alignment_line, ratios, table
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vapi_fast", "kernels")
 SECONDS = 455.0  # for all parts
-ALIGN_SECONDS = 580.0
+LONG_SECONDS = 580.0
 OTHER_SECONDS = 180.0  # of the benchmarks' limit, for all but torch.compile
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ARCHITECTURES = (80, 90, 100)  # that `vapi_fast.kernels.check` knows
@@ -119,7 +119,7 @@ def machine_code(work: Path, architecture: str, *options: str) -> Part:
 
 
 def benchmarks(work: Path) -> Part:
-    """All but generation, which takes minutes at XXL beside LlamaGen's own."""
+    """All but generation, which takes minutes at XXL beside LlamaGen's own: `--generate`."""
     rows, outcomes = work / "benchmarks.json", work / "benchmarks.xml"
 
     def command(limit: float) -> list[str]:
@@ -179,6 +179,23 @@ def align_stages(work: Path, cpu: bool) -> list[list[Part]]:
         [alignment("align", [*model, "--steps", whole], work, 400)],
         [alignment("align_both", [*model, "--path", "both", "--steps", both], work, 400)],
     ]
+
+
+def generate_stages(work: Path) -> list[list[Part]]:
+    rows, outcomes = work / "generate.json", work / "generate.xml"
+    command = [*PYTEST, "bench_generate.py", "--benchmark-only"]
+    command += [f"--benchmark-json={rows}", f"--junitxml={outcomes}"]
+    part = Part(
+        "generate",
+        lambda limit: command,
+        540,
+        ROOT / "benchmarks",
+        environment(work),
+        needs=("pytest", "pytest_benchmark"),
+        figures=lambda output: benchmark_rows(rows),
+        failures=lambda output: junit_failures(outcomes),
+    )
+    return [[part]]
 
 
 def alignment(name: str, arguments: Sequence[str], work: Path, limit: float) -> Part:
@@ -311,13 +328,16 @@ def main() -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="for gpu_check.json and the parts' logs")
     parser.add_argument("--commit", help="to record; default: the checkout's")
     parser.add_argument("--cpu", action="store_true", help="try the parts on a machine without a GPU")
-    parser.add_argument("--align", action="store_true", help="align LlamaGen-XXL instead of checking the operations")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--align", action="store_true", help="align LlamaGen-XXL instead of checking the operations")
+    instead.add_argument("--generate", action="store_true", help="draw 256 images of LlamaGen-XXL at a time instead")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a part inherits it if a shell has had it ignored
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("gpu_check_align.json" if options.align else "gpu_check.json")
-    budget = ALIGN_SECONDS if options.align else SECONDS
+    kind = "_align" if options.align else "_generate" if options.generate else ""
+    path = folder / f"gpu_check{kind}.json"
+    budget = LONG_SECONDS if kind else SECONDS
     start = time.monotonic()
     record: dict[str, Any] = {"device": probe(), "commit": commit_of(options.commit), "passed": False, "parts": {}}
     record["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -329,6 +349,8 @@ def main() -> int:
         work = Path(temporary)
         if options.align:
             stages = align_stages(work, options.cpu)
+        elif options.generate:
+            stages = generate_stages(work)
         else:
             stages = cpu_stages(work) if options.cpu else gpu_stages(work, record["device"]["capability"])
         stages = [[install(work)], *stages]

@@ -16,6 +16,7 @@ from vapi_fast.config import ConfigError, flag
 from vapi_fast.data import DataError
 from vapi_fast.evaluation import EvaluationError
 from vapi_fast.generation import CFG_SCHEDULES
+from vapi_fast.graphs import CaptureError
 from vapi_fast.models import LLAMAGEN_CONFIGS
 from vapi_fast.sample_files import FORMATS
 from vapi_fast.samples import GenerateConfig, draw_samples
@@ -119,6 +120,8 @@ def run_command(command: Callable[[], None], interrupted: str) -> int:
         return fail(USAGE_ERROR, error)
     except torch.OutOfMemoryError:
         return fail(FAILURE, "out of GPU memory: lower --batch-size")
+    except CaptureError as error:
+        return fail(FAILURE, str(error).splitlines()[0])  # CUDA adds its advice on debugging
     except (CheckpointError, DataError, EvaluationError, OSError) as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ def read_captions(path: Path, tokens: int, width: int) -> Conditions:
             raise ConfigError(f"--caption-features {path}: has no tensor `features`, only {', '.join(state) or 'none'}")
     else:
         try:
-            features, mask = torch.from_numpy(np.load(path, allow_pickle=False)), None
+            features, mask = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
         except (ValueError, TypeError, OSError, EOFError, AttributeError) as error:
             raise ConfigError(f"--caption-features {path}: cannot be read as a .npy array ({error})") from error
     if features.ndim != 3 or features.shape[1:] != (tokens, width) or not len(features):

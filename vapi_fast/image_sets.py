@@ -22,6 +22,7 @@ STATISTICS_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
 MANIFEST = "manifest.json"
 SAMPLES_FILE = "samples.npz"
 SAMPLES_FOLDER = "images"
+TOLERANCE = 1e-3  # of a covariance, as part of its largest variance
 DAMAGE = (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)  # what reading a bad .npz raises
 
 
@@ -151,11 +152,26 @@ def read_statistics(path: Path) -> dict[str, Tensor] | None:
         if mean not in found:
             continue
         width = found[mean].numel()
-        if covariance not in found or found[mean].ndim != 1 or found[covariance].shape != (width, width):
+        if not width or covariance not in found or found[mean].ndim != 1 or found[covariance].shape != (width, width):
             raise DataError(f"{path}: {mean} and {covariance} are not a mean [F] and its covariance [F, F]")
         if not (found[mean].isfinite().all() and found[covariance].isfinite().all()):
             raise DataError(f"{path}: {mean} or {covariance} has values that are not finite")
+        if not is_covariance(found[covariance].double()):
+            raise DataError(
+                f"{path}: {covariance} is not a covariance, which is symmetric and has no negative eigenvalue: make the "
+                "statistics again"
+            )
     return found
+
+
+def is_covariance(matrix: Tensor) -> bool:
+    """Whether a float64 matrix `[F,F]` is symmetric and positive semidefinite, up to float32 rounding."""
+    scale = matrix.diagonal().max().clamp(min=1e-300)
+    if (matrix - matrix.T).abs().max() > TOLERANCE * scale:
+        return False
+    # With every eigenvalue moved up by the tolerance there is a Cholesky factor if none was below its negative.
+    _, failed = torch.linalg.cholesky_ex(matrix + TOLERANCE * scale * torch.eye(len(matrix), dtype=matrix.dtype))
+    return not failed
 
 
 def has_images(path: Path) -> bool:

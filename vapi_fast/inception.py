@@ -223,7 +223,7 @@ def load_inception(weights: str | Path | None = None) -> InceptionV3:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"FID needs the Inception weights and {INCEPTION_URL} cannot be downloaded ({reason}): fetch that file on "
-            f"a machine that is online and put it at {place}"
+            f"a machine that is online and pass --inception-weights FILE, or put it at {place}"
         ) from error
     return inception_from_state(state, place)
 

@@ -25,6 +25,7 @@ from vapi_fast.rollout import roll_out
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
 PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn at
 DECODED = 16  # images decoded at once
+BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
 
 
@@ -93,17 +94,27 @@ class Evaluator:
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
         with tqdm(total=len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
-            for part in ids.split(self.config.eval_batch):
-                yield self.sample(generator, part, cfg_scale)
-                progress.update(len(part))
+            batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
+            for part in ids.split(batches * self.config.eval_batch):
+                for tokens in self.draw(generator, part, cfg_scale).split(self.config.eval_batch):
+                    yield self.decode(tokens)
+                    progress.update(len(tokens))
+
+    def sample(self, generator: LlamaGen, sample_ids: Tensor) -> Tensor:
+        """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
+        return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
 
     @torch.no_grad()
-    def sample(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float = 1.0) -> Tensor:
-        """Images `[N,3,H,W]` in [−1, 1] of the given sample ids."""
+    def draw(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float) -> Tensor:
+        """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
         labels = self.labels[sample_ids % len(self.labels)].to(self.device)
+        options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
         seed = ops.fold_seed(self.config.seed, SEED_STREAM)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            tokens = generate(generator, labels, seed=seed, sample_ids=sample_ids.to(self.device), cfg_scale=cfg_scale)
+            return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, **options)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
         return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
 
     def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:

@@ -259,15 +259,15 @@ class Run:
             if pending:
                 self.read(pending)
             pending = result
-            save = ((step + 1) % self.config.checkpoint_every == 0 or self.stopping) and step + 1 < self.config.steps
-            if save or step == start_step or step + 1 == self.config.steps:
-                self.read(pending)
+            due, last = (step + 1) % self.config.checkpoint_every == 0, step + 1 == self.config.steps
+            if due or last or self.stopping or step == start_step:
+                self.read(pending)  # may learn that a rank wants to stop
                 pending = None
             if step == start_step:
                 self.first_step = self.clock.seconds(wait=True)
-            if save:
+            if (due or self.stopping) and not last:
                 self.save_state(step + 1)
-            if self.stopping and step + 1 < self.config.steps:
+            if self.stopping and not last:
                 raise StoppedError(f"stopped by SIGTERM after step {step + 1}; --resume goes on from it")
 
     def gradients_of(self, step: int) -> Any:

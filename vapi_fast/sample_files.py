@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -99,7 +100,11 @@ class NpzFiles:
 
     def add(self, ids: Sequence[int], pixels: Tensor) -> None:
         part = {"ids": torch.tensor(ids), "images": pixels.permute(0, 2, 3, 1).contiguous()}
-        write_atomically(self.folder / f"{ids[0]:06d}.safetensors", lambda temporary: save_file(part, temporary))
+        path = self.folder / f"{ids[0]:06d}.safetensors"
+        try:
+            write_atomically(path, lambda temporary: save_file(part, temporary))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} cannot be written ({error})") from error
 
     def flush(self) -> None:
         pass
@@ -117,11 +122,11 @@ class NpzFiles:
 
     def _merge(self, temporary: Path) -> None:
         """Write all parts in the order of their ids, without holding them in memory."""
-        parts = [safe_open(part, framework="pt") for part in self._parts()]
-        images = [part.get_slice("images") for part in parts]
+        parts = self._parts()
+        images = [open_images(part) for part in parts]
         place = torch.empty(self.count, 2, dtype=torch.int64)  # part and row of each id
         for number, part in enumerate(parts):
-            ids = part.get_tensor("ids")
+            ids = read_part(part, "ids")
             place[ids] = torch.stack([torch.full_like(ids, number), torch.arange(len(ids))], dim=1)
         shape = (self.count, *images[0].get_shape()[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -142,9 +147,20 @@ def png_name(index: int) -> str:
 
 
 def read_part(path: Path, key: str) -> Tensor:
+    with damage_named(path), safe_open(path, framework="pt") as part:
+        return part.get_tensor(key)
+
+
+def open_images(path: Path) -> Any:
+    """The images uint8 `[n,H,W,3]` of a part, mapped: rows are read when they are taken."""
+    with damage_named(path):
+        return safe_open(path, framework="pt").get_slice("images")
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as part:
-            return part.get_tensor(key)
+        yield
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}): delete it, and run the same command again") from error
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +22,19 @@ from vapi_fast import tiny
 from vapi_fast.checkpoint import write_atomically
 from vapi_fast.conditions import Conditions, parse_class_ids, read_conditions
 from vapi_fast.config import ConfigError, flag
-from vapi_fast.decoding import Decoder
+from vapi_fast.decoding import Decoder, compute_dtype
 from vapi_fast.distributed import gather_objects, process_group, rank, world_size
-from vapi_fast.generation import CACHE_DTYPES, CFG_SCHEDULES, guidance_scales, rows_that_fit, sample_groups
+from vapi_fast.frozen import FrozenTokenizer
+from vapi_fast.generation import (
+    CACHE_DTYPES,
+    CFG_SCHEDULES,
+    bytes_of_sequence,
+    check_engine,
+    guidance_scales,
+    rows_that_fit,
+    sample_groups,
+)
+from vapi_fast.graphs import Replayed, graph_pool
 from vapi_fast.heatmaps import save_entropy_maps
 from vapi_fast.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, VQTokenizer
@@ -39,8 +52,11 @@ TINY: dict[str, Any] = {
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
 FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features"}
 LARGEST_BATCH = 256
-MEMORY_SHARE = 0.8  # of what the engine would fill; the rest is for decoding
-DECODE_BATCH = 16  # images in the tokenizer at once: at 384² about 0.5 GB each
+DECODE_BATCH = 16  # images in the tokenizer at once
+DECODED_PIXEL_BYTES = 4 * 256 * 2  # in the tokenizer: four bfloat16 maps of the widest level at full resolution
+FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
+DRAW = "token t of image i takes its random bits from seed, i and t alone"
 SHEET_IMAGES = 64
 COMPARED_IMAGES = 24
 ENTROPY_IMAGES = 12
@@ -97,10 +113,11 @@ class GenerateConfig:
         for name, low in (bounds | {"top_k": 0, "seed": 0, "cfg_interval": -1}).items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**63:
-                raise ConfigError(f"{flag(name)} must be at least {low}, got {value}")
+                bound = "finite and less than 2^63" if value >= 2**63 else f"at least {low}"
+                raise ConfigError(f"{flag(name)} must be {bound}, got {value}")
         for name in ("temperature", "cfg_power"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
+                raise ConfigError(f"{flag(name)} must be greater than 0 and finite, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
         choices = {"format": tuple(FORMATS), "cfg_schedule": CFG_SCHEDULES, "kv_dtype": tuple(CACHE_DTYPES)}
@@ -123,6 +140,8 @@ class GenerateConfig:
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"{flag(name)} {path}: no such file")
+        if self.out.suffix == ".npz":
+            raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/{SAMPLES_FILE}: leave out the .npz")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file: pass a folder")
 
@@ -140,7 +159,7 @@ def draw_samples(config: GenerateConfig) -> None:
     """Draw `config.num` images into `config.out`; under torchrun the ranks share them (id mod world size).
 
     The folder then holds `images/` or `samples.npz`, `contact_sheet.png`, `manifest.json` (configuration, names and
-    sizes of the checkpoints, condition and seed of every image) and the pictures that were asked for. An image depends
+    fingerprints of the checkpoints, condition and seed of every image) and the pictures that were asked for. An image depends
     on checkpoint, seed, condition and id alone. What an interrupted run left is kept; what is missing is drawn.
 
     Raises:
@@ -149,6 +168,7 @@ def draw_samples(config: GenerateConfig) -> None:
     """
     with process_group() as device:
         sampler = Sampler.load(config, config.gpt_ckpt, device)
+        compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
         manifest = make_manifest(config, sampler.conditions)
         fresh = check_folder(config.out, manifest)
         gather_objects(None)  # all ranks have looked before one writes
@@ -157,7 +177,8 @@ def draw_samples(config: GenerateConfig) -> None:
             if fresh:
                 text = json.dumps(manifest, indent=1) + "\n"
                 write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            save_views(config, sampler)
+            save_views(config, sampler, compared)
+        del compared  # its memory is for the draws
         gather_objects(None)
         files = FORMATS[config.format](config.out, config.num)
         draw_missing(files, sampler)
@@ -183,27 +204,28 @@ class Sampler:
     ) -> None:
         self.config = config
         self.generator = generator
-        self.tokenizer = tokenizer
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.decode_tokens = Replayed(FrozenTokenizer(tokenizer, dtype, dtype).decode, graph_pool(device))
         self.conditions = conditions
         self.device = device
         limit = config.batch_size
         if limit is None:
-            fitting = rows_that_fit(generator, CACHE_DTYPES[config.kv_dtype], guided=config.cfg_scale > 1)
-            limit = min(max(int(MEMORY_SHARE * fitting), 1), LARGEST_BATCH)
+            limit = batch_that_fits(config, generator, device)
         self.batch_size = min(limit, config.num)
         self.filters = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
         self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
 
     @classmethod
     def load(cls, config: GenerateConfig, checkpoint: Path, device: torch.device) -> Sampler:
-        """Read the checkpoints and the conditions, and see that they fit each other."""
+        """Read the checkpoints and the conditions, and see that they fit each other and the device."""
+        with refusals():
+            check_engine(device, 1, config.batch_size, config.kv_dtype)
         generator = LlamaGen.from_checkpoint(checkpoint, config.model, grid_size=config.grid_size)
         conditions = read_conditions(config.class_ids, config.caption_features, generator)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         for module in (generator, tokenizer):
             module.eval().requires_grad_(False).to(device)
         if device.type == "cuda":
-            tokenizer.to(memory_format=torch.channels_last)
             for parameter in generator.parameters():  # the rotary table stays in fp32
                 parameter.data = parameter.data.to(torch.bfloat16)
         return cls(config, generator, tokenizer, conditions, device)
@@ -211,27 +233,29 @@ class Sampler:
     @cached_property
     def decoder(self) -> Decoder:
         """The engine for batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
-        return Decoder(
-            self.generator,
-            groups=self.batch_size,
-            rollouts=1,
-            scales=guidance_scales(self.config.grid_size**2, **self.guidance),
-            masked=self.conditions.mask is not None,
-            cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
-            **self.filters,
-        )
+        with refusals():
+            return Decoder(
+                self.generator,
+                groups=self.batch_size,
+                rollouts=1,
+                scales=guidance_scales(self.config.grid_size**2, **self.guidance),
+                masked=self.conditions.mask is not None,
+                cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
+                **self.filters,
+            )
 
     def draw(self, ids: Tensor) -> Tensor:
         """Images uint8 `[n,3,S,S]`, on the CPU, of n ≤ batch_size ids."""
         filled = fill_up(ids, self.batch_size)
         condition, mask = self.conditions.of(filled, self.device)
-        drawn = self.decoder.draw(
-            condition,
-            condition_mask=mask,
-            sample_ids=filled.to(self.device),
-            first_rollout=0,
-            seed=self.config.seed,
-        )
+        with refusals():
+            drawn = self.decoder.draw(
+                condition,
+                condition_mask=mask,
+                sample_ids=filled.to(self.device),
+                first_rollout=0,
+                seed=self.config.seed,
+            )
         return (self.decode(drawn.tokens[: len(ids), 0]) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
     def preview(self, count: int) -> tuple[Tensor, Tensor]:
@@ -255,13 +279,33 @@ class Sampler:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images `[n,3,S,S]` in [−1, 1], S = save_size (bicubic, as LlamaGen's evaluation resizes)."""
-        size, images = self.config.save_size, []
-        for part in fill_up(tokens, min(DECODE_BATCH, self.batch_size)).split(DECODE_BATCH):
-            decoded = self.tokenizer.decode(part)
+        size, images, chunk = self.config.save_size, [], min(DECODE_BATCH, self.batch_size)
+        for part in fill_up(tokens, chunk).split(chunk):
+            decoded = self.decode_tokens(part, chunk=chunk).float()
             if size != decoded.shape[-1]:
                 decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
             images.append(decoded.clamp(-1, 1))
         return torch.cat(images)[: len(tokens)]
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the engine refuses is a matter of the flags: its ValueError becomes a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def batch_that_fits(config: GenerateConfig, generator: LlamaGen, device: torch.device) -> int:
+    """Images drawn at once by default: what memory holds beside a batch in the tokenizer, at most LARGEST_BATCH."""
+    cache_dtype, guided = CACHE_DTYPES[config.kv_dtype], config.cfg_scale > 1
+    fitting = rows_that_fit(generator, cache_dtype, guided=guided)
+    if device.type == "cuda":
+        dtype = compute_dtype(generator)
+        one = bytes_of_sequence(generator.config, dtype, cache_dtype or dtype, guided=guided)
+        fitting -= math.ceil(DECODE_BATCH * DECODED_PIXEL_BYTES * config.image_size**2 / one)
+    return min(max(fitting, 1), LARGEST_BATCH)
 
 
 def fill_up(rows: Tensor, multiple: int) -> Tensor:
@@ -299,7 +343,8 @@ def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, A
     place = SAMPLES_FILE if config.format == "npz" else None
     return {
         "configuration": settings,
-        "files": {key: {"name": p.name, "bytes": p.stat().st_size} for key, p in used.items() if p is not None},
+        "files": {key: identity(path) for key, path in used.items() if path is not None},
+        "draw": DRAW,
         "images": [
             {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", **condition, "seed": config.seed}
             for i, condition in enumerate(conditions.names(config.num))
@@ -307,11 +352,27 @@ def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, A
     }
 
 
+def identity(path: Path) -> dict[str, Any]:
+    """Name, size and fingerprint of an input file: of all of it, or of samples of it where it is large."""
+    size = path.stat().st_size
+    spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
+    spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
+    if size <= sum(length for _, length in spans):
+        spans = [(0, size)]
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        for start, length in spans:
+            file.seek(start)
+            digest.update(file.read(length))
+    return {"name": path.name, "bytes": size, "blake2b": digest.hexdigest()}
+
+
 def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
     """Whether `out` is new or empty; raises ConfigError where it holds anything but a part of these samples."""
     path = out / MANIFEST
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
+        # A run that was killed while it wrote the manifest leaves a temporary file.
+        if out.exists() and any(not found.name.startswith(f".{MANIFEST}.") for found in out.iterdir()):
             raise ConfigError(f"--out {out} holds other files: choose another folder")
         return True
     try:
@@ -329,12 +390,12 @@ def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
     return False
 
 
-def save_views(config: GenerateConfig, sampler: Sampler) -> None:
+def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | None) -> None:
     """The first images beside those of another checkpoint at the same seeds, and their entropies, where asked for."""
-    if config.compare_ckpt is not None:
+    if compared is not None:
         count = min(COMPARED_IMAGES, config.num)
         before, _ = sampler.preview(count)
-        after, _ = Sampler.load(config, config.compare_ckpt, sampler.device).preview(count)
+        after, _ = compared.preview(count)
         columns = [(config.gpt_ckpt.stem, before.cpu()), (config.compare_ckpt.stem, after.cpu())]
         save_grid(config.out / "comparison.png", columns)
     if config.entropy_maps:

@@ -201,6 +201,13 @@ def measure(source: Path, config: EvaluateConfig, network: FeatureNetwork, devic
                 raise EvaluationError(f"{network.name} has values that are not finite for images of {source}")
     if statistics is None:
         return Measured(features, Gaussian.fit(features.pooled), Gaussian.fit(features.spatial))
+    if features is not None:
+        for key, values in (("mu", features.pooled), ("mu_s", features.spatial)):
+            if key in statistics and len(statistics[key]) != values.shape[1]:
+                raise EvaluationError(
+                    f"{source}: its {key} has {len(statistics[key])} features, those of {network.name} for its images "
+                    f"are {values.shape[1]}: take statistics of the same network, or leave them out of the file"
+                )
     on_device = {key: value.to(device) for key, value in statistics.items()}
     spatial = Gaussian(on_device["mu_s"], on_device["sigma_s"]) if "mu_s" in on_device else None
     return Measured(features, Gaussian(on_device["mu"], on_device["sigma"]), spatial)
@@ -232,8 +239,12 @@ def compare(samples: Measured, reference: Measured, network_name: str, started: 
         errors = standard_errors(reference.pooled, samples.features.pooled, samples.features.logits)
         quality = inception_score(samples.features.logits)
     if samples.spatial is not None and reference.spatial is not None:
-        if len(samples.spatial.mean) != len(reference.spatial.mean):
-            raise EvaluationError("samples and reference have spatial features of different networks")
+        widths = [len(measured.spatial.mean) for measured in (samples, reference)]
+        if widths[0] != widths[1]:
+            raise EvaluationError(
+                f"the samples have {widths[0]} spatial features (mu_s) and the reference {widths[1]}: take statistics "
+                "of the same network, or leave mu_s and sigma_s out of the file"
+            )
         sfid = float(reference.spatial.distance(samples.spatial))
     if samples.features is not None and reference.features is not None:
         precision, recall = precision_recall(reference.features.pooled, samples.features.pooled, NEIGHBOURS)
