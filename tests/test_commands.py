@@ -14,6 +14,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 from vapi_fast import commands
+from vapi_fast.graphs import CaptureError
 from vapi_fast.samples import GenerateConfig, Sampler
 from vapi_fast.scoring import EvaluateConfig
 
@@ -100,6 +101,7 @@ def test_a_failure_is_one_line(
         (torch.OutOfMemoryError("CUDA out of memory\nlong story"), "out of GPU memory: lower --batch-size"),
         (KeyboardInterrupt(), "interrupted; the same command goes on where it stopped"),
         (OSError("no space left on device"), "no space left on device"),
+        (CaptureError("decode([16, 64]) cannot be recorded: no\nadvice"), "decode([16, 64]) cannot be recorded: no"),
     ],
 )
 def test_a_run_that_breaks_off_says_what_to_do(

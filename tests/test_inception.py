@@ -100,6 +100,9 @@ def test_without_the_weights_it_says_what_to_fetch(monkeypatch: pytest.MonkeyPat
         raise error
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
-    with pytest.raises(CheckpointError, match=r"fetch that file .* put it at .*2015-12-05-6726825d.pth") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match=r"fetch that file .* pass --inception-weights FILE, or put it at .*2015-12-05-6726825d.pth",
+    ) as caught:
         load_inception()
     assert "\n" not in str(caught.value)

@@ -7,24 +7,28 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi_fast import generate, samples, tiny
+from vapi_fast import generate, sample_files, samples, tiny
 from vapi_fast.checkpoint import CheckpointError, save_generator
-from vapi_fast.conditions import parse_class_ids
+from vapi_fast.conditions import parse_class_ids, read_captions
 from vapi_fast.config import ConfigError
 from vapi_fast.data import DataError
+from vapi_fast.frozen import FrozenTokenizer
+from vapi_fast.generation import bytes_of_sequence
 from vapi_fast.heatmaps import save_entropy_maps
 from vapi_fast.image_sets import open_image_set
 from vapi_fast.models import LlamaGen, VQTokenizer
-from vapi_fast.samples import GenerateConfig, Sampler, draw_samples
+from vapi_fast.samples import GenerateConfig, Sampler, batch_that_fits, draw_samples, identity
 from vapi_fast.sheets import save_sheet
 
 
@@ -82,7 +86,10 @@ def test_manifest_says_what_every_image_is(png: Path, npz: Path) -> None:
     assert manifest["images"][4] == {"id": 4, "file": "images/000004.png", "class": 0, "seed": 5}
     assert manifest["configuration"]["cfg_scale"] == 1.5
     size = tiny.FILES.generator.stat().st_size
+    fingerprint = manifest["files"]["generator"].pop("blake2b")
+    assert fingerprint not in (manifest["files"]["tokenizer"]["blake2b"], "")
     assert manifest["files"]["generator"] == {"name": tiny.FILES.generator.name, "bytes": size}
+    assert manifest["draw"] == "token t of image i takes its random bits from seed, i and t alone"
     assert json.loads((npz / "manifest.json").read_text())["images"][4]["file"] == "samples.npz"
 
 
@@ -211,6 +218,19 @@ def test_captions_condition_a_text_model(tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
+def test_captions_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)
+    np.save(tmp_path / "captions.npy", features)
+    loaded, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = read_captions(tmp_path / "captions.npy", 5, 16).rows
+    assert isinstance(loaded[0], np.memmap)
+    assert rows.data_ptr() == loaded[0].ctypes.data
+    assert (rows.numpy() == features).all()
+
+
 def test_a_folder_of_another_run_is_left_alone(png: Path, tmp_path: Path) -> None:
     before = contents(png)
     other = tmp_path / "other.safetensors"
@@ -232,6 +252,112 @@ def test_a_folder_of_another_run_is_left_alone(png: Path, tmp_path: Path) -> Non
         draw_samples(config(tmp_path))
 
 
+def test_a_checkpoint_of_equal_name_and_size_is_another_one(tmp_path: Path) -> None:
+    model = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_generator(tmp_path / name / "aligned.pt", model.state_dict())
+        with torch.no_grad():
+            model.layers[1].attention.wo.weight[3, 4] += 1
+    sizes = {(tmp_path / name / "aligned.pt").stat().st_size for name in ("a", "b")}
+    assert len(sizes) == 1
+    draw_samples(config(tmp_path / "out", num=2, gpt_ckpt=tmp_path / "a/aligned.pt"))
+    before = contents(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"another run .generator is .* now.: choose another folder") as caught:
+        draw_samples(config(tmp_path / "out", num=2, gpt_ckpt=tmp_path / "b/aligned.pt"))
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "a").rename(tmp_path / "moved")
+    draw_samples(config(tmp_path / "out", num=2, gpt_ckpt=tmp_path / "moved/aligned.pt"))  # the same file elsewhere
+
+
+def test_a_large_file_is_known_by_samples_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "large.pt"
+    size = 64 << 20
+    with path.open("wb") as file:
+        file.truncate(size)
+    identities = {identity(path)["blake2b"]}
+    for place in (0, 1 << 19, size // 2, size - 1, size // 64 * 5, size // 64 * 63 + 1000):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        identities.add(identity(path)["blake2b"])
+    assert len(identities) == 7
+    with path.open("r+b") as file:
+        file.truncate(size - 1)
+    assert identity(path)["blake2b"] not in identities
+
+
+def test_leftovers_of_a_killed_run_do_not_stand_in_the_way(png: Path, tmp_path: Path) -> None:
+    (tmp_path / ".manifest.json.x1.tmp.json").write_text('{"half')
+    draw_samples(config(tmp_path))
+    assert contents(tmp_path) == contents(png)
+
+
+def test_images_are_decoded_by_the_frozen_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sampler = Sampler.load(config(tmp_path, batch_size=32), tiny.FILES.generator, torch.device("cpu"))
+    chunks = []
+    function = sampler.decode_tokens.function
+    assert isinstance(function.__self__, FrozenTokenizer)
+    monkeypatch.setattr(sampler.decode_tokens, "function", lambda x: chunks.append(len(x)) or function(x))
+    tokens = torch.randint(512, (20, 64), generator=torch.Generator().manual_seed(0))
+    sampler.batch_size = 32
+    decoded = sampler.decode(tokens)
+    assert chunks == [16, 16]
+    plain = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny").decode(tokens).detach().clamp(-1, 1)
+    assert (decoded - plain).abs().max() < 1e-4
+    counts = [(x * 127.5 + 127.5).round() for x in (decoded, plain)]
+    assert (counts[0] - counts[1]).abs().max() <= 1
+    assert (counts[0] != counts[1]).float().mean() < 1e-3
+
+
+def test_the_tokenizers_batch_has_its_place_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny")
+    one = bytes_of_sequence(model.config, torch.float32, torch.float32, guided=True)
+    rows = 16 * samples.DECODED_PIXEL_BYTES * 32**2 / one
+    settings = config(tmp_path)
+    for fitting, expected in ((math.ceil(rows) + 7, 7), (3, 1), (10**6, 256)):
+        monkeypatch.setattr(samples, "rows_that_fit", lambda *args, count=fitting, **kwargs: count)
+        assert batch_that_fits(settings, model, torch.device("cuda")) == expected
+    monkeypatch.setattr(samples, "rows_that_fit", lambda *args, **kwargs: 9)
+    assert batch_that_fits(settings, model, torch.device("cpu")) == 9
+
+
+def test_what_the_engine_refuses_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ValueError("kv_dtype 'fp8' needs a GPU of compute capability 8.9")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "check_engine", refuse)
+        with pytest.raises(ConfigError, match="'fp8' needs a GPU"):
+            draw_samples(config(tmp_path / "out", kv_dtype="fp8"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(samples, "guidance_scales", refuse)
+    with pytest.raises(ConfigError, match="'fp8' needs a GPU"):
+        draw_samples(config(tmp_path / "out"))
+
+
+def test_a_full_disk_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(sample_files, "save_file", full)
+    with pytest.raises(OSError, match=r"parts/000000.safetensors cannot be written \(.*No space left"):
+        draw_samples(config(tmp_path / "out", format="npz", num=2))
+    assert not list((tmp_path / "out/parts").iterdir())
+
+
+def test_a_part_damaged_before_the_merge_is_named(tmp_path: Path) -> None:
+    files = sample_files.NpzFiles(tmp_path, 2)
+    files.add([0, 1], torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    (tmp_path / "parts/000000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"parts/000000.safetensors is damaged .*: delete it"):
+        files.finish()
+    assert not (tmp_path / "samples.npz").exists()
+
+
 def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples.FORMATS["npz"], "finish", lambda self: None)
     monkeypatch.setattr(samples.FORMATS["npz"], "first", lambda self, count: torch.zeros(count, 3, 8, 8).byte())
@@ -246,6 +372,9 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({"cfg_scale": 0.5}, "--cfg-scale must be at least 1, got 0.5"),
         ({"cfg_scale": math.nan}, "--cfg-scale must be at least 1"),
+        ({"cfg_scale": math.inf}, "--cfg-scale must be finite and less than 2.63, got inf"),
+        ({"temperature": math.inf}, "--temperature must be greater than 0 and finite, got inf"),
+        ({"out": Path("x.npz")}, r"--out x.npz is a folder; the images go to OUT/samples.npz: leave out the .npz"),
         ({"num": 0}, "--num must be at least 1"),
         ({"top_p": 0.0}, "--top-p"),
         ({"cfg_power": 0.0}, "--cfg-power must be greater than 0"),
@@ -265,7 +394,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_bad_options(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(tmp_path / "out", **changes)
+        config(**({"out": tmp_path / "out"} | changes))
 
 
 def test_unknown_classes_and_misfitting_checkpoints_leave_no_folder(tmp_path: Path) -> None:
@@ -273,6 +402,8 @@ def test_unknown_classes_and_misfitting_checkpoints_leave_no_folder(tmp_path: Pa
         draw_samples(config(tmp_path / "out", class_ids="0,9,12"))
     with pytest.raises(CheckpointError, match="no weight named tok_embeddings"):
         draw_samples(config(tmp_path / "out", gpt_ckpt=tiny.FILES.tokenizer))
+    with pytest.raises(CheckpointError, match="no weight named tok_embeddings"):
+        draw_samples(config(tmp_path / "out", compare_ckpt=tiny.FILES.tokenizer))
     assert not (tmp_path / "out").exists()
 
 

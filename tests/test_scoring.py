@@ -196,10 +196,48 @@ def test_a_bad_npz_is_one_line(npz: Path, tmp_path: Path, damage: str) -> None:
     assert "pickle" not in str(caught.value)
 
 
+NO_COVARIANCES = (
+    {"sigma": np.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])},
+    {"sigma": np.diag([1.0, 1.0, -0.1])},
+    {"sigma": np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])},
+    {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+)
+
+
+def test_a_covariance_may_be_singular_and_rounded(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 40)) * np.geomspace(1, 1e-3, 40)
+    for index, sigma in enumerate((np.cov(rows.T).astype(np.float32), np.zeros((40, 40)))):
+        np.savez(tmp_path / f"{index}.npz", mu=np.zeros(40), sigma=sigma)
+        assert read_statistics(tmp_path / f"{index}.npz")["sigma"].shape == (40, 40)
+
+
+def test_statistics_of_another_width_than_the_features_are_one_line(
+    npz: Path, pixels: np.ndarray, features: list[Tensor], tmp_path: Path
+) -> None:
+    right = statistics(features[0], features[3])
+    for narrow, message in (
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "its mu has 3 features, those of .* are 128: take statistics of the"),
+        ({"mu_s": np.zeros(3), "sigma_s": np.eye(3)}, "its mu_s has 3 features, those of .* are 128: take"),
+    ):
+        np.savez(tmp_path / "both.npz", arr_0=pixels[:10], **(right | narrow))
+        with pytest.raises(EvaluationError, match=message) as caught:
+            evaluate(EvaluateConfig(model="tiny", samples=tmp_path / "both.npz", reference=tmp_path / "both.npz"))
+        assert "\n" not in str(caught.value)
+    np.savez(tmp_path / "reference.npz", **(right | {"mu_s": np.zeros(3), "sigma_s": np.eye(3)}))
+    with pytest.raises(EvaluationError, match=r"samples have 128 spatial features \(mu_s\) and the reference 3: take"):
+        evaluate(EvaluateConfig(model="tiny", samples=npz, reference=tmp_path / "reference.npz"))
+
+
 def test_bad_statistics_are_one_line(npz: Path, tmp_path: Path) -> None:
     path = tmp_path / "statistics.npz"
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
-    for wrong in ({"sigma": np.eye(2)}, {"mu": np.full(3, np.nan)}, {"mu_s": np.zeros(2)}, {"mu": np.array([None])}):
+    for wrong in (
+        {"sigma": np.eye(2)},
+        {"mu": np.full(3, np.nan)},
+        {"mu_s": np.zeros(2)},
+        {"mu": np.array([None])},
+        *NO_COVARIANCES,
+    ):
         np.savez(path, **(good | wrong))
         with pytest.raises(DataError, match=str(path)) as caught:
             read_statistics(path)

@@ -158,8 +158,8 @@ def read_statistics(path: Path) -> dict[str, Tensor] | None:
             raise DataError(f"{path}: {mean} or {covariance} has values that are not finite")
         if not is_covariance(found[covariance].double()):
             raise DataError(
-                f"{path}: {covariance} is not a covariance, which is symmetric and has no negative eigenvalue: make the "
-                "statistics again"
+                f"{path}: {covariance} is not a covariance, which is symmetric and has no negative eigenvalue: make "
+                "the statistics again"
             )
     return found
 

@@ -53,7 +53,8 @@ TINY: dict[str, Any] = {
 FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features"}
 LARGEST_BATCH = 256
 DECODE_BATCH = 16  # images in the tokenizer at once
-DECODED_PIXEL_BYTES = 4 * 256 * 2  # in the tokenizer: four bfloat16 maps of the widest level at full resolution
+# In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
+DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
 FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
 DRAW = "token t of image i takes its random bits from seed, i and t alone"
@@ -159,8 +160,9 @@ def draw_samples(config: GenerateConfig) -> None:
     """Draw `config.num` images into `config.out`; under torchrun the ranks share them (id mod world size).
 
     The folder then holds `images/` or `samples.npz`, `contact_sheet.png`, `manifest.json` (configuration, names and
-    fingerprints of the checkpoints, condition and seed of every image) and the pictures that were asked for. An image depends
-    on checkpoint, seed, condition and id alone. What an interrupted run left is kept; what is missing is drawn.
+    fingerprints of the checkpoints, condition and seed of every image) and the pictures that were asked for.
+    An image depends on checkpoint, seed, condition and id alone. What an interrupted run left is kept; what is missing
+    is drawn.
 
     Raises:
         ConfigError: the condition does not fit the checkpoint, or the folder holds something else; nothing was written.
@@ -191,6 +193,15 @@ def draw_samples(config: GenerateConfig) -> None:
             save_sheet(config.out / "contact_sheet.png", files.first(len(shown)), captions)
 
 
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the engine refuses is a matter of the flags: its ValueError becomes a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 class Sampler:
     """Draws the images of given ids from one checkpoint."""
 
@@ -204,8 +215,8 @@ class Sampler:
     ) -> None:
         self.config = config
         self.generator = generator
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.decode_tokens = Replayed(FrozenTokenizer(tokenizer, dtype, dtype).decode, graph_pool(device))
+        frozen = FrozenTokenizer(tokenizer, torch.float32, torch.float32)  # bf16 would move a quarter of the pixels
+        self.decode_tokens = Replayed(frozen.decode, graph_pool(device))
         self.conditions = conditions
         self.device = device
         limit = config.batch_size
@@ -233,31 +244,31 @@ class Sampler:
     @cached_property
     def decoder(self) -> Decoder:
         """The engine for batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
-        with refusals():
-            return Decoder(
-                self.generator,
-                groups=self.batch_size,
-                rollouts=1,
-                scales=guidance_scales(self.config.grid_size**2, **self.guidance),
-                masked=self.conditions.mask is not None,
-                cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
-                **self.filters,
-            )
+        return Decoder(
+            self.generator,
+            groups=self.batch_size,
+            rollouts=1,
+            scales=guidance_scales(self.config.grid_size**2, **self.guidance),
+            masked=self.conditions.mask is not None,
+            cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
+            **self.filters,
+        )
 
+    @refusals()
     def draw(self, ids: Tensor) -> Tensor:
         """Images uint8 `[n,3,S,S]`, on the CPU, of n ≤ batch_size ids."""
         filled = fill_up(ids, self.batch_size)
         condition, mask = self.conditions.of(filled, self.device)
-        with refusals():
-            drawn = self.decoder.draw(
-                condition,
-                condition_mask=mask,
-                sample_ids=filled.to(self.device),
-                first_rollout=0,
-                seed=self.config.seed,
-            )
+        drawn = self.decoder.draw(
+            condition,
+            condition_mask=mask,
+            sample_ids=filled.to(self.device),
+            first_rollout=0,
+            seed=self.config.seed,
+        )
         return (self.decode(drawn.tokens[: len(ids), 0]) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
+    @refusals()
     def preview(self, count: int) -> tuple[Tensor, Tensor]:
         """The first images, in [−1, 1], and the entropy in bits of the distribution each token was drawn from."""
         ids = torch.arange(count)
@@ -286,15 +297,6 @@ class Sampler:
                 decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
             images.append(decoded.clamp(-1, 1))
         return torch.cat(images)[: len(tokens)]
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What the engine refuses is a matter of the flags: its ValueError becomes a ConfigError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def batch_that_fits(config: GenerateConfig, generator: LlamaGen, device: torch.device) -> int:
