@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vapi_fast.data import DataError, ImageData, center_crop
+from vapi_fast.data import DataError, ImageBatch, ImageData, ahead, center_crop
 
 SIZE = 8
 
@@ -526,3 +526,26 @@ class TestBackground:
         with pytest.raises(RuntimeError, match="a bug, not a bad image"):
             next(data.batches(4, 10, seed=0))
         assert self.decoders() == []
+
+
+def test_ahead_gives_the_same_batches_and_errors() -> None:
+    made = []
+
+    def batches(count):
+        for step in range(count):
+            made.append(step)
+            if step == 3:
+                raise DataError("the fourth is damaged")
+            yield ImageBatch(*(torch.full((2,), step) for _ in range(4)))
+
+    taken = []
+    with pytest.raises(DataError, match="fourth"):
+        for batch in ahead(batches(5), torch.device("cpu")):
+            taken.append(int(batch.labels[0]))
+    assert taken == [0, 1, 2]
+    assert [int(batch.images[0]) for batch in ahead(batches(2), torch.device("cpu"))] == [0, 1]
+    made.clear()
+    stream = ahead(batches(3), torch.device("cpu"))
+    next(stream)
+    stream.close()
+    assert made in ([0], [0, 1])  # the next one was under way at most

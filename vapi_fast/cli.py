@@ -110,6 +110,7 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
         traceback.print_exc()
         code = FAILURE
     if code and dist.is_initialized():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code

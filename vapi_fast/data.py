@@ -238,14 +238,17 @@ class ImageData:
         return labels
 
 
-def ahead(batches: Iterator[ImageBatch], *, pin: bool) -> Iterator[ImageBatch]:
-    """The same batches, the next one made in the background; pinned, a GPU can fetch it while the host goes on."""
+def ahead(batches: Iterator[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
+    """The same batches, the next one made in the background; pinned, so that a GPU can fetch it meanwhile."""
+    gpu = device.type == "cuda"
 
     def following() -> ImageBatch | None:
         batch = next(batches, None)
-        return ImageBatch(*(value.pin_memory() for value in batch)) if batch is not None and pin else batch
+        return ImageBatch(*(value.pin_memory() for value in batch)) if batch is not None and gpu else batch
 
-    with ThreadPoolExecutor(1, thread_name_prefix="vapi-fast-data") as thread:
+    # A thread starts on GPU 0, and pinning memory would take some of it.
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if gpu else {}
+    with ThreadPoolExecutor(1, thread_name_prefix="vapi-fast-data", **start) as thread:
         coming = thread.submit(following)
         while (batch := coming.result()) is not None:
             coming = thread.submit(following)

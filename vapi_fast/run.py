@@ -216,7 +216,7 @@ class Run:
         batches = iter(
             self.data.batches(config.batch_size, config.steps, seed=config.seed, start_step=start_step, **shares)
         )
-        batches = ahead(batches, pin=self.device.type == "cuda")
+        batches = ahead(batches, self.device)
         with contextlib.ExitStack() as stack:
             self.terminated = stack.enter_context(termination())
             stack.callback(batches.close)
