@@ -46,7 +46,6 @@ MEASURE = "measure"
 BUDGET = {"encode": 0.10, "forward": 0.42, "decode": 1.3, "lpips": 0.25, "loss": 0.04, "backward": 0.85}
 BUDGET |= {"optimizer": 0.03, "total": 2.95}
 BUDGETED = {"model": "xxl", "image_size": 384, "batch_size": 128, "group_size": 8, "method": "vapi", "prior": "ce"}
-ONCE = ("startup",)  # stages that are no part of a step
 
 HEADER = f"{'stage':<10}{'TFLOP':>9}{'GB':>9}{'bound':>8}{'floor s':>10}"
 BUDGET_HEADER = f"{'budget s':>10}"
@@ -153,9 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run:
         record = json.loads(options.run.read_text())
         config, processes = record["config"], record.get("processes", 1)
-        steps = len(record.get("step_seconds") or record["reward"])  # of a resumed run, those that were timed
-        stages = record["seconds"]["stages"]
-        seconds = {stage: value / steps for stage, value in stages.items() if stage not in ONCE}
+        seconds = {stage: figures["seconds"] for stage, figures in record["stages"].items()}
     sizes = ("image_size", "batch_size", "group_size", "micro_batch")
     config |= {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
     if options.gpu == MEASURE:

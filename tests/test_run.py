@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import roofline
 import torch
 from PIL import Image
 from reference_step import published_step
@@ -76,7 +77,10 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert compared["speedup"]["backward"] == pytest.approx(
         compared["stages"]["published_recipe"]["backward"] / compared["stages"]["vapi_fast"]["backward"]
     )
+    assert roofline.main([str(output / "run.json"), "--gpu", "h100"]) == 0
     printed = capsys.readouterr().out
+    decode = f"{record['stages']['decode']['seconds']:.4f}"  # in the run's own table and in the roofline's
+    assert sum(line.startswith("decode") and decode in line for line in printed.splitlines()) >= 2
     for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster", "of matmul", "gradients differ by"):
         assert text in printed
 
