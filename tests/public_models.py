@@ -5,6 +5,7 @@ Written for these tests; what they compute is what `FoundationVision/LlamaGen` c
 
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
@@ -219,8 +220,10 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     sample_logits: bool = True,
+    cfg_type: str = "constant",
+    cfg_power: float = 1.0,
 ) -> Tensor:
-    """LlamaGen's loop over a static cache."""
+    """LlamaGen's loop over a static cache, with the guidance schedule of VA-π's fork."""
     guided, batch = cfg_scale > 1, len(cond)
     prefix = 1 if model.model_type == "c2i" else cond.shape[1]
     if guided:
@@ -232,20 +235,24 @@ def generate(
         model.causal_mask[:, :, :prefix] &= emb_masks.bool().repeat(len(cond) // batch, 1)[:, None]
         model.causal_mask |= torch.eye(model.max_seq_length, dtype=torch.bool)
 
-    def draw(logits: Tensor, with_guidance: bool) -> Tensor:
+    def draw(logits: Tensor, with_guidance: bool, scale: float) -> Tensor:
         logits = logits[:, -1]
         if guided:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (conditional - unconditional) * cfg_scale if with_guidance else conditional
+            logits = unconditional + (conditional - unconditional) * scale if with_guidance else conditional
         probabilities = filter_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(-1)
         return torch.multinomial(probabilities, 1) if sample_logits else probabilities.argmax(-1, keepdim=True)
 
-    tokens = [draw(model(None, cond, torch.arange(prefix))[0], True)]
+    tokens = [draw(model(None, cond, torch.arange(prefix))[0], True, cfg_scale)]
     position = torch.tensor([prefix], dtype=torch.int)
     for step in range(max_new_tokens - 1):
         last = torch.cat([tokens[-1]] * (2 if guided else 1))
         logits, _ = model(last, cond_idx=None, input_pos=position)
-        tokens.append(draw(logits, cfg_interval < 0 or step <= cfg_interval))
+        scale = cfg_scale
+        if cfg_type == "power-cosine":
+            rise = 0.5 - 0.5 * math.cos(math.pi * (step / (max_new_tokens - 1)) ** cfg_power)
+            scale = 1 + (cfg_scale - 1) * rise
+        tokens.append(draw(logits, cfg_interval < 0 or step <= cfg_interval, scale))
         position += 1
     return torch.cat(tokens, dim=1).int()
 

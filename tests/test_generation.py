@@ -245,6 +245,17 @@ def test_guidance_scales() -> None:
     scales = guidance_scales(4, 3.0, schedule="power-cosine", power=2.0)
     assert scales == pytest.approx([1 + (1 - math.cos(math.pi * share**2)) for share in (0, 0.25, 0.5, 0.75)])
     assert guidance_scales(4, 3.0, schedule="power-cosine", interval=1)[2:] == pytest.approx([2.0, 1.0])
+    assert guidance_scales(3, [1, 2.5, 1]) == [1.0, 2.5, 1.0]
+    with pytest.raises(ValueError, match="cfg_scale must be a number, or 3 of them, one for each token"):
+        guidance_scales(3, [1.0, 2.0])
+    with pytest.raises(ValueError, match="cfg_interval and cfg_schedule make one number into a schedule"):
+        guidance_scales(3, [1.0, 2.0, 1.0], interval=1)
+
+
+def test_guidance_given_token_by_token() -> None:
+    by_name = generate(make_model(), classes(1, 2), cfg_scale=3.0, cfg_schedule="power-cosine", seed=3)
+    scales = guidance_scales(16, 3.0, schedule="power-cosine")
+    assert torch.equal(generate(make_model(), classes(1, 2), cfg_scale=scales, seed=3), by_name)
 
 
 def test_logprobs_are_those_of_a_teacher_forced_forward() -> None:

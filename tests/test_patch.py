@@ -162,6 +162,18 @@ def test_generate_draws_what_multinomial_draws_from_the_same_numbers(
     assert torch.equal(patch.generate(model, condition, 9, seed=11, **options), expected)
 
 
+@pytest.mark.parametrize("changes", [{}, {"cfg_power": 2.5}, {"cfg_interval": 3}, {"cfg_scale": 1.0}])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_generate_with_the_schedule_of_va_pis_fork(model: Transformer, changes: dict[str, Any], count: int) -> None:
+    _, condition = example(model)
+    options = {"cfg_scale": 6.0, "cfg_type": "power-cosine", "sample_logits": False} | changes
+    expected = public_models.generate(model, condition, count, **options)
+    assert torch.equal(patch.generate(model, condition, count, **options), expected)
+    if not changes and count == 9:
+        constant = patch.generate(model, condition, count, **(options | {"cfg_type": "constant"}))
+        assert not torch.equal(constant, expected)
+
+
 def test_generate_follows_the_distribution_and_the_global_seed(model: Transformer) -> None:
     count = 4000
     condition = torch.zeros(count, dtype=torch.long)
@@ -185,7 +197,7 @@ def first_logits(model: Transformer) -> Tensor:
     ("arguments", "message"),
     [
         ({"max_new_tokens": 10}, "max_new_tokens must be in 1…9"),
-        ({"cfg_type": "power-cosine"}, "cfg_type must be 'constant'"),
+        ({"cfg_type": "cosine"}, "cfg_type must be 'constant' or 'power-cosine', got 'cosine'"),
         ({"emb_masks": torch.ones(BATCH, 1)}, "condition_mask is for text-conditioned models"),
     ],
 )

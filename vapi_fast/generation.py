@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def sample_groups(
     group_size: int,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
-    cfg_scale: float = 1.0,
+    cfg_scale: float | Sequence[float] = 1.0,
     cfg_interval: int = -1,
     cfg_schedule: str = "constant",
     cfg_power: float = 1.0,
@@ -120,12 +121,12 @@ def sample_groups(
 
 
 def guidance_scales(
-    length: int, scale: float, interval: int = -1, schedule: str = "constant", power: float = 1.0
+    length: int, scale: float | Sequence[float], interval: int = -1, schedule: str = "constant", power: float = 1.0
 ) -> list[float]:
     """Classifier-free guidance s(t) of each of `length` tokens: uncond + s(t) · (cond − uncond), of the logits.
 
     Args:
-        scale: s ≥ 1; 1 is no guidance.
+        scale: s ≥ 1; 1 is no guidance. Or all s(t), one for each token; the others then stay default.
         interval: as LlamaGen's cfg_interval: if not negative, s(t) = 1 for t > interval + 1 (it counts from the second
             token). The unconditional half of the batch is then left out.
         schedule: "constant", s(t) = s; or "power-cosine", s(t) = 1 + (s − 1) · (1 − cos(π · (t / length)^power)) / 2,
@@ -135,6 +136,8 @@ def guidance_scales(
     Raises:
         ValueError: an argument out of range.
     """
+    if isinstance(scale, Sequence):
+        return checked_scales(length, scale, interval, schedule)
     if not 1 <= scale < math.inf:
         raise ValueError(f"cfg_scale must be at least 1 (no guidance) and finite, got {scale}")
     if schedule not in CFG_SCHEDULES:
@@ -146,6 +149,17 @@ def guidance_scales(
         scales = [1 + (scale - 1) * (1 - math.cos(math.pi * (t / length) ** power)) / 2 for t in range(length)]
     last = length if interval < 0 else interval + 1
     return [value if t <= last else 1.0 for t, value in enumerate(scales)]
+
+
+def checked_scales(length: int, scales: Sequence[float], interval: int, schedule: str) -> list[float]:
+    if len(scales) != length or not all(1 <= scale < math.inf for scale in scales):
+        raise ValueError(
+            f"cfg_scale must be a number, or {length} of them, one for each token, all at least 1 and finite; got "
+            f"{len(scales)}: {list(scales[:4])} …"
+        )
+    if interval != -1 or schedule != "constant":
+        raise ValueError("cfg_interval and cfg_schedule make one number into a schedule: cfg_scale is one already")
+    return [float(scale) for scale in scales]
 
 
 def checked_condition(model: LlamaGen, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

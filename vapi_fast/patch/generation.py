@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from vapi_fast.generation import sample_groups
+from vapi_fast.generation import guidance_scales, sample_groups
 
 from .views import as_llamagen
 
@@ -33,7 +35,8 @@ def generate(
     """LlamaGen's `generate` with its own arguments: the same distributions, and the same tokens where they are greedy.
 
     Draws come from a counter-based generator instead of `torch.multinomial`. The model itself is not touched: it gets
-    no caches.
+    no caches. A call keeps nothing afterwards, so that on a GPU each captures its CUDA graphs anew: draw many images by
+    few calls, or by `vapi-fast generate`.
 
     Args:
         model: a LlamaGen `Transformer`, patched or not; DDP and torch.compile around it are looked through.
@@ -43,7 +46,7 @@ def generate(
         cfg_scale, cfg_interval: classifier-free guidance, none for cfg_scale ≤ 1.
         temperature, top_k, top_p: of the draws, as LlamaGen's.
         sample_logits: False takes the most likely token each time.
-        cfg_type, cfg_power: taken for VA-π's fork; only "constant" is the same here.
+        cfg_type, cfg_power: as VA-π's fork has them: "constant", or "power-cosine", see `power_cosine_scales`.
         seed: of the draws; None takes one from PyTorch's generator, so that `torch.manual_seed` decides it.
 
     Returns:
@@ -58,27 +61,39 @@ def generate(
         raise ValueError(
             f"generate: max_new_tokens must be in 1…{length}, this model's block_size, got {max_new_tokens}"
         )
-    if cfg_type != "constant":
-        raise ValueError(
-            f"generate: cfg_type must be 'constant', got {cfg_type!r}; vapi_fast.generate(as_llamagen(model), …, "
-            "cfg_schedule='power-cosine') has a schedule that starts at the first token instead of the second"
-        )
+    if cfg_type not in ("constant", "power-cosine"):
+        raise ValueError(f"generate: cfg_type must be 'constant' or 'power-cosine', got {cfg_type!r}")
     if cfg_scale > 1 and not captions and len(view.cls_embedding.embedding_table.weight) <= view.config.num_classes:
         raise ValueError("generate: guidance needs an unconditional class, and this model was built without one")
     if not sample_logits:
         temperature, top_k, top_p = 1.0, 1, 1.0
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    scales = guidance_scales(length, max(cfg_scale, 1.0), cfg_interval)
+    if cfg_type == "power-cosine" and cfg_scale > 1:
+        scales = power_cosine_scales(length, max_new_tokens, cfg_scale, cfg_interval, cfg_power)
     tokens = sample_groups(
         view,
         cond if captions else cond.long(),
         group_size=1,
         seed=seed,
-        cfg_scale=max(cfg_scale, 1.0),
-        cfg_interval=cfg_interval,
+        cfg_scale=scales,
         temperature=max(temperature, LEAST_TEMPERATURE),
         top_k=top_k,
         top_p=min(max(top_p, LEAST_TOP_P), 1.0),
         condition_mask=None if emb_masks is None else emb_masks.bool(),
     ).tokens
     return tokens[:, 0, :max_new_tokens].int()
+
+
+def power_cosine_scales(length: int, drawn: int, scale: float, interval: int, power: float) -> list[float]:
+    """Guidance by token in VA-π's fork: s for the first, then 1 + (s − 1) · (1 − cos(π · (i / n)^power)) / 2.
+
+    i = 0, 1, … counts from the second token, n = drawn − 1; none for i > interval if that is not negative.
+    """
+    scales = [1.0] * length
+    scales[0] = scale
+    last = drawn - 2 if interval < 0 else min(interval, drawn - 2)
+    for i in range(last + 1):
+        scales[i + 1] = 1 + (scale - 1) * (1 - math.cos(math.pi * (i / (drawn - 1)) ** power)) / 2
+    return scales
