@@ -175,7 +175,7 @@ def step(bench: Bench) -> Iterator[Step]:
     precision = torch.get_float32_matmul_precision()
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in a run and as published
-    batches = [type(batch)(*(value.to(bench.device) for value in batch)) for batch in batches]
+    batches = [batch.to(bench.device) for batch in batches]
     yield Step(load_models(config, bench.device), config, batches)
     torch.set_float32_matmul_precision(precision)
     gc.collect()

@@ -31,8 +31,7 @@ columns = [("before", models.tokenizer.decode(generate(models.generator, classes
 
 data = ImageData(config.data, config.image_size)
 for step, batch in enumerate(data.batches(config.batch_size, config.steps, seed=config.seed)):
-    on_device = type(batch)(*(value.to(device) for value in batch))
-    metrics, _ = align_step(trainer, on_device, step).read()
+    metrics, _ = align_step(trainer, batch.to(device), step).read()
     print(f"step {step + 1}: reward {metrics['reward']:.4f}, mse {metrics['mse']:.4f}, lpips {metrics['lpips']:.4f}")
 
 columns.append(("aligned", models.tokenizer.decode(generate(models.generator, classes, seed=1))))

@@ -168,13 +168,14 @@ def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(run.tqdm, "set_postfix", interrupt)
-        assert vapi_fast(*small, "--steps", "3") == (
-            1,
-            "vapi-fast: error: interrupted; --resume goes on from the last saved state",
-        )
+        assert vapi_fast(*small, "--steps", "3") == (1, "vapi-fast: error: interrupted; nothing was saved yet")
     code, error = vapi_fast(*small, "--steps", "3", "--resume")
     assert code == 2
-    assert "holds no snapshots" in error  # nothing was saved before the first step ended
+    assert "holds no snapshots" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "gradients_of", lambda self, step: interrupt if step else run.accumulate_gradients)
+        again = "go on from the last saved state with --resume --output-dir out"
+        assert vapi_fast(*small, "--steps", "3") == (1, f"vapi-fast: error: interrupted; {again}")
 
 
 def test_out_of_memory_says_which_flag_to_lower(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,10 @@ def stop_early(run: Alignment) -> int:
     assert run.send(signal.SIGTERM) == 1
     newest = saved_steps(run.snapshots)[-1]
     last = run.log.read_text().splitlines()[-1]
-    assert last == f"vapi-fast: error: stopped by SIGTERM after step {newest}; --resume goes on from it"
+    assert (
+        last
+        == f"vapi-fast: error: stopped by SIGTERM after step {newest}; go on with --resume --output-dir {run.output}"
+    )
     assert 2 <= newest < STEPS
     return newest
 
@@ -158,7 +161,7 @@ def test_sigterm_saves_the_state(tmp_path: Path, undisturbed: Alignment) -> None
     assert run.wait_for((run.output / "tensorboard").exists)
     assert run.send(signal.SIGTERM) == 1
     (step,) = saved_steps(run.snapshots)
-    assert f"stopped by SIGTERM after step {step}; --resume goes on from it" in run.log.read_text()
+    assert f"stopped by SIGTERM after step {step}; go on with --resume --output-dir {run.output}" in run.log.read_text()
     assert 1 <= step < STEPS
     run.complete()
     assert_same_end(run, undisturbed)

@@ -119,6 +119,21 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Pa
     assert not (tmp_path / "half" / "snapshots").exists()
 
 
+def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_config: Make, monkeypatch: Any) -> None:
+    evaluated = {"evaluate": True, "eval_samples": 8, "eval_batch": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "align_step", interrupted_at(0))
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(**evaluated))
+    measured = []
+    measure = run.Run.measure
+    monkeypatch.setattr(run.Run, "measure", lambda self, name: (measured.append(name), measure(self, name)))
+    record = vapi_fast.align(tiny_config(**evaluated, resume=True))
+    assert measured == ["aligned"]
+    assert record["base"]["fid"] > 0
+    assert len(record["reward"]) == 2
+
+
 def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run, "align_step", interrupted_at(1))

@@ -67,12 +67,14 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
 
 
 def read_models(config: AlignConfig) -> tuple[LlamaGen, VQTokenizer, LPIPS]:
+    """The files that may be wrong come first: what LPIPS needs may have to be downloaded."""
     tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
+    generator = LlamaGen.from_checkpoint(config.gpt_ckpt, config.model, grid_size=config.grid_size)
     if config.vgg_weights is None:
         lpips = LPIPS.from_name(config.lpips)
     else:
         lpips = LPIPS.from_checkpoint(config.vgg_weights, config.lpips)
-    return LlamaGen.from_checkpoint(config.gpt_ckpt, config.model, grid_size=config.grid_size), tokenizer, lpips
+    return generator, tokenizer, lpips
 
 
 def random_models(config: AlignConfig, device: torch.device) -> tuple[LlamaGen, VQTokenizer, LPIPS]:
@@ -259,9 +261,7 @@ class StepResult:
         if bad:
             raise NonFiniteError(next(filter(None, gather_objects(self.reason()))))
         if not torch.tensor(norm).isfinite():
-            raise NonFiniteError(
-                "the gradient is not finite though the loss is (stage backward): lower --lr, or go on in float32"
-            )
+            raise NonFiniteError("the gradient is not finite though the loss is (stage backward): lower --lr")
         return dict(zip(METRICS, metrics, strict=True)) | {"gradient_norm": norm}, bool(stop)
 
     def reason(self) -> str:

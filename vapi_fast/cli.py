@@ -117,8 +117,10 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
 
 
 def align_status(options: argparse.Namespace, published_step: PublishedStep | None) -> int:
+    config = None
     try:
-        align(AlignConfig(**vars(options)), published_step=published_step, started=process_start())
+        config = AlignConfig(**vars(options))
+        align(config, published_step=published_step, started=process_start())
     except ConfigError as error:
         return fail(USAGE_ERROR, error)
     except torch.OutOfMemoryError:
@@ -126,8 +128,14 @@ def align_status(options: argparse.Namespace, published_step: PublishedStep | No
     except (CaptureError, CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
-        return fail(FAILURE, "interrupted; --resume goes on from the last saved state")
+        return fail(FAILURE, interrupted(config))
     return 0
+
+
+def interrupted(config: AlignConfig | None) -> str:
+    if config is None or not any(config.snapshots.glob("step-*")):
+        return "interrupted; nothing was saved yet"
+    return f"interrupted; go on from the last saved state with --resume --output-dir {config.output_dir}"
 
 
 def process_start() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -130,5 +131,7 @@ def run_command(command: Callable[[], None], interrupted: str) -> int:
 
 
 def fail(code: int, error: object) -> int:
-    print(f"vapi-fast: error: {error}", file=sys.stderr)
+    """Print the error; of one that all processes of a machine have alike, that of the first."""
+    if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"vapi-fast: error: {error}\n")  # as one piece: other processes write there too
     return code

@@ -115,7 +115,8 @@ class AlignConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.model.lower() not in LLAMAGEN_CONFIGS:
+        object.__setattr__(self, "model", self.model.lower())
+        if self.model not in LLAMAGEN_CONFIGS:
             raise ConfigError(f"--model {self.model}: unknown, choose one of {', '.join(LLAMAGEN_CONFIGS)}")
         preset = TINY if self.model == "tiny" else PAPER
         for field in dataclasses.fields(self):

@@ -168,7 +168,8 @@ class Run:
         optimizer = type(self.trainer.optimizer)
         text = f"aligning {config.model} on {processes}{where}: attention by {attention_backend(self.device)}, "
         text += f"{optimizer.__module__.partition('.')[0]}'s {optimizer.__name__}"
-        return text + (f"\nmemory a GPU, as planned: {self.plan}" if self.plan else "")
+        text += f"; results in {config.output_dir}"
+        return text + (f"\nmemory per GPU, as planned: {self.plan}" if self.plan else "")
 
     def execute(self) -> dict[str, Any]:
         try:
@@ -184,10 +185,11 @@ class Run:
             start_step = self.load_state()
         elif self.evaluator:
             self.measure("base")
+            self.save_state(0)  # the measurement can take longer than the alignment
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
         self.align(start_step)
         if self.evaluator:
-            self.save_state(self.config.steps)  # the measurement can take longer than the alignment
+            self.save_state(self.config.steps)
             self.measure("aligned")
             self.picture("aligned sample")
         return self.write_results()
@@ -252,7 +254,7 @@ class Run:
         self.align_started = time.perf_counter()
         for step in range(start_step, self.config.steps):
             with self.clock("data"):
-                batch = ImageBatch(*(value.to(self.device, non_blocking=True) for value in next(batches)))
+                batch = next(batches).to(self.device)
             stop = self.terminated.is_set()
             result = align_step(self.trainer, batch, step, gradients=self.gradients_of(step), stop=stop)
             self.clock.end_step()
@@ -268,7 +270,8 @@ class Run:
             if (due or self.stopping) and not last:
                 self.save_state(step + 1)
             if self.stopping and not last:
-                raise StoppedError(f"stopped by SIGTERM after step {step + 1}; --resume goes on from it")
+                again = f"--resume --output-dir {self.config.output_dir}"
+                raise StoppedError(f"stopped by SIGTERM after step {step + 1}; go on with {again}")
 
     def gradients_of(self, step: int) -> Any:
         """What computes a step's gradients: ours, the published recipe, or ours beside it."""

@@ -1,4 +1,4 @@
-"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (under 90 minutes, two cores).
+"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (about 50 minutes, two cores).
 
     python -m vapi_fast.tiny.build [--output-dir DIR] [--only images|perceptual|tokenizer|generator]
 
