@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from vapi_fast import AlignConfig, generate
-from vapi_fast.alignment import Trainer, align_step, load_models
+from vapi_fast.alignment import align_step, load_models, make_trainer
 from vapi_fast.checkpoint import save_generator
 from vapi_fast.data import ImageData
-from vapi_fast.optimization import make_optimizer
 from vapi_fast.pictures import save_grid
 
 parser = argparse.ArgumentParser()
@@ -24,8 +22,7 @@ options.out.mkdir(parents=True, exist_ok=True)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 config = AlignConfig(model="tiny", steps=options.steps)  # 32 images × 8 rollouts a step
 models = load_models(config, device)
-optimizer = make_optimizer(models.generator, config)
-trainer = Trainer(models, optimizer, config, clock=nullcontext, failed=torch.zeros((), device=device))
+trainer = make_trainer(models, config)
 classes = torch.arange(9, device=device)
 columns = [("before", models.tokenizer.decode(generate(models.generator, classes, seed=1)))]
 

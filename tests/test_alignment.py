@@ -13,9 +13,8 @@ from reference_step import published_step
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment import METRICS, Models, NonFiniteError, Trainer, accumulate_gradients, align_step
+from vapi_fast.alignment import METRICS, Models, NonFiniteError, accumulate_gradients, align_step, make_trainer
 from vapi_fast.data import ImageBatch
-from vapi_fast.optimization import make_optimizer
 from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
 
 Make = Callable[..., AlignConfig]
@@ -33,11 +32,6 @@ def accumulated(models: Models, config: AlignConfig, batch: ImageBatch, seed: in
     """Our gradients, added to the generator's, and the means of METRICS."""
     means = accumulate_gradients(models, config, batch, seed, nullcontext).means
     return dict(zip(METRICS, means.tolist(), strict=True))
-
-
-def trainer_of(models: Models, config: AlignConfig) -> Trainer:
-    optimizer = make_optimizer(models.generator, config)
-    return Trainer(models, optimizer, config, nullcontext, torch.zeros(()))
 
 
 def our_gradient(models: Models, config: AlignConfig, batch: ImageBatch, step: int = 3) -> tuple[float, Tensor]:
@@ -123,7 +117,7 @@ def test_steps_improve_what_they_optimise(
 ) -> None:
     """Ten steps on one batch raise the reward of new draws (lower the cross-entropy)."""
     config = tiny_config(method=method, lr=lr, prior_weight=0.0, group_size=16)
-    trainer = trainer_of(tiny_models, config)
+    trainer = make_trainer(tiny_models, config)
     measured = [align_step(trainer, tiny_batch, s).read()[0][metric] for s in range(10)]
     gain = sum(measured[-3:]) / 3 - sum(measured[:3]) / 3
     assert gain > 0.02 if metric == "reward" else gain < -0.1, measured
@@ -143,7 +137,7 @@ def test_dropout_changes_the_forward_only_when_asked(
 def test_non_finite_stops_before_the_optimizer_step(
     tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(tiny_models, tiny_config())
+    trainer = make_trainer(tiny_models, tiny_config())
     before = copy.deepcopy(tiny_models.generator.state_dict())
     batch = tiny_batch
     if broken == "reward":

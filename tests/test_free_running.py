@@ -14,12 +14,11 @@ from torch import Tensor
 
 import vapi_fast
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment import METRICS, Models, Trainer, align_step
+from vapi_fast.alignment import METRICS, Models, align_step, make_trainer
 from vapi_fast.config import ConfigError
 from vapi_fast.data import ImageBatch
 from vapi_fast.free_running import accumulate_free_gradients, draw
 from vapi_fast.generation import generate
-from vapi_fast.optimization import make_optimizer
 
 Make = Callable[..., AlignConfig]
 SEED = 11
@@ -109,8 +108,7 @@ def test_steps_raise_the_reward_that_was_asked_for(
     tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, rollouts: str
 ) -> None:
     config = tiny_config(rollouts=rollouts, reward=BRIGHTNESS, prior_weight=0.0, lr=1e-4, group_size=8)
-    optimizer = make_optimizer(tiny_models.generator, config)
-    trainer = Trainer(tiny_models, optimizer, config, nullcontext, torch.zeros(()))
+    trainer = make_trainer(tiny_models, config)
     options = {"gradients": accumulate_free_gradients} if rollouts == "free" else {}
     rewards = [align_step(trainer, tiny_batch, step, **options).read()[0]["reward"] for step in range(8)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.02, rewards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from vapi_fast.data import ImageBatch
 from vapi_fast.distributed import gather_objects, rank, reduce_at, sum_over_ranks
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
-from vapi_fast.optimization import clip_gradients, step_unless
+from vapi_fast.optimization import clip_gradients, make_optimizer, step_unless
 from vapi_fast.reward import PixelReward
 from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
 
@@ -231,6 +232,12 @@ class Trainer:
     config: AlignConfig
     clock: Clock
     failed: Tensor
+
+
+def make_trainer(models: Models, config: AlignConfig, clock: Clock = nullcontext) -> Trainer:
+    """What `align_step` needs, with AdamW over the generator as it is now: shard it before."""
+    device = models.generator.output.weight.device
+    return Trainer(models, make_optimizer(models.generator, config), config, clock, torch.zeros((), device=device))
 
 
 class StepResult:

@@ -120,4 +120,5 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 def save_generator(path: str | Path, state: dict[str, Tensor]) -> None:
     """Write a generator's weights as LlamaGen's FSDP export does: a bare state dict of CPU tensors."""
+    state = {key: value.cpu() for key, value in state.items()}
     write_atomically(path, lambda temporary: torch.save(state, temporary))

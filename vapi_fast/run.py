@@ -22,10 +22,10 @@ from vapi_fast.accelerators import attention_backend, nvml
 from vapi_fast.alignment import (
     NonFiniteError,
     StepResult,
-    Trainer,
     accumulate_gradients,
     align_step,
     load_models,
+    make_trainer,
 )
 from vapi_fast.ceilings import measure
 from vapi_fast.checkpoint import save_generator
@@ -38,7 +38,6 @@ from vapi_fast.energy import EnergyMeter
 from vapi_fast.free_running import accumulate_free_gradients
 from vapi_fast.measurement import Evaluator, Measurement
 from vapi_fast.models.llamagen import llamagen_config
-from vapi_fast.optimization import make_optimizer
 from vapi_fast.snapshots import Snapshots
 from vapi_fast.synthetic import SyntheticData
 
@@ -147,8 +146,7 @@ class Run:
             self.data = ImageData(config.data, config.image_size, num_classes=classes)
         self.evaluator = Evaluator(config, models, device) if config.evaluate else None
         shard(models.generator, reshard_after_forward=self.plan is None or self.plan.reshard_after_forward)
-        optimizer = make_optimizer(models.generator, config)
-        self.trainer = Trainer(models, optimizer, config, self.clock, torch.zeros((), device=device))
+        self.trainer = make_trainer(models, config, self.clock)
         self.snapshots = Snapshots(config.snapshots)
         self.published_step = published_step
         self.comparison = Comparison(published_step, device) if config.path == "both" else None

@@ -1,0 +1,223 @@
+"""README.md and docs/: commands run, as they stand but for sizes; flags, defaults, messages and links are true."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from public_models import LPIPS, Transformer, VQModel, randomised
+
+import vapi_fast
+from vapi_fast import AlignConfig, cli, commands, tiny
+from vapi_fast.checkpoint import load_state_dict
+from vapi_fast.data import ImageData
+from vapi_fast.samples import GenerateConfig
+from vapi_fast.scoring import EvaluateConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+README = PAGES["README.md"]
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+PROGRAMS = ("torchrun ", "vapi-fast ", "python ", "pytest ", "bash ", "cmake ")
+INLINE = sorted(
+    {code for text in PAGES.values() for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(PROGRAMS)}
+)
+INLINE = [code for code in INLINE if not any(code in block for block in BLOCKS)]
+IMAGES = 20
+
+# What makes a command small: of two equal flags the last counts.
+ADDED = {
+    "e2e_align.py": "--steps 2 --batch-size 4 --micro-batch 2 --eval-samples 20",
+    "vapi-fast generate": f"--num-images {IMAGES}",
+    "pytest benchmarks/": "-k 'mse and forward' -p no:cacheprovider",
+}
+REPLACED = {
+    "--model xxl": "--model tiny",
+    "--nproc_per_node=8": "--nproc_per_node=2",
+    "--nnodes=4": "--nnodes=1",
+    "--save-size 256": "--save-size 32",
+    "cmake -B build": f"cmake -S {ROOT} -B build -DPython3_EXECUTABLE={sys.executable} -DARCHITECTURES=sm_90",
+}
+# For a GPU, of many minutes, or no whole commands: what is added here, and the exit code and output then.
+STARTED = {
+    "python -m vapi_fast.kernels.tune --seconds 600": ("", 2, "no CUDA device: settings are tuned on the GPU"),
+    "bash benchmarks/gpu_check.sh DIR": ("", 1, "no CUDA device: nothing was run"),
+    "python -m vapi_fast.tiny.build": (" --help", 0, "Rebuild the tiny preset from nothing"),
+    "python benchmarks/ablation.py": (" --help", 0, "The reward ablation of the paper on the tiny preset"),
+    "python -m vapi_fast.kernels.check": (" --help", 0, "--arch"),  # in full in test_kernels_check.py
+    "pytest benchmarks/ --benchmark-only": (" --collect-only -q", 0, "test_operation[mse forward]"),
+    "vapi-fast align": (" --help", 0, "--model"),
+    "torchrun … benchmarks/e2e_align.py": (" --help", 0, "--model"),
+    "torchrun … --no-python vapi-fast align": (" --help", 0, "--model"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the scripts of this checkout, and the files that the pages name, of the tiny preset."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    torch.save(load_state_dict(tiny.FILES.tokenizer), folder / "vq_ds16_c2i.pt")
+    for name in ("c2i_XXL_384.pt", "aligned.pt"):
+        torch.save(load_state_dict(tiny.FILES.generator), folder / name)
+    preset = ImageData(tiny.FILES.train_images, tiny.IMAGE_SIZE)
+    pixels = [((preset.load(index)[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for index in range(IMAGES)]
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", np.stack(pixels))
+    for index, image in enumerate(pixels):
+        path = folder / "imagenet" / "train" / f"class-{index % tiny.CLASSES}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def run(command: str, folder: Path) -> tuple[int, str]:
+    """Exit code and output of a command, made small."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for old, new in (REPLACED | {"HOST:29500": f"127.0.0.1:{port}", " … ": " "}).items():
+        command = command.replace(old, new)
+    command += "".join(f" {flags}" for program, flags in ADDED.items() if program in command)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables.pop("TRITON_INTERPRET", None)
+    ended = subprocess.run(["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.partition("\n")[0][:60])
+def test_commands_of_a_block(block: str, folder: Path) -> None:
+    """Installing apart, which is what `.ci/run` begins with; it runs the block of the tests as well."""
+    for command in block.replace("\\\n", " ").splitlines():
+        if "pip install" in command or "<!-- tests -->\n```bash\n" + block in README:
+            continue
+        code, output = run(command, folder)
+        assert code == 0, f"{command}\n{output[-3000:]}"
+
+
+def test_ci_installs_as_the_page_says() -> None:
+    assert "sed -n '/<!-- tests -->/" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in (line for block in BLOCKS for line in block.splitlines() if "pip install" in line):
+        assert re.fullmatch(
+            r"python3 -m venv \.venv && (\. \.venv/bin/activate && |\.venv/bin/)pip install -e ('\.\[test,dev\]'|\.)",
+            command,
+        )
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_commands_in_the_text(command: str, folder: Path) -> None:
+    if command.startswith("cmake") and not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    extra, expected, printed = STARTED.get(command, ("", 0, ""))
+    code, output = run(command + extra, folder)
+    assert code == expected, output[-3000:]
+    assert printed in output
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_snippets(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = "steps=2, batch_size=4, eval_samples=20"
+    models = {"gpt": Transformer, "vq_model": VQModel, "lpips": LPIPS}
+    names: dict[str, Any] = {name: randomised(model()).eval() for name, model in models.items() if name in snippet}
+    exec(snippet.replace("steps=50", small), names)
+    if "model" in names:
+        assert isinstance(names["model"], vapi_fast.models.LlamaGen)
+        assert names["record"]["config"]["steps"] == 2
+
+
+def rows(page: str, heading: str) -> Iterator[list[str]]:
+    """The cells of the table under a heading."""
+    section = PAGES[page].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    for line in re.findall(r"^\| (`.*) \|$", section, flags=re.MULTILINE):
+        yield re.split(r"\s*\|\s*", line)
+
+
+NEEDED = {"vq_ckpt": tiny.FILES.tokenizer, "gpt_ckpt": tiny.FILES.generator}
+DATA = {"data": tiny.FILES.train_images}
+ALIGN = AlignConfig(model="xxl", **NEEDED, **DATA), AlignConfig(model="tiny")
+SAMPLES = {"samples": tiny.FILES.train_images}
+EVALUATE = (
+    EvaluateConfig(model="xxl", reference=tiny.FILES.train_images, **SAMPLES),
+    EvaluateConfig(model="tiny", **SAMPLES),
+)
+
+
+@pytest.mark.parametrize("page", ["README.md", "flags.md generate", "flags.md evaluate"])
+def test_flags_and_their_defaults(page: str, tmp_path: Path) -> None:
+    generate = [GenerateConfig(model=m, out=tmp_path / m, **NEEDED) for m in ("xxl", "tiny")]
+    file, _, heading = page.partition(" ")
+    configs, flags = {
+        "": (ALIGN, {*map(cli.flag, cli.FLAGS), *cli.SWITCHES}),
+        "generate": (generate, {*map(cli.flag, commands.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
+        "evaluate": (EVALUATE, {*map(cli.flag, commands.EVALUATE_FLAGS)}),
+    }[heading]
+    named, compared = [], 0
+    for names, default, _ in rows(file, heading or "Flags"):
+        found = re.findall(r"`(--[a-z-]+)`", names)
+        named += found
+        paper, _, small = re.sub(r"[\s`]", "", default).replace("−", "-").rstrip(")").partition("(")
+        for config, values in zip(configs, (paper, small or paper), strict=True):
+            for flag, value in zip(found, values.split(","), strict=False):
+                actual = getattr(config, flag[2:].replace("-", "_"), None)
+                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
+                    assert float(value) == actual, flag
+                    compared += 1
+                elif re.fullmatch(r"[a-z-]+", value) and isinstance(actual, str) and flag != "--model":
+                    assert value == actual, flag
+                    compared += 1
+    assert sorted(named) == sorted(flags)
+    assert compared >= 4
+
+
+def literals() -> list[str]:
+    """Every text of the package, with … in place of what is filled in."""
+    texts = []
+    for path in (ROOT / "vapi_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_messages_are_those_of_the_package() -> None:
+    texts = literals()
+    messages = [
+        message for cells in rows("README.md", "When it stops") for message in re.findall("`([^`]+)`", cells[0])
+    ]
+    assert len(messages) > 20
+    for message in messages:
+        pattern = re.compile(".*?".join(re.escape(part.strip()) for part in message.split("…")))
+        assert any(pattern.search(text) for text in texts), message
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = folder / path if path else folder / page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings], target
