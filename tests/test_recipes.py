@@ -122,8 +122,8 @@ def test_noisy_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = ops.noisy_prefix(before["tokens"], noise_prob, 40, seed=STEP)
     assert 0 < (prefix != clean).float().mean() < 2 * noise_prob
     with monkeypatch.context() as draws:
-        draws.setattr(torch, "rand", lambda shape: (prefix == clean).float())
-        draws.setattr(torch, "randint", lambda high, shape: prefix)
+        draws.setattr(torch, "rand", lambda shape, device: (prefix == clean).float())
+        draws.setattr(torch, "randint_like", lambda like, high: prefix)
         run(title, 0, before)
     run(title, 1, after)
     assert_close(before, after, "loss")
