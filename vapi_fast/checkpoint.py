@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import textwrap
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -66,7 +67,8 @@ def unreadable(error: Exception) -> str:
     if code:
         return f"holds the Python object {code[1]}, which could run code and is not loaded; save its state dict alone"
     # torch's own advice for a bad pickle is to load it unsafely: not repeated here.
-    detail = reason.splitlines()[0][:160] if reason and "weights_only" not in reason else type(error).__name__
+    known = reason and "weights_only" not in reason
+    detail = textwrap.shorten(reason.splitlines()[0], 160, placeholder=" …") if known else type(error).__name__
     return f"cannot be read, truncated or not a PyTorch checkpoint ({detail}); copy or download it again"
 
 
