@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import public_models
@@ -18,12 +20,18 @@ from fused import DEVICE
 from public_models import LPIPS, Transformer, VQModel, randomised
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_full_backward_hook,
+    register_module_module_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import vapi_fast
 from vapi_fast import ops, patch, patch_llamagen, patch_lpips, patch_tokenizer, unpatch
 from vapi_fast.models import LlamaGen
 from vapi_fast.patch import llamagen as llamagen_patch
+from vapi_fast.patch import recognition
 
 BATCH = 3
 CAPTIONS = {"model_type": "t2i", "cls_token_num": 4}
@@ -90,6 +98,8 @@ def test_patched_llamagen_gives_the_same_in_evaluation_and_in_training(kind: str
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert report.startswith("patch_llamagen: 10 modules replaced, 0 left alone")
     assert "layers.*.feed_forward (2): SwiGLU → ops.swiglu" in report
+    assert "model: the decoding step's mask; the loss stays LlamaGen's own (keep_logits=True)" in report
+    assert ("ops.decode_attention" in report) == (kind != "grouped queries")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,6 +235,45 @@ def test_patching_twice_is_patching_once(model: Transformer) -> None:
     assert torch.equal(evaluation_logits(model), expected)
 
 
+@pytest.mark.parametrize("first_out", ["older", "newer"])
+def test_each_patch_undoes_its_own_alone(model: Transformer, first_out: str) -> None:
+    older, newer = patch_llamagen(model), patch_llamagen(model, keep_logits=False)
+    patches = [older, newer] if first_out == "older" else [newer, older]
+    patches[0].unpatch()
+    assert sum("forward" in module.__dict__ for module in model.modules()) == 10
+    assert (training_results(model)[0] is None) == (first_out == "older")
+    twin = copy.deepcopy(model)
+    with patch_llamagen(twin):
+        pass
+    assert sum("forward" in module.__dict__ for module in twin.modules()) == 10  # as it was before
+    patches[1].unpatch()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    patch_llamagen(model)
+    for each in patches:
+        each.unpatch()  # done already
+    assert sum("forward" in module.__dict__ for module in model.modules()) == 10
+    unpatch(model)
+    with patch_llamagen(model):
+        pass
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("undo", [patch.Patch.unpatch, lambda patched: unpatch(patched.root)], ids=["Patch", "all"])
+def test_what_was_put_in_place_of_a_patch_stays(model: Transformer, undo: Callable[[patch.Patch], None]) -> None:
+    patched = patch_llamagen(model)
+    model.norm.forward = own = lambda x: x
+    undo(patched)
+    assert [module for module in model.modules() if "forward" in module.__dict__] == [model.norm]
+    assert model.norm.forward is own
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_patched(model: Transformer) -> None:
+    model.norm.__class__ = OtherEpsilon
+    with pytest.raises(UserWarning, match="left 1 of 10 modules"):
+        patch_llamagen(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_patching_leaves_no_other_trace(model: Transformer, vq_model: VQModel) -> None:
     random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     patch_llamagen(model, keep_logits=False)
@@ -243,6 +292,12 @@ def test_surroundings_do_not_matter(model: Transformer, vq_model: VQModel) -> No
     with torch.inference_mode():
         assert torch.equal(public_models.generate(model, condition, 9, sample_logits=False), expected)
         assert torch.equal(patch.generate(model, condition, 9, sample_logits=False), expected)
+
+
+def test_gradients_are_compared_in_inference_mode_too(model: Transformer) -> None:
+    model.layers[1].attention.__class__ = StoppedGradient
+    with torch.inference_mode(), pytest.warns(UserWarning, match=r"such as layers\.1\.attention"):
+        patch_llamagen(model)
 
 
 def test_a_patched_model_under_autocast_is_as_exact_as_before(model: Transformer) -> None:
@@ -294,6 +349,76 @@ def test_hooks_still_run(model: Transformer, vq_model: VQModel) -> None:
         vq_model(torch.randn(1, 3, 8, 8))
     assert len(seen) == 8
     assert {*names, "output"} < set(seen)
+
+
+def doubled_by(weight: Tensor) -> nn.Linear:
+    """A head in LoRA's way: a linear layer whose weight is not all of it."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    head = Doubled(*weight.T.shape, bias=False)
+    head.weight = weight
+    return head
+
+
+HEADS = {
+    "forward hook": lambda model: model.output.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda model: model.output.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda model: model.output.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda model: model.output.register_full_backward_pre_hook(lambda *_: None),
+    "global hook": lambda model: register_module_forward_hook(lambda *_: None),
+    "global backward hook": lambda model: register_module_full_backward_hook(lambda *_: None),
+    "own forward": lambda model: setattr(model.output, "forward", lambda x: x @ model.output.weight.T),
+    "other class": lambda model: setattr(model, "output", doubled_by(model.output.weight)),
+    "bias": lambda model: setattr(model, "output", randomised(nn.Linear(32, 40))),
+}
+
+
+@pytest.mark.parametrize("change", HEADS)
+def test_a_head_that_is_more_than_its_weight_is_called(model: Transformer, change: str) -> None:
+    patch_llamagen(model, keep_logits=False)
+    handle = HEADS[change](model)
+    try:
+        logits, loss, _ = training_results(model)
+        assert logits is not None
+        unpatch(model)
+        assert torch.allclose(loss, training_results(model)[1])
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_a_check_does_not_run_global_hooks(model: Transformer) -> None:
+    calls = []
+    kinds = register_module_forward_hook, register_module_full_backward_hook, register_module_module_registration_hook
+    handles = [register(lambda *_: calls.append(None)) for register in kinds]
+    try:
+        assert not patch_llamagen(model).left_alone
+        assert not calls
+        evaluation_logits(model)
+        assert calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_the_loss_without_logits_is_computed_in_autocasts_dtype(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_llamagen(model, keep_logits=False)
+    dtypes, original = [], ops.linear_cross_entropy
+
+    def recorded(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        dtypes.append((hidden.dtype, weight.dtype))
+        return original(hidden, weight, targets)
+
+    monkeypatch.setattr(ops, "linear_cross_entropy", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        training_results(model)
+    training_results(model)
+    assert dtypes == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
 
 
 @pytest.mark.parametrize("keep_logits", [True, False])
@@ -386,14 +511,88 @@ class TwiceDropped(public_models.FeedForward):
         return F.dropout(super().forward(x), 0.1, self.training)
 
 
-class NormalisedQueries(public_models.Attention):
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        return super().forward(F.normalize(x, dim=-1), *arguments)
+class HalfPrecisionRMSNorm(public_models.RMSNorm):
+    """In Hugging Face's order: the result is of the activations' dtype whatever the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (x.float() * scale * self.weight).type_as(x)
 
 
-class StoppedGradient(public_models.Attention):
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        return super().forward(x.detach(), *arguments)
+class ClampedInput(public_models.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-10, 10))
+
+
+class ClampedGate(public_models.FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)).clamp(max=7) * self.w3(x)))
+
+
+class Counting(public_models.FeedForward):
+    """The same results, and one buffer more that has to be kept."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+Arguments = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
+class OtherAttention(public_models.Attention):
+    def changed(self, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Arguments:
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, freqs_cis: Tensor = None, input_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(*self.changed(x, freqs_cis, input_pos, mask))
+
+
+class NormalisedQueries(OtherAttention):
+    def changed(self, x: Tensor, *others: Any) -> Arguments:
+        return F.normalize(x, dim=-1), *others
+
+
+class StoppedGradient(OtherAttention):
+    def changed(self, x: Tensor, *others: Any) -> Arguments:
+        return x.detach(), *others
+
+
+class ClampedActivations(OtherAttention):
+    def changed(self, x: Tensor, *others: Any) -> Arguments:
+        return x.clamp(-10, 10), *others
+
+
+class SlidingWindow(OtherAttention):
+    """Of eight positions, where there is no cache."""
+
+    def changed(self, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Arguments:
+        if mask is None:
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(-7)
+        return x, freqs_cis, input_pos, mask
+
+
+class DoubledUnderMask(OtherAttention):
+    def changed(self, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Arguments:
+        return x * 2 if mask is not None and self.kv_cache is None else x, freqs_cis, input_pos, mask
+
+
+class DoubledIntoCache(OtherAttention):
+    """Where several positions are written at once."""
+
+    def changed(self, x: Tensor, *others: Any) -> Arguments:
+        return x * 2 if self.kv_cache is not None and x.shape[1] > 1 else x, *others
+
+
+class DoubledAtLateSlots(OtherAttention):
+    def changed(self, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Arguments:
+        return x * 2 if input_pos is not None and input_pos[0] > 8 else x, freqs_cis, input_pos, mask
 
 
 class WindowedModel(Transformer):
@@ -404,10 +603,85 @@ class WindowedModel(Transformer):
         self.causal_mask &= ~self.causal_mask.tril(-3)
 
 
+class OtherTransformer(Transformer):
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        idx: Tensor | None,
+        cond_idx: Tensor | None,
+        input_pos: Tensor | None = None,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.changed(*super().forward(idx, cond_idx, input_pos, targets, mask, valid), targets)
+
+
+class ScaledLogits(OtherTransformer):
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return logits if logits.shape[1] > 1 else logits / 2, loss
+
+
+class CappedLogits(OtherTransformer):
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return 300 * (logits / 300).tanh(), loss
+
+
+class SmoothedLabels(OtherTransformer):
+    """In training alone."""
+
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if loss is not None and self.training:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+        return logits, loss
+
+
+class IgnoredToken(OtherTransformer):
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if loss is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+        return logits, loss
+
+
+class ClampedLoss(OtherTransformer):
+    def changed(self, logits: Tensor, loss: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return logits, loss if loss is None else loss.clamp(max=15)
+
+
+class ScaledEmbeddings(OtherTransformer):
+    """By a factor that the norm at the end hides where blocks are linear."""
+
+    def forward(
+        self,
+        idx: Tensor | None,
+        cond_idx: Tensor | None,
+        input_pos: Tensor | None = None,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if cond_idx is not None:
+            return Transformer.forward(self, idx, cond_idx, input_pos, targets, mask, valid)
+        self.norm.eps, mask = 1e-8, self.causal_mask[: len(idx), None, input_pos]
+        h = self.tok_dropout(self.tok_embeddings(idx) * 5)
+        h = llamagen_patch.hidden_states(self, h, self.freqs_cis[input_pos], input_pos, mask)
+        return self.output(h).float(), None
+
+
 FORKS = {
-    "ffn_norm": (OneMoreRMSNorm, OtherEpsilon),
-    "feed_forward": (GatedGELU, SwappedGate, TwiceDropped),
-    "attention": (NormalisedQueries, StoppedGradient),
+    "ffn_norm": (OneMoreRMSNorm, OtherEpsilon, HalfPrecisionRMSNorm, ClampedInput),
+    "feed_forward": (GatedGELU, SwappedGate, TwiceDropped, ClampedGate, Counting),
+    "attention": (
+        NormalisedQueries,
+        StoppedGradient,
+        ClampedActivations,
+        SlidingWindow,
+        DoubledUnderMask,
+        DoubledIntoCache,
+        DoubledAtLateSlots,
+    ),
 }
 
 
@@ -421,6 +695,162 @@ def test_a_forks_own_part_is_named_and_left_alone(model: Transformer, part: str,
     assert list(left.left_alone) == [f"layers.1.{part}"]
     assert "computes something else" in left.report()
     torch.testing.assert_close(training_results(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [2, 1])
+@pytest.mark.parametrize("fork", [ScaledLogits, CappedLogits, ScaledEmbeddings])
+def test_a_fork_that_decodes_otherwise_is_named_and_left_alone(fork: type[nn.Module], n_kv_head: int) -> None:
+    model = randomised(fork(n_kv_head=n_kv_head))
+    with pytest.warns(UserWarning, match=r"left 1 of 10 .* such as model .*\(decoding in evaluation mode: differs"):
+        assert list(patch_llamagen(model).left_alone) == ["model"]
+
+
+@pytest.mark.parametrize("fork", [SmoothedLabels, IgnoredToken, ClampedLoss])
+def test_a_forks_own_loss_is_named_and_left_alone(fork: type[nn.Module]) -> None:
+    model = randomised(fork())
+    assert not patch_llamagen(model).left_alone
+    with pytest.warns(UserWarning, match=r"left 1 of 10 modules.* such as model .*\(loss.*: differs"):
+        assert list(patch_llamagen(model, keep_logits=False).left_alone) == ["model"]
+
+
+class AnyGate(public_models.FeedForward):
+    """A fork whose layers have their activation functions by an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = getattr(self.gate, "kind", self.gate)
+        gate = gate[0] if isinstance(gate, list) else gate
+        gate = ("silu", "gelu")[int(gate)] if isinstance(gate, Tensor) else gate
+        gate = getattr(F, gate) if isinstance(gate, str) else gate
+        return self.ffn_dropout(self.w2(gate(self.w1(x)) * self.w3(x)))
+
+
+class Opaque:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        str,
+        lambda name: getattr(F, name),
+        lambda name: functools.partial(getattr(F, name)),
+        lambda name: [name],
+        lambda name: torch.tensor(name == "gelu"),
+        lambda name: nn.Buffer(torch.tensor(name == "gelu")),
+        lambda name: SimpleNamespace(kind=name),
+        Opaque,
+    ],
+    ids=["name", "function", "partial", "list", "tensor", "buffer", "namespace", "object"],
+)
+def test_layers_that_differ_in_an_attribute_alone_are_told_apart(
+    model: Transformer, attribute: Callable[[str], Any]
+) -> None:
+    for layer, name in zip(model.layers, ("silu", "gelu"), strict=True):
+        layer.feed_forward.__class__ = AnyGate
+        layer.feed_forward.gate = attribute(name)
+    with pytest.warns(UserWarning, match="such as layers.1.feed_forward"):
+        assert list(patch_llamagen(model).left_alone) == ["layers.1.feed_forward"]
+
+
+def test_a_signature_is_that_of_equal_modules_alone(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = recognition.signature(model)
+    assert recognition.signature(copy.deepcopy(model)) == before
+    assert recognition.signature(randomised(Transformer(), seed=1)) == before
+    assert recognition.signature(public_models.RMSNorm(8)) != recognition.signature(public_models.RMSNorm(9))
+    model.freqs_cis = model.freqs_cis * 2
+    assert recognition.signature(model) != before
+    model.freqs_cis = model.freqs_cis / 2
+    model.setup_caches(1, 8, torch.float32)
+    before = recognition.signature(model)
+    model.layers[0].attention.kv_cache.k_cache += 1
+    assert recognition.signature(model) == before  # what they hold does not count
+    monkeypatch.setattr(public_models.RMSNorm, "forward", OtherEpsilon.forward)
+    assert recognition.signature(model) != before
+
+
+def test_each_kind_of_part_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(recognition, "first_difference", counted(recognition.first_difference, compared))
+    patch_llamagen(Transformer(n_layer=6))
+    assert len(compared) == 4  # norms, attention, SwiGLU and the whole
+    assert recognition.first_difference(nn.Identity(), (llamagen_patch.rms_norm,), []) is not None
+
+
+def test_a_check_leaves_no_trace_in_a_forks_lists(model: Transformer) -> None:
+    class Logging(public_models.FeedForward):
+        def forward(self, x: Tensor) -> Tensor:
+            self.log["calls"].append(x.shape)
+            return super().forward(x)
+
+    model.layers[0].feed_forward.__class__, model.layers[0].feed_forward.log = Logging, {"calls": []}
+    assert not patch_llamagen(model).left_alone
+    assert model.layers[0].feed_forward.log == {"calls": []}
+
+
+def test_a_method_with_other_parameters_is_left_alone(model: Transformer) -> None:
+    class WithHidden(Transformer):
+        def forward(self, idx, cond_idx, input_pos=None, targets=None, mask=None, valid=None, hidden=False):
+            return super().forward(idx, cond_idx, input_pos, targets, mask, valid)
+
+    model.__class__ = WithHidden
+    with pytest.warns(UserWarning, match=r"its forward takes \(idx, .*hidden=False\), LlamaGen's takes \(idx, "):
+        assert list(patch_llamagen(model).left_alone) == ["model"]
+    tokens, condition = example(model)
+    assert model.eval()(tokens, condition, torch.arange(10), hidden=True)[1] is None
+
+
+def decoded(model: Transformer, steps: int = 2) -> Tensor:
+    """Logits of the prefix and of the first steps of LlamaGen's decoding loop; the last one as gradients are on."""
+    tokens, condition = example(model)
+    with torch.no_grad():
+        model.setup_caches(BATCH, 10, torch.float32)
+        logits = [model(None, condition, torch.arange(1))[0]]
+        for t in range(steps - 1):
+            logits.append(model(tokens[:, t : t + 1], None, torch.tensor([1 + t]))[0])
+    return torch.cat([*logits, model(tokens[:, -1:], None, torch.tensor([steps]))[0]], dim=1)
+
+
+def test_a_step_with_gradients_or_dropout_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(Transformer(attn_dropout=0.5, dropout=0.0)).eval()
+
+    def results() -> list[Tensor]:
+        logits = decoded(model.eval())
+        found = [logits, gradients(model.layers, logits.square().sum())]
+        with torch.no_grad():
+            for modes in ((), model.layers, (model,)):  # dropout in the blocks, and training, where positions differ
+                for module in modes:
+                    module.train()
+                torch.manual_seed(3)
+                found.append(decoded(model))
+        return found
+
+    expected = results()
+    patch_llamagen(model)
+    runs = []
+    monkeypatch.setattr(ops, "decode_attention", counted(ops.decode_attention, runs))
+    torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-5)
+    assert len(runs) == len(model.layers) * (1 + 2)  # the first step of three, and the second without gradients
+
+
+class LocalBlock(public_models.TransformerBlock):
+    """A fork's block that sees the last two slots alone: it edits the mask that it is given."""
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, start_pos: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask &= torch.arange(mask.shape[-1]) > start_pos[:, None] - 2
+        return super().forward(x, freqs_cis, start_pos, mask)
+
+
+@torch.no_grad()
+def test_a_mask_edited_on_its_way_is_obeyed(model: Transformer) -> None:
+    full = decoded(model, 5)
+    for layer in model.layers:
+        layer.__class__ = LocalBlock
+    expected = decoded(model, 5)
+    assert not patch_llamagen(model).left_alone
+    torch.testing.assert_close(decoded(model, 5), expected, rtol=1e-5, atol=1e-5)
+    assert relative_l2(full, expected) > 0.01
 
 
 def test_another_mask_for_decoding_is_obeyed() -> None:
@@ -453,6 +883,16 @@ def test_what_lacks_a_part_is_named(model: Transformer) -> None:
     assert left["layers.0.ffn_norm"] == "there is no such module"
     assert left["layers.1.feed_forward"] == "its forward has been replaced by something else already"
     assert model.layers[1].feed_forward.forward(3) == 3
+
+
+def test_what_cannot_be_compared_says_why(model: Transformer) -> None:
+    with pytest.raises(ValueError, match="DataParallel copies modules: use DistributedDataParallel"):
+        patch_llamagen(nn.DataParallel(model))
+    model.layers[0].feed_forward.w1 = nn.Identity()
+    with pytest.warns(UserWarning, match="layers.0.feed_forward .is not of LlamaGen's kind: .* 'in_features'"):
+        patch_llamagen(model)
+    with pytest.warns(UserWarning, match="left 1 of 10 .* model .on the meta device: load its weights first"):
+        patch_llamagen(Transformer(**CAPTIONS).to("meta"))
 
 
 @pytest.mark.parametrize("function", [patch_llamagen, patch_tokenizer, patch_lpips, unpatch, patch.as_llamagen])

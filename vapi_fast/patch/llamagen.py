@@ -13,29 +13,32 @@ from torch.distributed.tensor import DTensor
 
 from vapi_fast import ops
 
-from .modules import hooked, replaces, unwrapped
+from .cases import attention_cases, feed_forward_cases, model_cases, norm_cases
+from .modules import plain, replaces, unwrapped
 from .patching import Candidate, Patch, checked_root
-from .recognition import PLAIN, Case, integers, uniform
+from .recognition import Case
 
 NEEDED = ("tok_embeddings", "cls_embedding", "layers", "norm", "output")
-BATCH, LENGTH, FEW = 2, 5, 3  # of the calls compared; FEW positions for the whole model
-Method = Callable[..., Any]
-SCALES = (1.0, 1e-2)  # of their activations: the second one shows a norm's epsilon
 
 
 def patch_llamagen(model: nn.Module, *, keep_logits: bool = True) -> Patch:
     """Run our operations in a LlamaGen `Transformer`: the same results, parameters, state dict and signatures.
 
     Replaced are RMSNorm, SwiGLU (`feed_forward`), attention (rotary positions in one pass over queries and keys; a
-    token-by-token step reads the filled part of the KV cache alone) and, on request, the LM head's loss. Dropout is
-    the model's own, with the same random numbers. A second call changes nothing, unless `keep_logits` differs.
+    token-by-token step reads the filled part of the KV cache alone, unless it has caption masks or grouped queries, or
+    runs under torch.compile or inference_mode) and, on request, the LM head's loss. Dropout is the model's own, with
+    the same random numbers. A second call changes nothing, unless `keep_logits` differs.
+
+    Forks are told apart by calls on random numbers, up to the model's own length and to activations of 30: what they
+    do differently only beyond that is not seen. Nor are edits of `causal_mask` through `.data`.
 
     Args:
         model: the Transformer, also inside of DDP, torch.compile or with its parameters sharded by FSDP2. FSDP1
             flattens parameters: patch before wrapping.
         keep_logits: False changes what `forward` returns where `targets` are given without `valid`: `(None, loss)`,
             the loss by `ops.linear_cross_entropy` without logits in memory (for 16 images of 24×24 tokens they and
-            their gradient are 604 MB each). Targets must then be token ids: -100 is not ignored.
+            their gradient are 604 MB each). Targets must then be token ids: -100 is not ignored. Gradient checkpointing
+            inside a fork's own `forward` is lost; wrap its blocks instead.
 
     Returns:
         the Patch: `.report()` names what was replaced and what was not recognised, and it is a context manager.
@@ -51,18 +54,23 @@ def patch_llamagen(model: nn.Module, *, keep_logits: bool = True) -> Patch:
             patch_part(patch, f"layers.{index}.{name}", *PARTS[name])
     patch_part(patch, "norm", *PARTS["norm"])
     forward = forward_with_logits if keep_logits else forward_without_logits
-    what = "the decoding step's mask" if keep_logits else "the decoding step's mask, loss → ops.linear_cross_entropy"
-    patch.replace("", Candidate(what, (forward,), functools.partial(model_cases, root, keep_logits)))
+    loss = "the loss stays LlamaGen's own (keep_logits=True)" if keep_logits else "loss → ops.linear_cross_entropy"
+    cases = functools.partial(model_cases, root, keep_logits)
+    patch.replace("", Candidate(f"the decoding step's mask; {loss}", (forward,), cases))
     return patch.finished()
 
 
-def patch_part(patch: Patch, path: str, what: str, method: Method, cases: Callable[[nn.Module], list[Case]]) -> None:
+def patch_part(
+    patch: Patch, path: str, what: str, method: Callable[..., Any], cases: Callable[[nn.Module, nn.Module], list[Case]]
+) -> None:
     try:
         module = unwrapped(patch.root.get_submodule(path))
     except AttributeError:
         patch.leave(path, "there is no such module")
-    else:
-        patch.replace(path, Candidate(what, (method,), functools.partial(cases, module)))
+        return
+    if method is attention and getattr(module, "n_kv_head", None) == getattr(module, "n_head", None):
+        what += ", ops.decode_attention"
+    patch.replace(path, Candidate(what, (method,), functools.partial(cases, patch.root, module)))
 
 
 @replaces("forward")
@@ -77,7 +85,7 @@ def feed_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 @replaces("forward")
 def attention(
-    self: nn.Module, x: Tensor, freqs_cis: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+    self: nn.Module, x: Tensor, freqs_cis: Tensor = None, input_pos: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """LlamaGen's `Attention.forward`: x `[B,S,D]`, freqs_cis `[S, head_dim / 2, 2]`, mask bool `[B,1,S,keys]`."""
     turned = self.n_head + self.n_kv_head
@@ -105,7 +113,9 @@ def attends_in_one_pass(q: Tensor, keys: Tensor, dropout: float) -> bool:
 
 def is_filled_part(mask: Tensor | None) -> bool:
     """Whether a mask is known to show all slots up to the query's own: `forward` marks the ones that do."""
-    return not torch.compiler.is_compiling() and getattr(mask, "shows_filled_part", False)
+    if torch.compiler.is_compiling() or not hasattr(mask, "shows_filled_part"):
+        return False
+    return mask.shows_filled_part == mask._version  # a fork's block may have edited it in place
 
 
 @replaces("forward")
@@ -123,7 +133,7 @@ def forward_with_logits(
     if not (step and idx.shape[1] == 1 and not self.training and mask_is_causal(self)):
         return type(self).forward(self, idx, cond_idx, input_pos, targets, mask, valid)
     mask = self.causal_mask[: len(idx), None, input_pos]
-    mask.shows_filled_part = True
+    mask.shows_filled_part = mask._version
     h = self.tok_dropout(self.tok_embeddings(idx))
     return self.output(hidden_states(self, h, self.freqs_cis[input_pos], input_pos, mask)).float(), None
 
@@ -165,8 +175,7 @@ def hidden_states(
 
 def plain_head(output: nn.Module) -> bool:
     """Whether the LM head is nothing but a weight that can be read here."""
-    bare = isinstance(output, nn.Linear) and output.bias is None and not hooked(output)
-    return bare and not isinstance(output.weight, DTensor)
+    return plain(output, nn.Linear) and output.bias is None and not isinstance(output.weight, DTensor)
 
 
 def mask_is_causal(model: nn.Module) -> bool:
@@ -175,7 +184,9 @@ def mask_is_causal(model: nn.Module) -> bool:
     Looked at once after each change: `generate` makes a new mask, and edits it before its first step.
     """
     mask = model.causal_mask
-    if torch.compiler.is_compiling() or mask.is_inference():  # the latter have no version to see a change by
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_inference_mode_enabled() or mask.is_inference():  # its tensors have no version to see a change by
         return False
     state = id(mask), mask._version
     seen, causal = getattr(mask, "seen_causal", (None, False))
@@ -187,113 +198,10 @@ def mask_is_causal(model: nn.Module) -> bool:
     return causal
 
 
-def one_call(x: Tensor) -> Case:
-    return Case("activations", (x,), lambda method, twin, x: method(twin, x))
-
-
-def norm_cases(module: nn.Module) -> list[Case]:
-    return [one_call(uniform("x", (BATCH, LENGTH, len(module.weight)), -scale, scale)) for scale in SCALES]
-
-
-def feed_forward_cases(module: nn.Module) -> list[Case]:
-    return [one_call(uniform("x", (BATCH, LENGTH, module.w1.in_features), -1, 1))]
-
-
-class SlotCache(nn.Module):
-    """What LlamaGen's attention asks of a KV cache."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("keys", keys)
-        self.register_buffer("values", values)
-
-    def update(self, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys = self.keys.index_copy(2, input_pos, keys)
-        self.values = self.values.index_copy(2, input_pos, values)
-        return self.keys, self.values
-
-
-def attention_cases(module: nn.Module) -> list[Case]:
-    """Without a cache, causal and with a mask; with a cache, several positions and one."""
-    x = uniform("x", (BATCH, LENGTH, module.dim), -1, 1)
-    table = uniform("table", (LENGTH, module.head_dim // 2, 2), -1, 1)
-    mask = uniform("mask", (BATCH, 1, LENGTH, LENGTH), 0, 1) < 0.5
-    mask = mask | torch.eye(LENGTH, dtype=torch.bool, device="cpu")
-
-    def bare(method: Method, twin: nn.Module, x: Tensor, table: Tensor) -> Tensor:
-        return method(twin, x, table)
-
-    def masked(method: Method, twin: nn.Module, x: Tensor, table: Tensor, mask: Tensor) -> Tensor:
-        return method(twin, x, table, None, mask)
-
-    def cached(method: Method, twin: nn.Module, x: Tensor, table: Tensor, mask: Tensor) -> list[Tensor]:
-        shape = (BATCH, module.n_head, LENGTH, module.head_dim)
-        twin.kv_cache = SlotCache(uniform("keys", shape, -1, 1), uniform("values", shape, -1, 1))
-        parts = torch.arange(LENGTH, device="cpu").split([LENGTH - 1, 1])
-        return [method(twin, x[:, part], table[part], part, mask[:, :, part]) for part in parts]
-
-    cases = [Case("no mask", (x, table), bare), Case("mask", (x, table, mask), masked)]
-    if module.n_kv_head == module.n_head:  # LlamaGen's cache has room for as many heads as there are queries'
-        cases.append(Case("KV cache", (x, table, mask), cached))
-    return cases
-
-
-class StandIn(nn.Module):
-    """In place of a block in the check of `Transformer.forward`: quick; depends on its place and all it is given."""
-
-    def __init__(self, place: int, block: nn.Module) -> None:
-        super().__init__()
-        self.place = place
-        self.attention = nn.Module()  # gets a cache, by what it says of its heads
-        self.attention.__dict__.update((k, v) for k, v in vars(block.attention).items() if isinstance(v, PLAIN))
-
-    def forward(self, x: Tensor, freqs_cis: Tensor, start_pos: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        given = [g.float().mean() for g in (freqs_cis, start_pos, mask) if g is not None]
-        return x.roll(1, dims=-1) + torch.stack(given).cumsum(0).sin().sum() * x.roll(2 + self.place, dims=-1)
-
-
-def model_cases(model: nn.Module, keep_logits: bool) -> list[Case]:
-    """The decoding loop, and the loss where it is to be replaced; a caption is cut down to a few positions."""
-    tokens = integers("tokens", (BATCH, FEW), model.vocab_size)
-    prefix = 1 if model.model_type == "c2i" else FEW
-    if model.model_type == "c2i":
-        condition = integers("condition", (BATCH,), model.num_classes)
-    else:
-        condition = uniform("condition", (BATCH, prefix, model.cls_embedding.uncond_embedding.shape[1]), -1, 1)
-
-    def decoding(method: Method, twin: nn.Module, tokens: Tensor, condition: Tensor) -> list[Any]:
-        twin.layers = nn.ModuleList(StandIn(*numbered) for numbered in enumerate(twin.layers))
-        twin.setup_caches(BATCH, model.cls_token_num + model.block_size, torch.float32)
-        with torch.no_grad():
-            results = [method(twin, None, condition, torch.arange(prefix, device="cpu"))]
-            for t, token in enumerate(tokens.split(1, dim=1)):
-                results.append(method(twin, token, None, torch.tensor([model.cls_token_num + t], device="cpu")))
-        return results
-
-    def loss(method: Method, twin: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
-        twin.layers = nn.ModuleList(StandIn(*numbered) for numbered in enumerate(twin.layers))
-        if prefix > 1:
-            twin.cls_token_num = prefix
-            twin.cls_embedding.uncond_embedding = twin.cls_embedding.uncond_embedding[:prefix]
-        targets, positions = tokens, None
-        if not twin.training:  # then there are logits, and so targets, for the condition's positions too
-            targets = torch.cat([tokens[:, : prefix - 1], tokens], dim=1)
-            positions = torch.arange(targets.shape[1], device="cpu")
-        return method(twin, tokens[:, :-1], condition, input_pos=positions, targets=targets)[1]
-
-    cases = []
-    first = model.layers[0].attention
-    if first.n_kv_head == first.n_head:  # LlamaGen's cache has room for as many heads as there are queries'
-        cases.append(Case("decoding", (tokens, condition), decoding, (False,)))
-    if not keep_logits:
-        cases.append(Case("loss", (tokens, condition), loss))
-    return cases
-
-
 PARTS = {
     "attention_norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
     "ffn_norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
     "norm": ("RMSNorm → ops.rms_norm", rms_norm, norm_cases),
-    "attention": ("attention → ops.rotary_2d, ops.decode_attention", attention, attention_cases),
+    "attention": ("attention → ops.rotary_2d", attention, attention_cases),
     "feed_forward": ("SwiGLU → ops.swiglu", feed_forward, feed_forward_cases),
 }

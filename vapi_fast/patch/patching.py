@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from types import MethodType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
 
-from .modules import flattened, is_ours, unwrapped
+from .modules import CLAIMS, claim, flattened, is_ours, unwrapped, withdraw
 from .recognition import Case, Checked, difference
 
 
@@ -36,7 +37,8 @@ class Patch:
         self.replaced: dict[str, str] = {}
         self.left_alone: dict[str, str] = {}
         self._flattened = flattened(model)
-        self._undo: list[tuple[nn.Module, str, Any]] = []
+        self._owner = object()  # of what it replaced
+        self._modules: list[nn.Module] = []
         self._checked: Checked = {}
 
     def report(self) -> str:
@@ -47,12 +49,10 @@ class Patch:
         return "\n".join(lines)
 
     def unpatch(self) -> None:
-        """Put back what this patch replaced; a patch that was there before stays."""
-        for module, method, previous in reversed(self._undo):
-            module.__dict__.pop(method, None)
-            if previous is not None:
-                module.__dict__[method] = previous
-        self._undo.clear()
+        """Undo this patch: what other patches replaced too, and what was put in its place since, stays."""
+        for module in self._modules:
+            withdraw(module, self._owner)
+        self._modules.clear()
 
     def __enter__(self) -> Patch:
         return self
@@ -60,21 +60,18 @@ class Patch:
     def __exit__(self, *error: object) -> None:
         self.unpatch()
 
-    def replace(self, path: str, candidate: Candidate) -> bool:
+    def replace(self, path: str, candidate: Candidate) -> None:
         """Replace methods of the module at `path` if the candidate's give the same; else note why not."""
         module = unwrapped(self.root.get_submodule(path))
         why = self.obstacle(module, candidate)
         why = why or difference(module, candidate.methods, candidate.cases, self._checked)
         if why:
             self.leave(path, why)
-            return False
+            return
         for function in candidate.methods:
-            present = module.__dict__.get(function.__name__)
-            if getattr(present, "__func__", None) is not function:
-                self._undo.append((module, function.__name__, present if is_ours(present) else None))
-                module.__dict__[function.__name__] = MethodType(function, module)
+            claim(module, function, self._owner)
+        self._modules.append(module)
         self.replaced[path or "model"] = candidate.what
-        return True
 
     def leave(self, path: str, why: str) -> None:
         self.left_alone[path or "model"] = why
@@ -83,6 +80,9 @@ class Patch:
         """What stands in the way whatever the module computes."""
         if module in self._flattened:
             return "under FullyShardedDataParallel, which flattens parameters: patch the model before wrapping it"
+        kept = (*module.buffers(), *(value for value in vars(module).values() if isinstance(value, Tensor)))
+        if any(tensor.is_meta for tensor in kept):  # parameters are random numbers in a check
+            return "on the meta device: load its weights first"
         for function in candidate.methods:
             method = function.__name__
             present, own = module.__dict__.get(method), getattr(type(module), method, None)
@@ -90,17 +90,21 @@ class Patch:
                 return f"has no method {method}"
             if present is not None and not is_ours(present) and getattr(present, "__func__", None) is not own:
                 return f"its {method} has been replaced by something else already"
+            if parameters(own) != parameters(function):
+                return f"its {method} takes {parameters(own)}, LlamaGen's takes {parameters(function)}"
         return None
 
     def finished(self) -> Patch:
         """Warn of what was left alone: who does not read the report should not believe all of it replaced."""
         if self.left_alone:
             paths, why = in_groups(self.left_alone)[0]
-            warnings.warn(
-                f"{self.name} left {len(self.left_alone)} of {len(self.left_alone) + len(self.replaced)} modules as "
-                f"they are, such as {paths} ({why}); .report() names all",
-                stacklevel=3,
-            )
+            total = len(self.left_alone) + len(self.replaced)
+            message = f"{self.name} left {len(self.left_alone)} of {total} modules as they are, such as {paths} ({why})"
+            try:
+                warnings.warn(f"{message}; .report() names all", stacklevel=3)
+            except Warning:  # an error by the warning filters: there will be no Patch to undo this by
+                self.unpatch()
+                raise
         return self
 
 
@@ -115,6 +119,13 @@ def unpatch(model: nn.Module) -> None:
         for method, present in list(module.__dict__.items()):
             if is_ours(present):
                 del module.__dict__[method]
+        CLAIMS.pop(module, None)
+
+
+def parameters(method: Callable[..., Any]) -> str:
+    """Names, order, kinds and defaults of a method's parameters, as they are written."""
+    bare = [p.replace(annotation=p.empty) for p in inspect.signature(method).parameters.values() if p.name != "self"]
+    return str(inspect.Signature(bare))
 
 
 def checked_root(name: str, model: object, needed: Iterable[str]) -> nn.Module:
@@ -122,6 +133,8 @@ def checked_root(name: str, model: object, needed: Iterable[str]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
     root = unwrapped(model)
+    if isinstance(root, DataParallel):
+        raise ValueError(f"{name}: DataParallel copies modules: use DistributedDataParallel")
     if type(root).__module__.startswith("vapi_fast."):
         raise ValueError(f"{name}: this {type(root).__name__} is vapi-fast's own and runs its operations already")
     missing = [child for child in needed if not isinstance(getattr(root, child, None), nn.Module)]

@@ -7,11 +7,16 @@ gradients must agree in evaluation and in training mode, dropout included.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import hashlib
 import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +24,13 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 
-from .modules import is_ours, unwrapped
+from .modules import is_ours, no_global_hooks, unwrapped
 
 TOLERANCE = 1e-4  # relative L2: rounding in float32 gives 1e-6, another formula or epsilon 1e-3 and more
 PLAIN = (int, float, bool, str, tuple, type(None))
+TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes of any module
+COMPILED = "_compiled_call_impl"  # by `Module.compile`
+LARGEST = 2**26  # bytes of a tensor that a signature looks at
 BOTH_MODES = (False, True)
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a module in a list; not the digit of w1 and w3
 
@@ -50,32 +58,42 @@ def difference(
     """
     key = (methods, signature(module))
     if key not in checked:
-        try:
-            with on_cpu():
-                checked[key] = first_difference(module, methods, cases())
-        except Exception as error:  # whatever a fork's code raises when it is called as LlamaGen's would be
-            reason = str(error).partition("\n")[0][:160]
-            checked[key] = f"cannot be called as LlamaGen's is: {type(error).__name__}: {reason}"
+        with on_cpu():
+            try:
+                compared = cases()
+            except Exception as error:  # what it lacks is that it is LlamaGen's
+                checked[key] = f"is not of LlamaGen's kind: {first_line(error)}"
+            else:
+                checked[key] = first_difference(module, methods, compared)
     return checked[key]
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:160] or type(error).__name__
 
 
 def first_difference(module: nn.Module, methods: tuple[Callable[..., Any], ...], cases: list[Case]) -> str | None:
     weights: Weights = {}
+    compared = 0
     for case in cases:
         for method in methods:
             if case.method not in (None, method.__name__):
                 continue
             for training in case.modes:
-                own, ours = (
-                    outcome(twin_of(module, weights).train(training), function, case)
-                    for function in (getattr(type(module), method.__name__), method)
-                )
-                error = distance(own, ours)
-                if not error <= TOLERANCE:
+                compared += 1
+                try:
+                    own, ours = (
+                        outcome(twin_of(module, weights).train(training), function, case)
+                        for function in (getattr(type(module), method.__name__), method)
+                    )
+                except Exception as error:  # whatever a fork's code raises when it is called as LlamaGen's would be
+                    return f"cannot be called as LlamaGen's is: {type(error).__name__}: {first_line(error)}"
+                gap = distance(own, ours)
+                if not gap <= TOLERANCE:
                     mode = "training" if training else "evaluation"
-                    size = f"differs by {error:.1e}" if math.isfinite(error) else "is of another kind"
+                    size = f"differs by {gap:.1e}" if math.isfinite(gap) else "is of another kind"
                     return f"computes something else than LlamaGen's ({case.name} in {mode} mode: {size})"
-    return None
+    return None if compared else "there is nothing to compare it by"
 
 
 def outcome(twin: nn.Module, method: Callable[..., Any], case: Case) -> list[Any]:
@@ -100,6 +118,7 @@ def on_cpu() -> Iterator[None]:
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         ops.use_backend("reference"),
+        no_global_hooks(),
     ):
         yield
 
@@ -150,12 +169,10 @@ def twin_of(module: nn.Module, weights: Weights, path: str = "") -> nn.Module:
     module = unwrapped(module)
     twin = object.__new__(type(module))
     for name, value in module.__dict__.items():
-        if "_hooks" in name or isinstance(value, set):
-            value = type(value)()
-        elif isinstance(value, Tensor):
-            value = value.detach().to("cpu", copy=True)
-        if not is_ours(value) and name != "_compiled_call_impl":
-            twin.__dict__[name] = value
+        if name in TORCHS_OWN:
+            twin.__dict__[name] = type(value)() if "_hooks" in name or isinstance(value, set) else value
+        elif name != COMPILED and not is_ours(value):
+            twin.__dict__[name] = copied(value)
     parameters: dict[str, nn.Parameter | None] = {}
     for name, parameter in module._parameters.items():
         parameters[name] = None
@@ -164,13 +181,27 @@ def twin_of(module: nn.Module, weights: Weights, path: str = "") -> nn.Module:
             if key not in weights:
                 weights[key] = nn.Parameter(random_weight(*key))
             parameters[name] = weights[key]
-    buffers = {name: b if b is None else b.detach().to("cpu", copy=True) for name, b in module._buffers.items()}
+    buffers = {name: copied(buffer) for name, buffer in module._buffers.items()}
     children = {
         name: None if child is None or name == "kv_cache" else twin_of(child, weights, f"{path}.{name}")
         for name, child in module._modules.items()
     }
     twin.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
     return twin
+
+
+def copied(value: Any) -> Any:
+    """Containers and tensors anew, on the CPU; whatever else they hold is shared."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) is tuple:
+        return tuple(map(copied, value))
+    if isinstance(value, list | dict):
+        value = copy.copy(value)
+        for key in value if isinstance(value, dict) else range(len(value)):
+            value[key] = copied(value[key])
+        return value
+    return copy.copy(value) if isinstance(value, set) else value
 
 
 def random_weight(name: str, shape: torch.Size) -> Tensor:
@@ -192,13 +223,42 @@ def integers(name: str, shape: tuple[int, ...], limit: int) -> Tensor:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """Classes, plain attributes and shapes of a module and all below it: what decides what it computes."""
-    return tuple(
-        (
-            path,
-            type(part),
-            tuple(f"{k}={v!r}" for k, v in part.__dict__.items() if isinstance(v, PLAIN) and k != "training"),
-            tuple((k, None if p is None else tuple(p.shape)) for k, p in part._parameters.items()),
-        )
-        for path, part in module.named_modules()
+    """All that decides what a module computes, to tell whether another one computes the same.
+
+    Classes and their functions, attributes, shapes of parameters, and values of buffers, of it and of all below it.
+    Where something cannot be compared there is a new object, which equals nothing.
+    """
+    module = unwrapped(module)
+    own = {k: v for k, v in module.__dict__.items() if k not in TORCHS_OWN and k != COMPILED and not is_ours(v)}
+    classes = (each for each in type(module).__mro__ if each not in nn.Module.__mro__)
+    children = (named for named in module._modules.items() if named[0] != "kv_cache")
+    return (
+        type(module),
+        tuple(f for each in classes for f in vars(each).values() if isinstance(f, FunctionType)),
+        content(own),
+        tuple((name, p if p is None else p.shape) for name, p in module._parameters.items()),
+        content(module._buffers),
+        tuple((name, child if child is None else signature(child)) for name, child in children),
     )
+
+
+def content(value: Any) -> Any:
+    """What equals that of another value if the two are the same."""
+    kind = type(value)
+    if value is None or isinstance(value, int | float | str | torch.dtype | torch.device):
+        return kind, repr(value)
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
+        return value
+    if isinstance(value, list | tuple):
+        return kind, tuple(map(content, value))
+    if isinstance(value, dict):
+        return kind, tuple((content(key), content(entry)) for key, entry in value.items())
+    if isinstance(value, functools.partial):
+        return kind, content((value.func, value.args, value.keywords))
+    if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
+        return kind, content(vars(value))
+    readable = kind in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
+    if readable and value.nbytes <= LARGEST:
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return value.dtype, value.shape, hashlib.sha256(data).digest()
+    return object()
