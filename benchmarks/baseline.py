@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from race import OURS
+from race import OURS, YARDSTICK
 
 FILE = Path(__file__).with_name("baseline.json")
-FALL = 0.15  # that a ratio may
-GROWTH = 4.0  # that an error may; rounding differs between processors and versions of PyTorch
-LEAST_ERROR = 1e-6  # of no account in float32
+FALL, YARDSTICK_FALL = 0.15, 0.20  # that a ratio may; fixed work is less alike to ours than its rivals are
+# That an error may grow. Seeds are fixed: only processors and versions of PyTorch round differently, and where a 16-bit
+# type rounds, from errors of COARSE on, so many roundings are averaged that this hardly shows.
+GROWTH, COARSE_GROWTH, COARSE = 4.0, 1.5, 1e-4
+OF_NO_ACCOUNT = {"error": 1e-6, "disagreement": 1e-3}  # in float32; of many indices
+EQUAL = 0.98  # times this close are the same
 
-# A row of either kind has `ratio` (None where there is nothing to compare with), `error` and `seconds` by
-# implementation; a measured one also `name`, `kind`, `reference`, `bound`, `rounds` and `ratio_quartiles`.
+# A row of either kind has `ratio` to `reference` (None where that failed), `yardstick` (None for an operation, which
+# has none), `error`, `disagreement` and `seconds` by implementation; a measured one also `name`, `kind`, `bound`,
+# `disagreement_bound`, `rounds`, `first`, `floor`, `failure`, and quartiles of both ratios.
 Row = dict[str, Any]
 
 
@@ -42,27 +48,36 @@ class Baseline:
         return self.kinds.get(kind, {}).get(name)
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Accept measured rows and write the file, atomically; the other rows stay."""
-        for row in rows:
-            kept = {key: row[key] for key in ("ratio", "error", "seconds")}
-            kept["seconds"] = {
-                name: kept["seconds"][name] for name in (OURS, row["reference"]) if name in row["seconds"]
-            }
-            kept |= {
-                "date": time.strftime("%Y-%m-%d", time.gmtime()),
-                "with": f"torch {torch.__version__}, {processor()}",
-            }
-            self.kinds.setdefault(row["kind"], {})[row["name"]] = rounded(kept)
-        temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(text(self.kinds), encoding="utf-8")
-        os.replace(temporary, self.path)
+        """Accept measured rows and write the file, atomically; others stay, those of a run beside this one too."""
+        with locked(self.path.parent):
+            self.kinds = read(self.path) if self.path.exists() else {}
+            for row in rows:
+                kept = {key: row[key] for key in ("ratio", "reference", "yardstick", "error", "disagreement")}
+                names = [name for name in (OURS, row["reference"], YARDSTICK) if name in row["seconds"]]
+                kept["seconds"] = {name: row["seconds"][name] for name in names}
+                kept |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "with": setup()}
+                self.kinds.setdefault(row["kind"], {})[row["name"]] = rounded(kept)
+            temporary = self.path.with_suffix(f".json.{os.getpid()}.tmp")
+            temporary.write_text(text(self.kinds), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder's lock, not a file's, which is replaced."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def read(path: Path) -> dict[str, dict[str, Row]]:
     try:
         kinds = json.loads(path.read_text(encoding="utf-8"))
         for row in (row for rows in kinds.values() for row in rows.values()):
-            if not (row["error"] >= 0 and (row["ratio"] is None or row["ratio"] > 0) and row["seconds"][OURS] > 0):
+            if not proper(row):
                 raise ValueError(f"{row} has no proper figures")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise BaselineError(
@@ -70,6 +85,17 @@ def read(path: Path) -> dict[str, dict[str, Row]]:
             "new figures with --update-baseline"
         ) from error
     return kinds
+
+
+def proper(row: Row) -> bool:
+    positive = [*row["seconds"].values(), *(row[key] for key in ("ratio", "yardstick") if row[key] is not None)]
+    numbers = [row["error"], row["disagreement"], *positive]
+    return (
+        all(type(each) in (int, float) and 0 <= each < math.inf for each in numbers)
+        and all(positive)
+        and {OURS, *(rival for _, rival, _ in watched(row))} <= set(row["seconds"])
+        and all(isinstance(row[key], str) for key in ("reference", "date", "with"))
+    )
 
 
 def rounded(value: Any) -> Any:
@@ -98,43 +124,68 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def slower(row: Row, accepted: Row | None) -> bool:
-    """Whether the ratio fell too far, or could not be measured though it was before."""
-    if accepted is None or accepted["ratio"] is None:
-        return False
-    return row["ratio"] is None or not row["ratio"] >= (1 - FALL) * accepted["ratio"]
+def setup() -> str:
+    return f"torch {torch.__version__}, {processor()}"
 
 
-def error_bound(row: Row, accepted: Row | None) -> float:
-    """That the test sets, or a lower one if the accepted error was far below it."""
-    return min(row["bound"], max(GROWTH * accepted["error"], LEAST_ERROR) if accepted else math.inf)
+def watched(accepted: Row | None) -> list[tuple[str, str, float]]:
+    """The ratios of an accepted row, each with what it is to and by how much it may fall."""
+    if accepted is None:
+        return []
+    both = ("ratio", accepted["reference"], FALL), ("yardstick", YARDSTICK, YARDSTICK_FALL)
+    return [each for each in both if accepted[each[0]] is not None]
 
 
-def problems(row: Row, accepted: Row | None) -> list[str]:
-    """What is worse than was accepted, a message each; with nothing accepted only the error is looked at."""
+def problems(row: Row, accepted: Row | None, updating: bool = False) -> list[str]:
+    """What is worse than was accepted, a message each; where new figures replace these, what forbids that."""
+    where = f"{row['name']} on {row['kind']}"
+    found = [f"{where} is less exact: {each}" for each in inexact(row, None if updating else accepted)]
+    if not updating:
+        return found + [f"{where} is slower: {each}" for each in slowdowns(row, accepted)]
+    lost = [each for each in watched(accepted) if each[1] not in row["seconds"]]
+    return found + [
+        f"{where}: {accepted[ratio]:.2f} × {rival} kept: its rival failed ({row['failure']}); delete the row from the "
+        "file to accept another"
+        for ratio, rival, _ in lost
+    ]
+
+
+def inexact(row: Row, accepted: Row | None) -> list[str]:
+    """Each figure of exactness that is past the bound that the test sets, or far above the accepted figure."""
     found = []
-    bound = error_bound(row, accepted)
-    if not row["error"] <= bound:  # NaN is none either
-        before = f"; accepted on {accepted['date']}: {accepted['error']:.1e}" if accepted else ""
-        found.append(
-            f"{row['name']} on {row['kind']} is less exact: error {row['error']:.1e}, bound {bound:.1e}{before}"
-        )
-    if slower(row, accepted):
-        found.append(f"{row['name']} on {row['kind']} is slower: {slowdown(row, accepted)}")
+    for figure, bound in (("error", row["bound"]), ("disagreement", row["disagreement_bound"])):
+        before = ""
+        if accepted is not None:
+            growth = COARSE_GROWTH if accepted[figure] > COARSE else GROWTH
+            bound = min(bound, max(growth * accepted[figure], OF_NO_ACCOUNT[figure]))
+            before = f"; accepted on {accepted['date']}: {accepted[figure]:.1e}"
+        if not row[figure] <= bound:  # NaN is none either
+            found.append(f"{figure} {row[figure]:.1e}, bound {bound:.1e}{before}")
     return found
 
 
-def slowdown(row: Row, accepted: Row) -> str:
-    before = f"accepted on {accepted['date']} ({accepted['with']}): {milliseconds(accepted['seconds'])}"
-    if row["ratio"] is None:
-        return f"{row['reference']} could not be timed to compare with ({row['failure']}); {before}"
-    low, high = row["ratio_quartiles"]
-    return (
-        f"{row['ratio']:.2f} × as fast as {row['reference']}, {1 - row['ratio'] / accepted['ratio']:.0%} below the "
-        f"accepted {accepted['ratio']:.2f} × (at most {FALL:.0%} are allowed). Now {milliseconds(row['seconds'])}; "
-        f"{before}. Measured as the median ratio of {row['rounds']} rounds taken in turns (quartiles {low:.2f} and "
-        f"{high:.2f}), after {row['first_ratio']:.2f} × in fewer rounds; --update-baseline accepts it"
-    )
+def slowdowns(row: Row, accepted: Row | None) -> list[str]:
+    """Each ratio that fell too far or could not be measured; with nothing accepted, whether it is below `floor`."""
+    now = f"Now ({setup()}): {milliseconds(row['seconds'])}"
+    if accepted is None:
+        if row["floor"] is None or row["ratio"] is None or row["ratio"] >= row["floor"]:
+            return []
+        return [f"{row['ratio']:.2f} × as fast as {row['reference']}, and nothing is accepted yet. {now}"]
+    found = []
+    was = f"accepted on {accepted['date']} ({accepted['with']}): {milliseconds(accepted['seconds'])}"
+    for ratio, rival, fall in watched(accepted):
+        if rival not in row["seconds"]:
+            found.append(f"{rival} could not be timed to compare with ({row['failure']}); {was}")
+        elif not row[ratio] >= (1 - fall) * accepted[ratio]:
+            low, high = row[f"{ratio}_quartiles"]
+            name = row["reference"] if ratio == "ratio" else rival
+            found.append(
+                f"{row[ratio]:.2f} × as fast as {name}, {1 - row[ratio] / accepted[ratio]:.0%} below the accepted "
+                f"{accepted[ratio]:.2f} × (at most {fall:.0%} are allowed). {now}; {was}. Measured as the median ratio "
+                f"of {row['rounds']} rounds taken in turns (quartiles {low:.2f} and {high:.2f}), after "
+                f"{row['first'][ratio]:.2f} × in fewer rounds; --update-baseline accepts it"
+            )
+    return found
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
@@ -143,11 +194,12 @@ def milliseconds(seconds: dict[str, float]) -> str:
 
 def comparison(rows: Sequence[Row], accepted: Baseline, updating: bool) -> str:
     """What the rows were held to, in a line."""
-    kind = rows[0]["kind"]
+    kind, file = rows[0]["kind"], accepted.path.name
     if updating:
-        return f"{sum(not row['problems'] for row in rows)} rows of {kind} accepted in {accepted.path.name}"
+        return f"{sum(not row['problems'] for row in rows)} rows of {kind} accepted in {file}"
+    known = [each for row in rows if (each := accepted.accepted(kind, row["name"])) is not None]
     new = [row["name"] for row in rows if accepted.accepted(kind, row["name"]) is None]
-    if len(new) == len(rows):
-        return f"{accepted.path.name} has nothing for {kind}: no ratio was compared; --update-baseline accepts these"
-    text = f"{len(rows) - len(new)} rows held to {accepted.path.name}"
+    if not known:
+        return f"{file} has nothing for {kind}: no ratio was compared with one; --update-baseline accepts these"
+    text = f"{len(known)} rows held to {file} by their error, {sum(bool(watched(each)) for each in known)} by a ratio"
     return text + (f"; not in it: {', '.join(new)} (--update-baseline accepts them)" if new else "")

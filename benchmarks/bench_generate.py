@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from race import OURS, Contestant, Race
+from race import OURS, YARDSTICK, Contestant, Race, yardstick
 from timing import clock
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def setting() -> Setting:
             parameter.data = parameter.data.to(torch.bfloat16)
         return Setting("xxl 384²", model, torch.arange(256, device="cuda") % 1000, rounds=2, loop_tokens=4)
     model = LlamaGen.from_checkpoint(FILES.generator, "tiny").eval()
-    return Setting("tiny", model, torch.arange(64) % 9, rounds=5, loop_tokens=8)
+    return Setting("tiny", model, torch.arange(64) % 9, rounds=10, loop_tokens=8)
 
 
 @torch.no_grad()
@@ -109,6 +109,7 @@ def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[
     rivals = {
         "reference": Contestant(lambda _: reference.generate(setting.model, setting.labels)),
         "without cache": Contestant(lambda _: loop_without_cache(setting)),
+        YARDSTICK: yardstick(device),
     }
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         rivals["engine, fp8 cache"] = Contestant(lambda _: engine("fp8"))
@@ -118,13 +119,16 @@ def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[
     row = guard.measure(
         f"generate {setting.name}",
         race,
-        reference="reference",
+        references=["reference"],
         error=agreed["logprob_error"],
         bound=0.05 if device.type == "cuda" else 1e-4,
+        disagreement=1 - agreed["equal_draws"],
+        # Rounding to bf16 moves most draws from 16384 about equally likely tokens to a neighbour; chance finds none.
+        disagreement_bound=0.99 if device.type == "cuda" else 0.0,
         fewest=setting.rounds,
     )
-    medians = row["seconds"]
-    medians["without cache"] *= setting.length / setting.loop_tokens
+    row["seconds"]["without cache"] *= setting.length / setting.loop_tokens
+    medians = {name: each for name, each in row["seconds"].items() if name != YARDSTICK}
     item = setting.model.output.weight.element_size()
     bandwidth = bytes_read(setting.model.config, sequences, item, item) / medians[OURS]
     row |= {
@@ -145,10 +149,10 @@ def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[
 
 
 def targets(row: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """On an H100 50 images/s and ten times LlamaGen's own way; on a CPU five times the loop without cache."""
-    rate, faster = row["images_per_second"][OURS], row["times_faster"]
+    """On an H100 50 images/s and ten times LlamaGen's own way."""
     if device.type != "cuda":
-        return [{"target": "5× the loop without cache", "met": faster["without cache"] >= 5}]
+        return []
+    rate, faster = row["images_per_second"][OURS], row["times_faster"]
     return [
         {"target": "50 images/s", "met": rate >= 50},
         {"target": "10× LlamaGen's own way", "met": faster["reference"] >= 10},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from race import Contestant, Race
+from race import YARDSTICK, Contestant, Race, yardstick
 from timing import clock
 from torch import Tensor
 
@@ -48,8 +48,9 @@ def test_score(guard: Guard, step: Step) -> None:
     inputs = [(drawn(models.reward.encode(batch.images)), batch.images) for batch in step.batches]
     expected = published(inputs[0])
     error = ((ours(inputs[0]) - expected) / expected).abs().max().item()
-    race = Race(ours, {"published": Contestant(published)}, itertools.cycle(inputs))
+    rivals = {"published": Contestant(published), YARDSTICK: yardstick(guard.bench.device)}
+    race = Race(ours, rivals, itertools.cycle(inputs))
     race.warm_up()
     about = {"rollouts": inputs[0][0].shape[:2].numel(), "model": config.model}
     bound = BOUND[models.reward.dtype]
-    guard.judge(guard.measure("reward score", race, reference="published", error=error, bound=bound, **about))
+    guard.judge(guard.measure("reward score", race, references=["published"], error=error, bound=bound, **about))

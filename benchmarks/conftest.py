@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +11,7 @@ import pytest
 import torch
 from baseline import Baseline, BaselineError, Row
 from pytest_benchmark.fixture import BenchmarkFixture
-from race import FEWEST_ROUNDS, Race
+from race import FEWEST_ROUNDS, YARDSTICK, Race
 from shapes import SMALL, XXL, Sizes
 from summary import ratios, table
 from timing import keep_freed_memory
@@ -25,7 +25,9 @@ if TYPE_CHECKING:  # imported where they are used: operations are measured witho
 
 ROWS = pytest.StashKey[list[Row]]()
 BASELINE = pytest.StashKey[Baseline]()
-THREADS = 1  # on a CPU: ratios then depend neither on the number of cores nor on who else uses them
+# On a CPU: ratios then do not depend on the number of cores, and the thread's own time is that of all the work. What
+# others leave of caches and memory, and of the clock, still shows.
+THREADS = 1
 CPU_CACHE = 32 << 20
 BATCHES = 4
 
@@ -46,7 +48,12 @@ class Bench:
 
     @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else baseline.processor()
+
+    @property
+    def floor(self) -> float | None:
+        """Of a ratio with nothing accepted: a kernel is not slower than what it replaces."""
+        return baseline.EQUAL if self.device.type == "cuda" else None
 
 
 @dataclass
@@ -63,41 +70,47 @@ class Guard:
         name: str,
         race: Race,
         *,
-        reference: str,
+        references: Sequence[str],
         error: float,
         bound: float,
+        disagreement: float = 0.0,
+        disagreement_bound: float = 0.0,
         seconds: float | None = None,
         fewest: int = FEWEST_ROUNDS,
         **about: Any,
     ) -> Row:
-        """The figures, which go into `extra_info` as well; measured once more where the ratio is too low.
+        """The figures, which go into `extra_info` as well; measured once more where a ratio is too low.
 
         Args:
-            race: warmed up. reference: whose time over ours is the ratio that is watched, if it takes part.
-            error: ours, relative to exact results. bound: of the error, at most.
+            race: warmed up. references: the fastest one's time over ours is the ratio that is watched.
+            error: ours, relative to exact results. disagreement: share of indices or tokens that differ from theirs.
+            bound, disagreement_bound: of these, at most.
             seconds, fewest: of rounds, see `Race.run`; None: those for whole models. about: more for the row.
         """
         race.run(self.benchmark, seconds or self.bench.model_seconds, fewest)
-        if self.benchmark.disabled:
-            pytest.skip("ran, but nothing was measured: --benchmark-disable")
         accepted = self.baseline.accepted(self.bench.name, name)
-        about |= {"name": name, "kind": self.bench.name, "reference": reference, "error": error, "bound": bound}
-        about["accepted"] = accepted["ratio"] if accepted else None
-        row = about | figures(race, reference)
-        if self.updating or baseline.slower(row, accepted):
+        about |= {"name": name, "kind": self.bench.name, "floor": self.bench.floor, "error": error, "bound": bound}
+        about |= {"disagreement": disagreement, "disagreement_bound": disagreement_bound}
+        about["accepted"] = {each: accepted[each] for each in ("ratio", "yardstick")} if accepted else {}
+        if self.benchmark.disabled:
+            if found := baseline.inexact(about, accepted):
+                pytest.fail(f"{name} is less exact: {'; '.join(found)}", pytrace=False)
+            pytest.skip("exact, but nothing was timed: --benchmark-disable, or tests side by side")
+        row = about | figures(race, references)
+        row["first"] = {each: row[each] for each in ("ratio", "yardstick")}
+        if self.updating or baseline.slowdowns(row, accepted):
             race.again()
-            row = about | figures(race, reference) | {"first_ratio": row["ratio"]}
+            row |= figures(race, references)
         self.benchmark.extra_info |= row
         return self.benchmark.extra_info
 
     def judge(self, row: Row) -> None:
         """Fail if the figures are worse than the accepted ones, or with --update-baseline accept them."""
+        accepted = self.baseline.accepted(row["kind"], row["name"])
+        row["problems"] = baseline.problems(row, accepted, self.updating)
         self.bench.rows.append(row)
-        accepted = None if self.updating else self.baseline.accepted(row["kind"], row["name"])
-        found = baseline.problems(row, accepted)
-        row["problems"] = found
-        if found:
-            pytest.fail("\n".join(found), pytrace=False)
+        if row["problems"]:
+            pytest.fail("\n".join(row["problems"]), pytrace=False)
 
 
 class Step(NamedTuple):
@@ -108,14 +121,16 @@ class Step(NamedTuple):
     batches: list[ImageBatch]
 
 
-def figures(race: Race, reference: str) -> Row:
-    ratio = race.ratio(reference)
-    row: Row = {"seconds": race.seconds(), "rounds": len(race.ours.seconds), "ratio": None, "failure": None}
-    if ratio is not None:
-        row |= {"ratio": ratio.median, "ratio_quartiles": [ratio.low, ratio.high]}
-    elif reference in race.contestants:
-        row["failure"] = race.contestants[reference].failure
-    return row
+def figures(race: Race, references: Sequence[str]) -> Row:
+    """Times of all; the ratio to the fastest of `references` that did not fail, and to the yardstick."""
+    seconds = race.seconds()
+    reference = min((name for name in references if name in seconds), key=seconds.get, default=references[0])
+    row: Row = {"seconds": seconds, "rounds": len(race.ours.seconds), "reference": reference}
+    for figure, name in (("ratio", reference), ("yardstick", YARDSTICK)):
+        ratio = race.ratio(name)
+        row |= {figure: ratio and ratio.median, f"{figure}_quartiles": ratio and [ratio.low, ratio.high]}
+    failures = [f"{name}: {each.failure}" for name, each in race.contestants.items() if each.failure is not None]
+    return row | {"failure": "; ".join(failures) or None}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,10 +144,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    path, report = config.getoption("baseline", baseline.FILE), config.getoption("benchmark_json", None)
+    if not (path.parent.is_dir() if config.getoption("update_baseline", False) else path.is_file()):
+        raise pytest.UsageError(
+            f"--baseline: there is no {path}; --update-baseline writes one into a folder that exists"
+        )
     try:
-        config.stash[BASELINE] = Baseline(config.getoption("baseline", baseline.FILE))
+        config.stash[BASELINE] = Baseline(path)
     except BaselineError as error:
         raise pytest.UsageError(str(error)) from error
+    if report:  # pytest-benchmark would miss it after everything was measured
+        report.parent.mkdir(parents=True, exist_ok=True)
     config.stash[ROWS] = []
 
 
@@ -144,7 +166,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
         torch.set_num_threads(THREADS)
         keep_freed_memory()
         cpu = torch.device("cpu")
-        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 2.0, 20.0, 0, rows)
+        return Bench(cpu, SMALL, torch.float32, ceilings.measure(cpu), CPU_CACHE, 1.5, 40.0, 0, rows)
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     limit = config.getoption("compile_seconds", 600.0)

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from parts import TAIL, Part, gpu_reading, missing, nvidia_smi, run_together
-from summary import alignment_line, ratios, table
+from parts import GRACE, TAIL, Part, gpu_reading, missing, nvidia_smi, run_together
+from summary import alignment_line, ratios, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vapi_fast", "kernels")
 SECONDS = 455.0  # for all parts
 LONG_SECONDS = 580.0
-OTHER_SECONDS = 180.0  # of the benchmarks' limit, for all but torch.compile
+OTHER_SECONDS = 180.0  # of the benchmarks' time, for all but torch.compile: the stages before leave it to them
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ARCHITECTURES = (80, 90, 100)  # that `vapi_fast.kernels.check` knows
 
@@ -118,31 +118,26 @@ def machine_code(work: Path, architecture: str, *options: str) -> Part:
     )
 
 
-def benchmarks(work: Path) -> Part:
-    """All but generation, which takes minutes at XXL beside LlamaGen's own: `--generate`."""
-    rows, outcomes = work / "benchmarks.json", work / "benchmarks.xml"
-
-    def command(limit: float) -> list[str]:
-        reports = [f"--benchmark-json={rows}", f"--junitxml={outcomes}"]
-        return [
-            *PYTEST,
-            ".",
-            "--ignore=bench_generate.py",
-            "--benchmark-only",
-            f"--compile-seconds={max(limit - OTHER_SECONDS, 0):.0f}",
-            *reports,
-        ]
-
+def timings(name: str, arguments: Sequence[str], work: Path, limit: float, reserved: float = 0.0) -> Part:
+    """Benchmarks; what of their time is beyond `OTHER_SECONDS` is for torch.compile."""
+    rows, outcomes = work / f"{name}.json", work / f"{name}.xml"
+    command = [*PYTEST, *arguments, "--benchmark-only", f"--benchmark-json={rows}", f"--junitxml={outcomes}"]
     return Part(
-        "benchmarks",
-        command,
-        260,
+        name,
+        lambda limit: [*command, f"--compile-seconds={max(limit - OTHER_SECONDS, 0):.0f}"],
+        limit,
         ROOT / "benchmarks",
         environment(work),
         needs=("pytest", "pytest_benchmark"),
+        reserved=reserved,
         figures=lambda output: benchmark_rows(rows),
         failures=lambda output: junit_failures(outcomes),
     )
+
+
+def benchmarks(work: Path) -> Part:
+    """All but generation, which takes minutes at XXL beside LlamaGen's own: `--generate`."""
+    return timings("benchmarks", [".", "--ignore=bench_generate.py"], work, 260, OTHER_SECONDS + GRACE)
 
 
 def gpu_stages(work: Path, capability: Sequence[int]) -> list[list[Part]]:
@@ -182,20 +177,7 @@ def align_stages(work: Path, cpu: bool) -> list[list[Part]]:
 
 
 def generate_stages(work: Path) -> list[list[Part]]:
-    rows, outcomes = work / "generate.json", work / "generate.xml"
-    command = [*PYTEST, "bench_generate.py", "--benchmark-only"]
-    command += [f"--benchmark-json={rows}", f"--junitxml={outcomes}"]
-    part = Part(
-        "generate",
-        lambda limit: command,
-        540,
-        ROOT / "benchmarks",
-        environment(work),
-        needs=("pytest", "pytest_benchmark"),
-        figures=lambda output: benchmark_rows(rows),
-        failures=lambda output: junit_failures(outcomes),
-    )
-    return [[part]]
+    return [[timings("generate", ["bench_generate.py"], work, 540)]]
 
 
 def alignment(name: str, arguments: Sequence[str], work: Path, limit: float) -> Part:
@@ -257,15 +239,18 @@ def lines_with(output: str, *words: str) -> list[str]:
     return [line.strip() for line in output.splitlines() if any(word in line for word in words)][:40]
 
 
+def git(*arguments: str) -> str | None:
+    """What git says of the checkout, or None."""
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def commit_of(option: str | None) -> str:
     """The commit given, or the checkout's, with "-dirty" if it was changed."""
-    if option:
-        return option
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    return option or git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "unknown"
 
 
 def probe() -> dict[str, Any]:
@@ -296,7 +281,7 @@ def passed(results: dict[str, dict[str, Any]], stages: Sequence[Sequence[Part]])
 def report(record: dict[str, Any]) -> str:
     """The tables of the benchmarks, then each part's outcome and its first failures."""
     results = record["parts"]
-    rows = results.get("benchmarks", {}).get("figures")
+    rows = rows_of(results)
     lines = [table(rows), "", ratios(rows), ""] if rows else []
     for name, result in results.items():
         counts = result.get("figures") if isinstance(result.get("figures"), dict) else {}
@@ -340,6 +325,7 @@ def main() -> int:
     budget = LONG_SECONDS if kind else SECONDS
     start = time.monotonic()
     record: dict[str, Any] = {"device": probe(), "commit": commit_of(options.commit), "passed": False, "parts": {}}
+    record["commit_time"] = git("show", "-s", "--format=%cI", record["commit"].removesuffix("-dirty"))
     record["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not record["device"]["cuda_available"] and not options.cpu:
         write(record, path)
@@ -354,8 +340,9 @@ def main() -> int:
         else:
             stages = cpu_stages(work) if options.cpu else gpu_stages(work, record["device"]["capability"])
         stages = [[install(work)], *stages]
-        for stage in stages:
-            record["parts"] |= run_together(stage, folder, budget - (time.monotonic() - start))
+        for number, stage in enumerate(stages):
+            later = sum(max(part.reserved for part in each) for each in stages[number + 1 :])
+            record["parts"] |= run_together(stage, folder, budget - later - (time.monotonic() - start))
             write(record, path)
             if record["parts"]["install"]["status"] != "passed":
                 break

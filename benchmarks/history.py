@@ -3,8 +3,8 @@
     pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/NAME.json
     python benchmarks/history.py [FOLDER] [--output FILE]
 
-FOLDER (benchmarks/results) holds such files, and the `gpu_check.json` and `gpu_check_align.json` of `gpu_check.sh`
-under any name.
+FOLDER (benchmarks/results) holds such files, and those that `gpu_check.sh` writes, under any name. They are drawn in
+the order of their commits, and of one commit in that of their measurements.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from baseline import FILE, Baseline, BaselineError
+from summary import rows_of
 
 RESULTS = Path(__file__).with_name("results")
 WIDTH, HEIGHT, MARGIN = 260, 80, 10  # of a drawing, in pixels
@@ -41,31 +44,46 @@ class HistoryError(ValueError):
 class Point(NamedTuple):
     """One benchmark's ratio in one run."""
 
+    committed: datetime  # or measured, where that is not known
+    measured: datetime
+    commit: str
     kind: str  # of device
     name: str
-    time: str  # when it was measured, ISO 8601
-    commit: str
     ratio: float
 
 
-def points_of(path: Path) -> Iterator[Point]:
+def points_of(path: Path) -> list[Point]:
     """The ratios in a file of pytest-benchmark or of `gpu_check.sh`."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in record:
-            commit = record["commit_info"]["id"][:9] + "-dirty" * record["commit_info"]["dirty"]
-            rows, when = [each["extra_info"] for each in record["benchmarks"]], record["datetime"]
+            info, measured = record["commit_info"], record["datetime"]
+            commit, committed = info["id"][:9] + "-dirty" * info["dirty"], info.get("time")
+            rows = [each["extra_info"] for each in record["benchmarks"]]
         else:
-            rows = record["parts"].get("benchmarks", {}).get("figures") or []
-            rows += alignment(record)
-            commit, when = record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty"), record["started"]
+            measured, committed = record["started"], record.get("commit_time")
+            commit = record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty")
+            rows = rows_of(record["parts"]) + alignment(record)
+        run = moment(committed or measured), moment(measured), commit
+        return [
+            Point(*run, row["kind"], row["name"], positive(row["ratio"]))
+            for row in rows
+            if row.get("ratio") is not None
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HistoryError(
             f"{path} is neither pytest-benchmark's JSON nor gpu_check's ({type(error).__name__}: {error}): take it out"
         ) from error
-    for row in rows:
-        if row.get("ratio") is not None:
-            yield Point(row["kind"], row["name"], when, commit, row["ratio"])
+
+
+def moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(timezone.utc)
+
+
+def positive(ratio: Any) -> float:
+    if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
+        raise ValueError(f"a ratio of {ratio!r}")
+    return ratio
 
 
 def alignment(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,7 +109,7 @@ def drawing(points: Sequence[Point], accepted: float | None) -> str:
         parts.append(f'<line x1="0" x2="{WIDTH}" y1="{height(accepted):.1f}" y2="{height(accepted):.1f}"/>')
     parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
     for (x, y), point in zip(places, points, strict=True):
-        title = html.escape(f"{point.commit}, {point.time[:10]}: {point.ratio:.2f}×")
+        title = html.escape(f"{point.commit}, {point.measured:%Y-%m-%d}: {point.ratio:.2f}×")
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{title}</title></circle>')
     return "".join([*parts, "</svg>"])
 
@@ -99,12 +117,12 @@ def drawing(points: Sequence[Point], accepted: float | None) -> str:
 def page(points: Sequence[Point], baseline: Baseline) -> str:
     """The report: a section for each kind of device, in it a drawing for each benchmark."""
     series: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
-    for point in sorted(points, key=lambda point: point.time):
+    for point in sorted(points):
         series[point.kind][point.name].append(point)
     parts = [
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>vapi-fast: ratios over commits</title>',
         f"<style>{STYLE}</style><h1>vapi-fast: how many times as fast as the reference</h1>",
-        "<p>One point a run, oldest first; the dashed line is the accepted ratio of baseline.json.</p>",
+        "<p>One point a run, oldest commit first; the dashed line is the accepted ratio of baseline.json.</p>",
     ]
     for kind, by_name in sorted(series.items()):
         parts.append(f"<h2>{html.escape(kind)}</h2><section>")
@@ -138,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     output = options.output or options.folder / "history.html"
     output.write_text(text, encoding="utf-8")
-    runs = len({(point.time, point.commit) for point in points})
+    runs = len({(point.measured, point.commit) for point in points})
     print(f"{output}: {len(points)} ratios of {runs} runs")
     return 0
 

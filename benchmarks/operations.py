@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from shapes import XXL, Sizes, Source
+from peers import PEERS
+from shapes import Sizes, Source, changed, tensors
 from torch import Tensor
 
 from vapi_fast import reference
@@ -24,7 +25,7 @@ class Operation:
     bytes_moved, flops: `(sizes, bytes of an element)` → those of the forward and those that the backward adds. Bytes
     are the least that device memory must see: each input read once, each output written once; GroupNorm's map and
     the inputs of its backward twice, as the statistics of a group come first and do not fit on the chip.
-    gradients: positions of the arguments that get one. peers: name in `peers.PEERS`.
+    gradients: positions of the arguments that get one, of one of the results. peer: key of `PEERS`, if not `name`.
     """
 
     name: str
@@ -34,7 +35,12 @@ class Operation:
     flops: Callable[[Sizes], tuple[int, int]] = lambda s: (0, 0)
     gradients: tuple[int, ...] = ()
     forward: bool = True
-    peers: str = ""
+    peer: str = ""
+
+    @property
+    def plain(self) -> tuple[str, Callable[..., Any]]:
+        """Name and call of the plain form; its results are ours, or the first of them."""
+        return PEERS[self.peer or self.name]
 
     @property
     def passes(self) -> list[str]:
@@ -42,24 +48,6 @@ class Operation:
 
 
 FORWARD, BOTH = "forward", "forward+backward"
-
-
-def tensors(arguments: Any) -> Iterator[Tensor]:
-    """The tensors among arguments or results, those in lists and tuples too."""
-    if isinstance(arguments, Tensor):
-        yield arguments
-    elif isinstance(arguments, list | tuple):
-        for each in arguments:
-            yield from tensors(each)
-
-
-def changed(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with another tensor for each tensor."""
-    if isinstance(arguments, Tensor):
-        return change(arguments)
-    if isinstance(arguments, list | tuple):
-        return type(arguments)(changed(each, change) for each in arguments)
-    return arguments
 
 
 def head_inputs(s: Sizes, new: Source) -> tuple[Tensor, Tensor]:
@@ -81,10 +69,10 @@ def off_policy_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
     return (*policy_inputs(s, new), *(new.normal(*shape, scale=0.1, dtype=torch.float32) - level for _ in range(2)))
 
 
-def off_policy_loss(m: ModuleType, *inputs: Tensor) -> Tensor:
+def off_policy_loss(m: ModuleType, *inputs: Tensor) -> tuple[Tensor, ...]:
     *inputs, old, base = inputs
     options = {"clip_range": 0.2, "kl_weight": 0.1, "temperature": 0.9}
-    return m.policy_loss(*inputs, old_logprobs=old, base_logprobs=base, **options).loss
+    return m.policy_loss(*inputs, old_logprobs=old, base_logprobs=base, **options)
 
 
 class Head:
@@ -104,6 +92,22 @@ class GivenHidden:
 
 def noisy_prefix_cross_entropy(m: ModuleType, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return m.noisy_prefix_cross_entropy(GivenHidden(hidden, weight), tokens, None, noise_prob=0.5, seed=SEED)
+
+
+def cross_entropy_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
+    return *head_inputs(s, new), new.integers(s.images, s.tokens, below=s.vocabulary)
+
+
+def head_loss(name: str, inputs: Callable[..., Any], call: Callable[..., Any], forward: bool = True) -> Operation:
+    return Operation(
+        name,
+        inputs,
+        call,
+        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
+        lambda s: (s.gemm, 2 * s.gemm),
+        gradients=(0, 1),
+        forward=forward,
+    )
 
 
 def lpips_levels(s: Sizes) -> list[tuple[int, int]]:
@@ -133,41 +137,46 @@ def norm_maps(s: Sizes, factor: int, shrink: int) -> tuple[int, ...]:
     return s.images, factor * s.channels, s.pixels // shrink, s.pixels // shrink
 
 
+def level(factor: int, shrink: int) -> str:
+    """Name of such maps by channels C and side S at full resolution, 128 and 384 of LlamaGen-XXL: "2C@S/2"."""
+    return f"{factor if factor > 1 else ''}C@S{f'/{shrink}' if shrink > 1 else ''}"
+
+
 def norm_parameters(s: Sizes, new: Source, factor: int) -> tuple[Tensor, Tensor, int]:
     return 1 + new.normal(factor * s.channels, scale=0.1), new.normal(factor * s.channels), s.norm_groups
 
 
-def group_norm_silu(side: int, factor: int, shrink: int) -> Operation:
+def group_norm_silu(factor: int, shrink: int) -> Operation:
     def bytes_moved(s: Sizes, e: int) -> tuple[int, int]:
         size = e * math.prod(norm_maps(s, factor, shrink))
         return 3 * size, 5 * size
 
     return Operation(
-        f"group_norm_silu {factor * XXL.channels}@{side}²",
+        f"group_norm_silu {level(factor, shrink)}",
         lambda s, new: (new.maps(*norm_maps(s, factor, shrink)), *norm_parameters(s, new, factor)),
         lambda m, x, weight, bias, groups: m.group_norm_silu(x, weight, bias, groups, 1e-6),
         bytes_moved,
         gradients=(0, 1, 2),
-        peers="group_norm_silu",
+        peer="group_norm_silu",
     )
 
 
-def bias_group_norm_silu(side: int, factor: int, shrink: int) -> Operation:
+def bias_group_norm_silu(factor: int, shrink: int) -> Operation:
     def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
         shape = norm_maps(s, factor, shrink)
         return new.maps(*shape), new.normal(shape[1]), *norm_parameters(s, new, factor)
 
     return Operation(
-        f"bias_group_norm_silu {factor * XXL.channels}@{side}²",
+        f"bias_group_norm_silu {level(factor, shrink)}",
         inputs,
         lambda m, h, channel_bias, *norm: m.bias_group_norm_silu(h, channel_bias, *norm, 1e-6),
         lambda s, e: (3 * e * math.prod(norm_maps(s, factor, shrink)), 0),
-        peers="bias_group_norm_silu",
+        peer="bias_group_norm_silu",
     )
 
 
-def add_group_norm_silu(side: int, factor: int, shrink: int, phases: bool = False) -> Operation:
-    """The end of a residual block, or with phases that of an upsampling, to maps of `side`."""
+def add_group_norm_silu(factor: int, shrink: int, phases: bool = False) -> Operation:
+    """The end of a residual block, or with phases that of an upsampling, to such maps."""
 
     def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
         batch, channels, height, width = shape = norm_maps(s, factor, shrink)
@@ -179,11 +188,11 @@ def add_group_norm_silu(side: int, factor: int, shrink: int, phases: bool = Fals
         return m.add_group_norm_silu(h, *norm, 1e-6, residual=residual, channel_bias=channel_bias, phases=phases)
 
     return Operation(
-        f"add_group_norm_silu {factor * XXL.channels}@{side}²{' phases' * phases}",
+        f"add_group_norm_silu {level(factor, shrink)}{' phases' * phases}",
         inputs,
         call,
         lambda s, e: ((4 if phases else 5) * e * math.prod(norm_maps(s, factor, shrink)), 0),
-        peers=f"add_group_norm_silu{' phases' * phases}",
+        peer=f"add_group_norm_silu{' phases' * phases}",
     )
 
 
@@ -218,7 +227,6 @@ OPERATIONS = [
         lambda s, new: (new.normal(s.images, s.tokens, s.vocabulary, scale=2.0), s.group),
         lambda m, logits, group: m.group_sample(logits, group, seed=SEED),
         lambda s, e: (e * s.logits + 12 * s.group * s.rows, 0),
-        peers="group_sample",
     ),
     Operation(
         "group_sample top-k, top-p",
@@ -232,50 +240,16 @@ OPERATIONS = [
         lambda m, hidden, weight, group: m.linear_group_sample(hidden, weight, group, seed=SEED),
         lambda s, e: (e * s.width * (s.rows + s.vocabulary) + 12 * s.group * s.rows, 0),
         lambda s: (s.gemm, 0),
-        peers="linear_group_sample",
     ),
-    Operation(
-        "policy_loss",
-        policy_inputs,
-        lambda m, *inputs: m.policy_loss(*inputs).loss,
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
-        lambda s: (s.gemm, 2 * s.gemm),
-        gradients=(0, 1),
-        peers="policy_loss",
-    ),
-    Operation(
-        "policy_loss off-policy",
-        off_policy_inputs,
-        off_policy_loss,
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
-        lambda s: (s.gemm, 2 * s.gemm),
-        gradients=(0, 1),
-        forward=False,
-    ),
-    Operation(
-        "linear_cross_entropy",
-        lambda s, new: (*head_inputs(s, new), new.integers(s.images, s.tokens, below=s.vocabulary)),
-        lambda m, hidden, weight, targets: m.linear_cross_entropy(hidden, weight, targets),
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
-        lambda s: (s.gemm, 2 * s.gemm),
-        gradients=(0, 1),
-        peers="linear_cross_entropy",
-    ),
-    Operation(
-        "noisy_prefix_cross_entropy",
-        lambda s, new: (*head_inputs(s, new), new.integers(s.images, s.tokens, below=s.vocabulary)),
-        noisy_prefix_cross_entropy,
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
-        lambda s: (s.gemm, 2 * s.gemm),
-        gradients=(0, 1),
-        forward=False,
-    ),
+    head_loss("policy_loss", policy_inputs, lambda m, *inputs: m.policy_loss(*inputs)),
+    head_loss("policy_loss off-policy", off_policy_inputs, off_policy_loss, forward=False),
+    head_loss("linear_cross_entropy", cross_entropy_inputs, lambda m, *inputs: m.linear_cross_entropy(*inputs)),
+    head_loss("noisy_prefix_cross_entropy", cross_entropy_inputs, noisy_prefix_cross_entropy, forward=False),
     Operation(
         "noisy_prefix",
         lambda s, new: (new.integers(s.images, s.tokens, below=s.vocabulary), 0.5, s.vocabulary),
         lambda m, tokens, noise_prob, vocab_size: m.noisy_prefix(tokens, noise_prob, vocab_size, seed=SEED),
         lambda s, e: (16 * s.rows, 0),
-        peers="noisy_prefix",
     ),
     Operation(
         "vq_lookup",
@@ -287,7 +261,6 @@ OPERATIONS = [
         lambda s, e: (4 * s.code_width * (2 * s.rows + s.vocabulary) + 8 * s.rows, 12 * s.code_width * s.rows),
         lambda s: (2 * s.logits * s.code_width, 0),
         gradients=(0,),
-        peers="vq_lookup",
     ),
     Operation(
         "codebook_lookup",
@@ -301,7 +274,6 @@ OPERATIONS = [
             8 * s.group * s.rows + 4 * s.code_width * (2 * s.vocabulary + s.group * s.rows),
         ),
         gradients=(1,),
-        peers="codebook_lookup",
     ),
     Operation(
         "straight_through_lookup",
@@ -315,14 +287,12 @@ OPERATIONS = [
             2 * e * s.logits + 4 * s.code_width * (s.vocabulary + s.rows),
         ),
         gradients=(0,),
-        peers="straight_through_lookup",
     ),
     Operation(
         "lpips_distance",
         lambda s, new: lpips_inputs(s, new, (s.group,)),
         lambda m, a, b, weights: m.lpips_distance(a, b, weights),
         lambda s, e: (e * s.images * (s.group + 1) * lpips_elements(s), 0),
-        peers="lpips_distance",
     ),
     Operation(
         "lpips_distance of pairs",
@@ -331,7 +301,7 @@ OPERATIONS = [
         lambda s, e: (2 * e * s.images * lpips_elements(s), 3 * e * s.images * lpips_elements(s)),
         gradients=(0,),
         forward=False,
-        peers="lpips_distance",
+        peer="lpips_distance",
     ),
     Operation(
         "mse",
@@ -341,7 +311,6 @@ OPERATIONS = [
         ),
         lambda m, a, b: m.mse(a, b),
         lambda s, e: (e * s.images * (s.group + 1) * image_elements(s), 0),
-        peers="mse",
     ),
     Operation(
         "mse of pairs",
@@ -350,22 +319,21 @@ OPERATIONS = [
         lambda s, e: (2 * e * s.images * image_elements(s), 3 * e * s.images * image_elements(s)),
         gradients=(0,),
         forward=False,
-        peers="mse",
+        peer="mse",
     ),
-    group_norm_silu(side=384, factor=1, shrink=1),
-    group_norm_silu(side=192, factor=2, shrink=2),
-    group_norm_silu(side=48, factor=4, shrink=8),
-    bias_group_norm_silu(side=384, factor=1, shrink=1),
-    add_group_norm_silu(side=384, factor=1, shrink=1),
-    add_group_norm_silu(side=192, factor=2, shrink=2),
-    add_group_norm_silu(side=384, factor=1, shrink=1, phases=True),
+    group_norm_silu(factor=1, shrink=1),
+    group_norm_silu(factor=2, shrink=2),
+    group_norm_silu(factor=4, shrink=8),
+    bias_group_norm_silu(factor=1, shrink=1),
+    add_group_norm_silu(factor=1, shrink=1),
+    add_group_norm_silu(factor=2, shrink=2),
+    add_group_norm_silu(factor=1, shrink=1, phases=True),
     Operation(
         "rms_norm",
         lambda s, new: (new.normal(s.images, s.tokens, s.width), 1 + new.normal(s.width, scale=0.1)),
         lambda m, x, weight: m.rms_norm(x, weight, 1e-5),
         lambda s, e: (2 * e * s.rows * s.width, 3 * e * s.rows * s.width),
         gradients=(0, 1),
-        peers="rms_norm",
     ),
     Operation(
         "rotary_2d",
@@ -376,7 +344,6 @@ OPERATIONS = [
         lambda m, x, table: m.rotary_2d(x, table),
         lambda s, e: (2 * e * s.rows * s.heads * s.head_dim, 2 * e * s.rows * s.heads * s.head_dim),
         gradients=(0,),
-        peers="rotary_2d",
     ),
     Operation(
         "swiglu",
@@ -384,12 +351,11 @@ OPERATIONS = [
         lambda m, gate, up: m.swiglu(gate, up),
         lambda s, e: (3 * e * s.rows * s.hidden, 5 * e * s.rows * s.hidden),
         gradients=(0, 1),
-        peers="swiglu",
     ),
     Operation(
         "append_to_cache",
         append_inputs,
-        lambda m, *arguments: m.append_to_cache(*arguments),
+        lambda m, *arguments: (m.append_to_cache(*arguments), *arguments[2:4]),
         lambda s, e: (6 * e * s.sequences * s.heads * s.head_dim, 0),
     ),
     Operation(
@@ -397,14 +363,12 @@ OPERATIONS = [
         decode_inputs,
         lambda m, q, k, v, position: m.decode_attention(q, k, v, position),
         lambda s, e: cache_bytes(s, e, 0),
-        peers="decode_attention",
     ),
     Operation(
         "decode_attention prefix",
         prefix_inputs,
         lambda m, q, k, v, position, pk, pv: m.decode_attention(q, k, v, position, prefix_k=pk, prefix_v=pv),
         lambda s, e: cache_bytes(s, e, s.prefix),
-        peers="decode_attention prefix",
     ),
     Operation(
         "group_advantages",

@@ -25,6 +25,7 @@ LOG_BYTES, TAIL = 8 * 2**20, 3000
 class Part:
     """command: of the seconds that it may take. needs: Python modules and programs, without which it is skipped.
 
+    reserved: seconds that the stages before leave to it.
     figures: reads what it measured from its folder and its output; failures: messages, likewise.
     """
 
@@ -34,6 +35,7 @@ class Part:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    reserved: float = 0.0
     optional: bool = False
     figures: Callable[[str], Any] = lambda output: None
     failures: Callable[[str], list[str]] = lambda output: []

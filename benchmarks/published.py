@@ -25,7 +25,9 @@ def linear_group_sample(hidden: Tensor, weight: Tensor, group_size: int) -> tupl
     return group_sample(F.linear(hidden, weight), group_size)
 
 
-def policy_loss(hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, targets: Tensor) -> Tensor:
+def policy_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
     """Logits for every rollout, each with its own copy of the hidden states."""
     group_size = tokens.shape[1]
     repeated, targets = (x.repeat_interleave(group_size, 0) for x in (hidden, targets))

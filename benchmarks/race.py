@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import hold, host_seconds, synchronize, timed
 
-OURS = "vapi_fast"
+OURS, YARDSTICK = "vapi_fast", "yardstick"
 WARM_UPS, LONG = 5, 2.0  # calls, of which all but two are left out once those before took so many seconds
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
-AGAIN = 3  # times as many rounds where a ratio is measured again
+AGAIN = 2  # times as many rounds where a ratio is measured again
 
 
 class Contestant:
@@ -29,8 +30,14 @@ class Contestant:
         self.failure: str | None = None
 
     def warm_up(self, inputs: Any) -> None:
-        launches: list[float] = []
         start = time.monotonic()
+        try:
+            self.launch(inputs, start)
+        finally:  # a compilation that fails takes its time too
+            self.warm_up_seconds = time.monotonic() - start
+
+    def launch(self, inputs: Any, start: float) -> None:
+        launches: list[float] = []
         while len(launches) < 2 or (len(launches) < WARM_UPS and time.monotonic() - start < LONG):
             if torch.cuda.is_available():
                 synchronize()
@@ -42,7 +49,6 @@ class Contestant:
             if torch.cuda.is_available():
                 self.peak_bytes = torch.cuda.max_memory_allocated() - before
         self.host_seconds = min(launches[1:])
-        self.warm_up_seconds = time.monotonic() - start
 
     def time(self, inputs: Any) -> None:
         self.seconds.append(timed(lambda: self.call(inputs), 1.5 * self.host_seconds))
@@ -58,6 +64,26 @@ class Contestant:
         if self.failure is not None:  # the exception is gone, and with it what it held in memory
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def yardstick(device: torch.device) -> Contestant:
+    """Fixed work in plain PyTorch, nothing of ours: convolutions and matrix products, some 10 ms of them.
+
+    What both sides of a comparison share may get slower without changing their ratio; it changes this one's.
+    """
+    gpu = device.type == "cuda"
+    repeats, channels, side, width = (8, 256, 192, 8192) if gpu else (1, 64, 32, 768)
+    options = {"device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
+    maps, kernel = torch.randn(16, channels, side, side, **options), torch.randn(channels, channels, 3, 3, **options)
+    matrix = torch.randn(width, width, **options)
+
+    @torch.no_grad()
+    def work(_: Any) -> None:
+        for _ in range(repeats):
+            F.conv2d(maps, kernel, padding=1)
+            torch.mm(matrix, matrix)
+
+    return Contestant(work)
 
 
 class Ratio(NamedTuple):

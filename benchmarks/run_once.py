@@ -15,8 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
 
-from operations import BOTH, OPERATIONS, Operation, differentiable, tensors
-from shapes import ODD, Source
+from operations import BOTH, OPERATIONS, Operation, differentiable
+from shapes import ODD, Source, tensors
 from timing import synchronize
 
 from vapi_fast import ops

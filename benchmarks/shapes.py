@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,3 +103,21 @@ class Source:
 def one_image(sizes: Sizes) -> Sizes:
     """For comparisons with float64."""
     return dataclasses.replace(sizes, images=1, sequences=sizes.group)
+
+
+def tensors(arguments: Any) -> Iterator[Tensor]:
+    """The tensors among arguments or results, those in lists and tuples too."""
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, list | tuple):
+        for each in arguments:
+            yield from tensors(each)
+
+
+def changed(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with another tensor for each tensor."""
+    if isinstance(arguments, Tensor):
+        return change(arguments)
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(changed(each, change) for each in arguments)
+    return arguments

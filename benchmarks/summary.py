@@ -10,7 +10,8 @@ HEADER = (
     f"{'MB':>8} {'error':>8} targets"
 )
 RATIO_HEADER = (
-    f"{'':<40} {'ms':>10} {'ms of the':<21} {'ratio':>8} {'quartiles':>14} {'accepted':>9} {'rounds':>6} {'error':>8}"
+    f"{'':<40} {'ms':>10} {'ms of the':<32} {'ratio':>9} {'quartiles':>13} {'accepted':>9} {'rounds':>6} {'error':>8} "
+    f"{'differ':>8}"
 )
 
 
@@ -32,21 +33,36 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, HEADER, *map(line, rows), *skipped])
 
 
+def rows_of(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all parts of a `gpu_check` that have some."""
+    lists = [figures for part in parts.values() if isinstance(figures := part.get("figures"), list)]
+    return [row for rows in lists for row in rows if "ratio" in row]
+
+
 def ratios(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each row that something was timed beside: ours, the other one, their ratio and the accepted one."""
-    compared = [row for row in rows if row["ratio"] is not None]
-    lines = [RATIO_HEADER, *map(ratio_line, compared)] if compared else []
-    alone = len(rows) - len(compared)
-    return "\n".join([*lines, *([f"error alone: {alone} rows, where our path is the reference itself"] * (alone > 0))])
+    """One line a row: ours, the one it is held to, their ratio and the accepted one; below it that to fixed work."""
+    lines = [RATIO_HEADER]
+    for row in rows:
+        lines.append(ratio_line(row["name"], row, "ratio", row["reference"]))
+        if row["yardstick"] is not None:
+            lines.append(ratio_line("", row, "yardstick", "yardstick"))
+    return "\n".join(lines)
 
 
-def ratio_line(row: dict[str, Any]) -> str:
-    low, high = row["ratio_quartiles"]
-    times = [f"{1e3 * row['seconds'][name]:>10.4g}" for name in ("vapi_fast", row["reference"])]
-    accepted = "-" if row["accepted"] is None else f"{row['accepted']:.2f}×"
-    spread = f"{low:.2f}–{high:.2f}"
-    cells = [f"{row['name']:<40}", *times, f"{row['reference']:<10}", f"{row['ratio']:>8.2f}× {spread:>13}"]
-    return " ".join([*cells, f"{accepted:>9} {row['rounds']:>6} {row['error']:>8.1e}"])
+def ratio_line(name: str, row: dict[str, Any], figure: str, rival: str) -> str:
+    ours = f"{name:<40} {1e3 * row['seconds']['vapi_fast']:>10.4g}"
+    if row[figure] is None:
+        return f"{ours} no ratio: {row['failure']}"
+    low, high = row[f"{figure}_quartiles"]
+    before = row["accepted"].get(figure)
+    cells = [
+        ours,
+        f"{1e3 * row['seconds'][rival]:>10.4g} {rival:<21}",
+        f"{row[figure]:>8.3g}× {f'{low:.3g}–{high:.3g}':>13}",
+        f"{'-' if before is None else f'{before:.3g}×':>9}",
+        f"{row['rounds']:>6} {row['error']:>8.1e} {row['disagreement']:>8.1e}",
+    ]
+    return " ".join(cells)
 
 
 def alignment_line(record: dict[str, Any]) -> str:
@@ -79,7 +95,7 @@ def line(row: dict[str, Any]) -> str:
         f"{achieved:>13}",
         f"{row['share']:>8.1%}",
         f"{eager:>8} {compiled:>8} {peer:>8}",
-        f"{row['peak_bytes'].get('vapi_fast', 0) / 1e6:>8.1f}",
+        f"{row['peak_bytes']['vapi_fast'] / 1e6:>8.1f}" if row["peak_bytes"]["vapi_fast"] else f"{'-':>8}",
         f"{row['error']:>8.1e}",
         verdict,
     ]

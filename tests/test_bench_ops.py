@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from operations import BOTH, FORWARD, OPERATIONS, Operation, differentiable, tensors
-from peers import PEERS
+from exact import DRAWN, relative
+from operations import BOTH, FORWARD, OPERATIONS, Operation, differentiable
 from published import PUBLISHED
-from shapes import ODD, SMALL, XXL, Source
+from shapes import ODD, SMALL, XXL, Source, tensors
 from summary import table
 from targets import TARGETS, verdicts
 
@@ -31,13 +32,14 @@ def test_operations_and_their_rivals_run_at_odd_sizes(operation: Operation) -> N
     arguments, leaves = differentiable(operation, operation.inputs(ODD, CPU))
     results = list(tensors(operation.call(reference, *arguments)))
     assert [each.requires_grad for each in results if each.requires_grad] == [True] * bool(leaves)
-    others = dict(PEERS.get(operation.peers, {}))
+    name, call = operation.plain
+    others = {name: call}
     if operation.name in PUBLISHED:
         others["published"] = PUBLISHED[operation.name]
     for name, call in others.items():
         peer = list(tensors(call(*arguments)))
         assert [each.shape for each in peer] == [each.shape for each in results][: len(peer)], name
-        if not operation.name.startswith(("group_sample", "linear_group", "noisy", "straight")):  # drawn
+        if operation.name not in DRAWN:
             torch.testing.assert_close(peer, results[: len(peer)], rtol=1e-4, atol=1e-5)
 
 
@@ -45,10 +47,20 @@ def test_operations_and_their_rivals_run_at_odd_sizes(operation: Operation) -> N
 def test_bytes_are_about_those_of_inputs_and_results(operation: Operation) -> None:
     arguments = operation.inputs(SMALL, CPU)
     results = operation.call(reference, *arguments)
-    held = sum(each.nbytes for each in tensors([list(arguments), results]))
+    held = sum({each.data_ptr(): each.nbytes for each in tensors([list(arguments), results])}.values())
     forward, backward = operation.bytes_moved(SMALL, 4)
     assert 0.8 * held < forward < 1.6 * held
     assert (backward > 0) == bool(operation.gradients)
+
+
+@pytest.mark.parametrize(
+    ("mine", "right", "error"),
+    [([1.0, 0.0], [1.0, 0.0], 0.0), ([3.0, 4.0], [3.0, 3.0], 18**-0.5), ([0.0, 1e-9], [0.0, 0.0], math.inf)],
+)
+def test_relative_error(mine: list[float], right: list[float], error: float) -> None:
+    assert relative(torch.tensor(mine), torch.tensor(right, dtype=torch.float64)) == pytest.approx(error)
+    assert math.isnan(relative(torch.tensor([math.nan]), torch.ones(1, dtype=torch.float64)))
+    assert relative(torch.ones(2, 1), torch.ones(2, dtype=torch.float64)) == math.inf  # of another shape
 
 
 def test_xxl_amounts() -> None:
@@ -106,6 +118,8 @@ def test_summary() -> None:
     assert names.split()[:3] == ["operation", "pass", "ms"]
     assert line.split()[:6] == ["policy_loss", "f+b", "3.7000", "376", "TFLOP/s", "47.0%"]
     assert "16.22×" in line
+    assert line.split()[9:11] == ["300.0", "1.0e-03"]
     assert line.endswith("missed: not slower than peer")
     assert skipped == "compiled: its time was up"
+    assert table([row(peak_bytes={"vapi_fast": 0.0, "eager": 0.0})]).splitlines()[2].split()[9] == "-"  # on a CPU
     assert table([]) == "no operation was measured"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,18 @@ def test_kernels_are_checked_for_this_device(capability: tuple[int, int], archit
     assert architecture in by_name["kernels"].command(60)
     assert {"tests", "production", "memcheck", "kernels", "benchmarks"} == set(by_name)
     assert "test_fused_normalization.py" in by_name["tests"].command(60)
-    assert by_name["benchmarks"].command(260)[-3] == "--compile-seconds=80"
+    assert by_name["benchmarks"].command(260)[-1] == "--compile-seconds=80"
 
 
 @pytest.fixture
 def one_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run the check with the given parts in place of its own; returns exit code, record and the last line printed."""
 
-    def call(capsys: pytest.CaptureFixture[str], *stage: Part) -> tuple[int, dict[str, Any], str]:
+    def call(
+        capsys: pytest.CaptureFixture[str], *stage: Part, later: Sequence[Part] = ()
+    ) -> tuple[int, dict[str, Any], str]:
         monkeypatch.setattr(gpu_check, "install", lambda work: python("install", "", tmp_path))
-        monkeypatch.setattr(gpu_check, "cpu_stages", lambda work: [list(stage)])
+        monkeypatch.setattr(gpu_check, "cpu_stages", lambda work: [list(stage), *([list(later)] if later else [])])
         monkeypatch.setattr(gpu_check, "probe", lambda: {"cuda_available": False, "torch": "2.11"})
         monkeypatch.setattr("sys.argv", ["gpu_check.sh", str(tmp_path / "out"), "--cpu", "--commit", "abc"])
         code = gpu_check.main()
@@ -159,6 +162,27 @@ def test_all_passed(one_stage: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert record["commit"] == "abc"
     assert record["parts"]["memcheck"]["reason"] == "not installed: no_such_tool"
     assert last == "passed: no CUDA device, commit abc"
+
+
+def test_benchmarks_keep_their_time(
+    one_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "SECONDS", 60.0)
+    monkeypatch.setattr(parts, "GRACE", 1.0)
+    slow = python("tests", "import time; time.sleep(60)", tmp_path)
+    later = [python("benchmarks", "print('timed')", tmp_path, reserved=50.0)]
+    code, record, _ = one_stage(capsys, slow, later=later)
+    assert code == 1
+    assert record["parts"]["tests"]["limit"] < 10
+    assert [record["parts"][name]["status"] for name in ("tests", "benchmarks")] == ["timed out", "passed"]
+
+
+def test_ratios_of_every_part_are_reported() -> None:
+    measured = {"name": "generate xxl 384²", "ratio": None, "seconds": {"vapi_fast": 5.0}, "failure": "reference: OOM"}
+    measured |= {"yardstick": None, "reference": "reference"}
+    parts = {"generate": {"status": "passed", "figures": [measured]}, "kernels": {"status": "passed", "figures": [{}]}}
+    text = gpu_check.report({"parts": parts, "device": {}, "passed": True, "commit": "abc"})
+    assert "no ratio: reference: OOM" in text
 
 
 @pytest.mark.parametrize("script", ["raise SystemExit(3)", None])
