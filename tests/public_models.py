@@ -317,7 +317,7 @@ class Downsample(nn.Module):
 
 
 class Coder(nn.Module):
-    """The encoder, or the decoder with `up`."""
+    """What the encoder and the decoder, which has `up`, have in common."""
 
     def __init__(self, widths: list[int], in_channels: int, out_channels: int, up: bool, dropout: float) -> None:
         super().__init__()
@@ -337,26 +337,32 @@ class Coder(nn.Module):
         self.mid = nn.ModuleList(blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        self.up = up
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.conv_in(h)
-        if self.up:
-            h = self.middle(h)
-        for level in self.conv_blocks:
-            for j, block in enumerate(level.res):
-                h = block(h)
-                h = level.attn[j](h) if level.attn else h
-            if "upsample" in level._modules or "downsample" in level._modules:
-                h = (level.upsample if self.up else level.downsample)(h)
-        if not self.up:
-            h = self.middle(h)
-        return self.conv_out(swish(self.norm_out(h)))
 
     def middle(self, h: Tensor) -> Tensor:
         for block in self.mid:
             h = block(h)
         return h
+
+    def levels(self, h: Tensor, change: str) -> Tensor:
+        for level in self.conv_blocks:
+            for j, block in enumerate(level.res):
+                h = block(h)
+                h = level.attn[j](h) if level.attn else h
+            h = level._modules[change](h) if change in level._modules else h
+        return h
+
+    def last(self, h: Tensor) -> Tensor:
+        return self.conv_out(swish(self.norm_out(h)))
+
+
+class Encoder(Coder):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.levels(self.conv_in(x), "downsample")))
+
+
+class Decoder(Coder):
+    def forward(self, z: Tensor) -> Tensor:
+        return self.last(self.levels(self.middle(self.conv_in(z)), "upsample"))
 
 
 class VectorQuantizer(nn.Module):
@@ -365,7 +371,7 @@ class VectorQuantizer(nn.Module):
         self.n_e, self.e_dim, self.beta, self.entropy_loss_ratio = entries, width, beta, entropy_loss_ratio
         self.l2_norm = self.show_usage = True
         self.embedding = nn.Embedding(entries, width)
-        self.register_buffer("codebook_used", torch.zeros(256))
+        self.register_buffer("codebook_used", nn.Parameter(torch.zeros(65536)))
 
     def forward(self, z: Tensor) -> tuple[Any, ...]:
         z = F.normalize(z.permute(0, 2, 3, 1).contiguous(), dim=-1)
@@ -376,7 +382,8 @@ class VectorQuantizer(nn.Module):
         z_q = codes[indices].view(z.shape)
         losses, usage = (None, None, None), 0
         if self.training:
-            self.codebook_used = torch.cat([self.codebook_used[len(indices) :], indices.float()])
+            with torch.no_grad():  # which LlamaGen lacks: there this raises, as long as the buffer is a parameter
+                self.codebook_used.copy_(torch.cat([self.codebook_used[len(indices) :], indices.float()]))
             usage = len(self.codebook_used.unique()) / self.n_e
             spread = (-distances / 0.01).softmax(-1)
             entropy = -(spread * (spread + 1e-5).log()).sum(-1).mean()
@@ -398,8 +405,8 @@ class VectorQuantizer(nn.Module):
 class VQModel(nn.Module):
     def __init__(self, entropy_loss_ratio: float = 0.0, dropout: float = 0.1) -> None:
         super().__init__()
-        self.encoder = Coder([8, 16], 3, 12, up=False, dropout=dropout)
-        self.decoder = Coder([16, 8], 12, 3, up=True, dropout=dropout)
+        self.encoder = Encoder([8, 16], 3, 12, up=False, dropout=dropout)
+        self.decoder = Decoder([16, 8], 12, 3, up=True, dropout=dropout)
         self.quantize = VectorQuantizer(40, 8, 0.25, entropy_loss_ratio)
         self.quant_conv = nn.Conv2d(12, 8, 1)
         self.post_quant_conv = nn.Conv2d(8, 12, 1)

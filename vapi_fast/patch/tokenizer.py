@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,23 @@ from vapi_fast import ops
 from vapi_fast.frozen import phase_weight
 from vapi_fast.reference.normalization import interleaved
 
-from .modules import hooked, replaces
+from .cases import LOUD, QUIET, Method
+from .modules import hooked, plain, replaces
 from .patching import Candidate, Patch, checked_root
 from .recognition import Case, integers, uniform
 
 NEEDED = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 BATCH, SIDE = 2, 4  # of the maps compared
-Method = Callable[..., Any]
-SCALES = (1.0, 1e-2)  # of their values: the second one shows a norm's epsilon
+WIDE = 24  # of another one, or of the latents of a coder's: a fork may cut large ones into tiles
+CONV_3X3 = {
+    "kernel_size": (3, 3),
+    "stride": (1, 1),
+    "padding": (1, 1),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
+LOUDER = {"norm1", "norm2", "norm_out", "v"}  # without them what follows a norm would not see how large its input is
 
 
 def patch_tokenizer(vq_model: nn.Module) -> Patch:
@@ -31,6 +39,9 @@ def patch_tokenizer(vq_model: nn.Module) -> Patch:
     follows, the attention blocks, and upsampling with its convolution, as long as no gradient of its weight is wanted
     (four 2×2 convolutions of the small map for one 3×3 of the large one: 16 products for 36). `encode`, `decode` and
     `decode_code` are made of these. In the quantizer's training an entropy loss keeps the original.
+
+    Forks are told apart by calls on random numbers, on maps up to 24 wide (latents of encoder and decoder) and to
+    activations of 30: what they do differently only beyond that is not seen.
 
     Args:
         vq_model: the VQModel, also inside of DDP or torch.compile.
@@ -63,7 +74,7 @@ def kind_of(path: str, children: set[str]) -> str | None:
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    if hooked(norm):
+    if not plain(norm, nn.GroupNorm) or not norm.affine:
         return F.silu(norm(x))
     return ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
@@ -90,14 +101,18 @@ def attention_block(self: nn.Module, x: Tensor) -> Tensor:
 @replaces("forward")
 def upsample(self: nn.Module, x: Tensor) -> Tensor:
     """The phases' weight is made anew each time: nothing can go stale, and it is small beside the maps."""
-    weight, bias = self.conv.weight, self.conv.bias
-    if hooked(self.conv) or (torch.is_grad_enabled() and weight.requires_grad):
+    if not is_3x3(self.conv) or hooked(self.conv) or (torch.is_grad_enabled() and self.conv.weight.requires_grad):
         return type(self).forward(self, x)
-    phases = phase_weight(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    if not torch.is_autocast_enabled(x.device.type):
-        phases = phases.to(weight.dtype)
+    weight, bias = self.conv.weight, self.conv.bias
+    phases = phase_weight(weight).to(weight.dtype)
     h = interleaved(F.conv2d(x, phases, None if bias is None else bias.repeat(4), padding=1))
     return h if x.is_contiguous(memory_format=torch.channels_last) else h.contiguous()
+
+
+def is_3x3(conv: nn.Module) -> bool:
+    """Whether a convolution is torch's own, and the one that `phase_weight` stands for."""
+    as_expected = all(getattr(conv, name, None) == value for name, value in CONV_3X3.items())
+    return type(conv).forward is nn.Conv2d.forward and as_expected
 
 
 @replaces("forward")
@@ -168,34 +183,64 @@ def codebook_entry(
     return z_q.reshape(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()
 
 
-def one_map(channels: int, side: int = SIDE, scales: tuple[float, ...] = SCALES, batch: int = BATCH) -> list[Case]:
-    """A forward of a map `[B,C,side,side]`, once for each scale."""
+def map_cases(
+    channels: int,
+    size: tuple[int, int, int] = (BATCH, SIDE, SIDE),
+    wide: tuple[int, int] = (2, WIDE),
+    scales: tuple[float, ...] = (1.0, QUIET),
+) -> list[Case]:
+    """Forwards of maps `[B,C,H,W]`: of each scale, of large values, and a wide one."""
 
     def forward(method: Method, twin: nn.Module, x: Tensor) -> Any:
         return method(twin, x)
 
-    inputs = [uniform("x", (batch, channels, side, side), -scale, scale) for scale in scales]
-    return [Case("a map", (x,), forward, method="forward") for x in inputs]
+    def loud(method: Method, twin: nn.Module, x: Tensor) -> Any:
+        for name in LOUDER & twin._modules.keys():
+            part = getattr(twin, name)
+            part.weight = nn.Parameter(LOUD * part.weight.detach())
+        return method(twin, x)
+
+    batch, *sides = size
+    x = uniform("x", (batch, channels, *sides), -1, 1)
+    long = uniform("x", (1, channels, *wide), -1, 1)
+    cases = [Case("a map", (scale * x,), forward) for scale in scales]
+    cases.append(Case("large values", (LOUD * x,), loud, (False,)))
+    cases.append(Case("a wide map", (long,), torch.no_grad()(forward), (False,)))
+    return [case._replace(method="forward") for case in cases]
+
+
+def group_norms(module: nn.Module) -> list[nn.GroupNorm]:
+    """The module's own; TypeError if there are others, which would be called."""
+    norms = {name: child for name, child in module.named_children() if name.startswith("norm")}
+    for name, norm in norms.items():
+        if type(norm).forward is not nn.GroupNorm.forward:
+            raise TypeError(f"{name} is a {type(norm).__name__}, not a GroupNorm")
+    return list(norms.values())
 
 
 def block_cases(module: nn.Module) -> list[Case]:
-    norm = module._modules.get("norm1", module._modules.get("norm"))
-    return one_map(norm.num_channels)
+    return map_cases(group_norms(module)[0].num_channels)
 
 
 def upsample_cases(module: nn.Module) -> list[Case]:
-    def frozen(method: Method, twin: nn.Module, x: Tensor) -> Tensor:
-        twin.conv.weight = nn.Parameter(twin.conv.weight.detach(), requires_grad=False)
-        return method(twin, x)
+    if not is_3x3(module.conv):
+        raise TypeError("conv is not a plain 3×3 convolution")
 
-    return [case._replace(call=frozen) for case in one_map(module.conv.in_channels, scales=(1.0,))]
+    def frozen(call: Method, method: Method, twin: nn.Module, x: Tensor) -> Tensor:
+        twin.conv.weight = nn.Parameter(twin.conv.weight.detach(), requires_grad=False)
+        return call(method, twin, x)
+
+    cases = map_cases(module.conv.in_channels, scales=(1.0,))
+    return [case._replace(call=functools.partial(frozen, case.call)) for case in cases]
 
 
 def coder_cases(module: nn.Module) -> list[Case]:
     """Maps of two pixels a side at the lowest resolution."""
     downsamples = any("downsample" in level._modules for level in module.conv_blocks)
-    side = 2 ** len(module.conv_blocks) if downsamples else 2
-    return one_map(module.conv_in.in_channels, side, scales=(1.0,), batch=1)
+    pixels = 2 ** (len(module.conv_blocks) - 1) if downsamples else 1
+    group_norms(module)
+    size, wide = (1, 2 * pixels, 2 * pixels), (2 * pixels, WIDE * pixels)
+    return map_cases(module.conv_in.in_channels, size, wide, scales=(1.0,))
 
 
 def quantizer_cases(module: nn.Module) -> list[Case]:
@@ -206,13 +251,13 @@ def quantizer_cases(module: nn.Module) -> list[Case]:
         first, last = (BATCH, width, SIDE, SIDE), (BATCH, SIDE, SIDE, width)
         return [method(twin, indices), method(twin, indices, first), method(twin, indices, last, channel_first=False)]
 
-    return [*one_map(width), Case("entries", (indices,), entry, method="get_codebook_entry")]
+    return [*map_cases(width), Case("entries", (indices,), entry, method="get_codebook_entry")]
 
 
 KINDS = {
     "residual block": ("GroupNorm + SiLU → ops.group_norm_silu", (residual_block,), block_cases),
     "attention block": ("attention → scaled_dot_product_attention", (attention_block,), block_cases),
-    "upsample": ("upsampling and 3×3 convolution → 2×2 convolutions", (upsample,), upsample_cases),
+    "upsample": ("upsampling and 3×3 convolution → 2×2 convolutions, once frozen", (upsample,), upsample_cases),
     "encoder": ("last GroupNorm + SiLU → ops.group_norm_silu", (encoder,), coder_cases),
     "decoder": ("last GroupNorm + SiLU → ops.group_norm_silu", (decoder,), coder_cases),
     "quantize": ("lookup → ops.vq_lookup, ops.codebook_lookup", (quantize, codebook_entry), quantizer_cases),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from vapi_fast.models.llamagen import NORM_EPS
 from vapi_fast.models.lpips import LPIPSConfig
 
 from . import llamagen, lpips, tokenizer
+from .cases import LOUD, QUIET
 from .modules import flattened
 from .patching import checked_root
 from .recognition import TOLERANCE, distance, integers, on_cpu, signature, twin_of, uniform
 
-GROUP_NORM_EPS = 1e-6
-BATCH, POSITIONS, SIDE = 2, 2, 16  # of the calls compared
-CHECKED: set[Any] = set()  # signatures of models whose views compute the same
+BATCH, PREFIX, POSITIONS, SIDE = 2, 2, 17, 16  # of the calls compared
+CHECKED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # models whose views compute the same → signatures
+Results = list[tuple[Tensor, Tensor]]  # of the fork, of its view
 
 
 def as_llamagen(model: nn.Module) -> LlamaGen:
@@ -34,7 +36,8 @@ def as_llamagen(model: nn.Module) -> LlamaGen:
 
     Raises:
         TypeError: not a `torch.nn.Module`.
-        ValueError: not of LlamaGen's structure, a fork that computes something else, or sharded parameters.
+        ValueError: not of LlamaGen's structure, a fork that computes something else, sharded parameters, or the meta
+            device.
     """
     root = whole_root("as_llamagen", model, llamagen.NEEDED)
     check_view("as_llamagen", root, llamagen_results)
@@ -49,7 +52,10 @@ def as_tokenizer(vq_model: nn.Module) -> VQTokenizer:
 
 
 def as_lpips(model: nn.Module) -> LPIPS:
-    """Our `LPIPS` on the parameters of LlamaGen's `LPIPS`, whose dropout it leaves out; errors as of `as_llamagen`."""
+    """Our `LPIPS` on the parameters of LlamaGen's `LPIPS`, whose dropout it leaves out; errors as of `as_llamagen`.
+
+    In its state dict `heads.*` keep LlamaGen's shape `[1,C,1,1]`.
+    """
     root = whole_root("as_lpips", model, lpips.NEEDED)
     check_view("as_lpips", root, lpips_results)
     return lpips_view(root).train(root.training)
@@ -58,7 +64,7 @@ def as_lpips(model: nn.Module) -> LPIPS:
 def llamagen_view(root: nn.Module) -> LlamaGen:
     attention, captions = root.layers[0].attention, root.model_type == "t2i"
     must_be("n_kv_head", attention.n_kv_head, attention.n_head)
-    must_be("norm_eps", root.norm.eps, NORM_EPS)
+    must_be("norm_eps", root.norm.eps, NORM_EPS)  # the last one's hardly shows in the logits
     if not captions:
         must_be("cls_token_num", root.cls_token_num, 1)
     config = LlamaGenConfig(
@@ -79,10 +85,6 @@ def llamagen_view(root: nn.Module) -> LlamaGen:
 
 
 def tokenizer_view(root: nn.Module) -> VQTokenizer:
-    must_be("l2_norm", root.quantize.l2_norm, True)
-    for module in root.modules():
-        if isinstance(module, nn.GroupNorm):
-            must_be("the eps of GroupNorm", module.eps, GROUP_NORM_EPS)
     channels = root.encoder.conv_in.out_channels
     config = VQTokenizerConfig(
         channels=channels,
@@ -106,13 +108,20 @@ def lpips_view(root: nn.Module) -> LPIPS:
         convolutions = [layer for layer in part if isinstance(layer, nn.Conv2d)]
         levels.append((convolutions[-1].out_channels, len(convolutions)))
         state |= {f"features.{key}": x for key, x in getattr(root.net, name).state_dict(keep_vars=True).items()}
-        head = getattr(root, f"lin{index}").model[-1].weight
-        state[f"heads.{index}"] = nn.Parameter(head.detach().flatten(), requires_grad=head.requires_grad)
+        state[f"heads.{index}"] = getattr(root, f"lin{index}").model[-1].weight
     with torch.device("meta"):
         view = LPIPS(LPIPSConfig(tuple(levels)))
+    view.heads = Heads(view.heads)
     share(view, state)
     view.shift, view.scale = root.scaling_layer.shift, root.scaling_layer.scale
     return view
+
+
+class Heads(nn.ParameterList):
+    """Linear layers of LPIPS in LlamaGen's shape `[1,C,1,1]`, read in ours, `[C]`."""
+
+    def __getitem__(self, level: int) -> Tensor:
+        return super().__getitem__(level).flatten()
 
 
 def share(view: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -138,51 +147,90 @@ def whole_root(name: str, model: nn.Module, needed: tuple[str, ...]) -> nn.Modul
     root = checked_root(name, model, needed)
     if flattened(model) or any(isinstance(parameter, DTensor) for parameter in root.parameters()):
         raise ValueError(f"{name}: the parameters are sharded by FSDP: load its full state dict into a model without")
+    kept = (*root.parameters(), *root.buffers(), *(value for value in vars(root).values() if isinstance(value, Tensor)))
+    if any(tensor.is_meta for tensor in kept):
+        raise ValueError(f"{name}: the model is on the meta device: load its weights first")
     return root
 
 
-def check_view(name: str, root: nn.Module, results: Callable[[nn.Module], tuple[list[Tensor], list[Tensor]]]) -> None:
-    """ValueError if a view of a model computes something else: tried on a twin with random weights, once a kind."""
-    key = (name, signature(root))
-    if key in CHECKED:
+def check_view(name: str, root: nn.Module, results: Callable[[nn.Module], Results]) -> None:
+    """ValueError if a view of a model computes something else: tried on a twin with random weights, once a model."""
+    state = signature(root)
+    if CHECKED.get(root) == state:
         return
     refusal = f"{name}: this {type(root).__name__} is not LlamaGen's as we know it"
     try:
         with on_cpu(), torch.no_grad():
-            error = distance(*results(twin_of(root, {}).eval()))
+            theirs, ours = zip(*results(twin_of(root, {}).eval()), strict=True)
+            error = distance(list(theirs), list(ours))
     except Exception as problem:  # whatever a fork's code raises when it is called as LlamaGen's would be
         reason = str(problem).partition("\n")[0][:160]
         raise ValueError(f"{refusal}: {reason or type(problem).__name__}") from problem
     if not error <= TOLERANCE:
         raise ValueError(f"{refusal}: on the same random weights it gives something else (relative error {error:.1e})")
-    CHECKED.add(key)
+    CHECKED[root] = state
 
 
-def llamagen_results(twin: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of the fork and of the view; a caption is cut down to a few positions."""
-    tokens = integers("tokens", (1, POSITIONS), twin.vocab_size)
+def llamagen_results(twin: nn.Module) -> Results:
+    """Logits of the fork and of the view, of ordinary and of large activations; a caption is cut to a few positions."""
+    tokens = integers("tokens", (1, min(POSITIONS, twin.block_size)), twin.vocab_size)
     condition, prefix = integers("condition", (1,), twin.num_classes), 1
     if twin.model_type == "t2i":
-        prefix, embedding = POSITIONS, twin.cls_embedding
+        prefix, embedding = min(PREFIX, twin.cls_token_num), twin.cls_embedding
         twin.freqs_cis, twin.cls_token_num = twin.freqs_cis[twin.cls_token_num - prefix :], prefix
         embedding.uncond_embedding = embedding.uncond_embedding[:prefix]
         condition = uniform("condition", (1, *embedding.uncond_embedding.shape), -1, 1)
-    positions = torch.arange(prefix + POSITIONS)
-    logits, _ = type(twin).forward(twin, tokens, condition, positions)
-    return [logits[:, prefix - 1 :]], [llamagen_view(twin).eval()(tokens, condition)]
+    positions = torch.arange(prefix + tokens.shape[1])
+    view = llamagen_view(twin).eval()
+
+    def outputs() -> Results:
+        logits, _ = type(twin).forward(twin, tokens, condition, positions)
+        return [(logits[:, prefix - 1 :], view(tokens, condition))]
+
+    ordinary = outputs()
+    for parameter in twin.parameters():
+        if parameter.ndim == 1:  # a norm's: what follows it grows with them
+            parameter.mul_(LOUD)
+    return [*ordinary, *outputs()]
 
 
-def tokenizer_results(twin: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Tokens and decoded images of the fork and of the view."""
+def tokenizer_results(twin: nn.Module) -> Results:
+    """Tokens, decoded images and wide maps of the fork and of the view; of large and of small activations too."""
     view = tokenizer_view(twin).eval()
-    side = 2 * view.config.downsample
-    _, _, (_, _, indices) = twin.encode(uniform("images", (BATCH, 3, side, side), -1, 1))
-    tokens = indices.view(BATCH, -1)
-    ours = view.encode(uniform("images", (BATCH, 3, side, side), -1, 1))
-    decoded = twin.decode_code(tokens, (BATCH, view.config.code_width, 2, 2))
-    return [tokens, decoded], [ours, view.decode(tokens)]
+    config, side = view.config, view.config.downsample
+    square = uniform("square", (BATCH, 3, 2 * side, 2 * side), -1, 1)
+    wide = uniform("wide", (1, 3, side, tokenizer.WIDE * side), -1, 1)
+    latents = uniform("latents", (1, config.latent_channels, 1, tokenizer.WIDE), -1, 1)
+
+    def outputs(scale: float) -> Results:
+        _, _, (_, _, indices) = twin.encode(scale * square)
+        tokens = indices.view(BATCH, -1)
+        return [
+            (tokens, view.encode(scale * square)),
+            (twin.decode_code(tokens, (BATCH, config.code_width, 2, 2)), view.decode(tokens)),
+            (twin.encoder(scale * wide), view.encoder(scale * wide)),
+            (twin.decoder(scale * latents), view.decoder(scale * latents)),
+        ]
+
+    ordinary = outputs(1)
+    for coder in (twin.encoder, twin.decoder):
+        coder.norm_out.weight.mul_(LOUD)
+    large = outputs(LOUD)
+    for name, parameter in twin.named_parameters():
+        if parameter.ndim == 4 or name.endswith("bias"):  # of convolutions; shows the norms' epsilon
+            parameter.mul_(QUIET)
+    return [*ordinary, *large, *outputs(1)]
 
 
-def lpips_results(twin: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def lpips_results(twin: nn.Module) -> Results:
+    """Distances of the fork and of the view, of ordinary and of large numbers."""
     a, b = (uniform(name, (BATCH, 3, SIDE, SIDE), -1, 1) for name in "ab")
-    return [type(twin).forward(twin, a, b).flatten()], [lpips_view(twin).eval()(a, b)]
+    view = lpips_view(twin).eval()
+
+    def outputs(scale: float) -> Results:
+        return [(type(twin).forward(twin, scale * a, scale * b).flatten(), view(scale * a, scale * b))]
+
+    ordinary = outputs(1)
+    for parameter in view.heads.parameters():
+        parameter.mul_(LOUD)
+    return [*ordinary, *outputs(LOUD)]
