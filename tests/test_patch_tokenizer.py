@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import relative_l2
+from forks import ClampedDistance, ClampedImage, ClampedImages, ClampedPixels, OwnEntries, TiledDecoder, TiledEncoder
 from public_models import LPIPS, VQModel, randomised
 from torch import Tensor, nn
 
@@ -168,16 +169,6 @@ class ClampedLatents(public_models.VectorQuantizer):
         return super().forward(z.clamp(-5, 5))
 
 
-class ClampedPixels(public_models.Encoder):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clamp(-2, 2))
-
-
-class ClampedImage(public_models.Decoder):
-    def forward(self, z: Tensor) -> Tensor:
-        return super().forward(z).clamp(-9, 9)
-
-
 class ClampedBlock(public_models.ResnetBlock):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(public_models.swish(self.norm1(x)).clamp(-20, 20))
@@ -198,16 +189,6 @@ class ClampedUpsample(public_models.Upsample):
         return super().forward(x).clamp(-20, 20)
 
 
-class TiledEncoder(public_models.Encoder):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super(TiledEncoder, self).forward(part) for part in x.split(32, -1)], -1)
-
-
-class TiledDecoder(public_models.Decoder):
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.cat([super(TiledDecoder, self).forward(part) for part in z.split(16, -1)], -1)
-
-
 class TiledUpsample(public_models.Upsample):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(TiledUpsample, self).forward(part) for part in x.split(16, -1)], -1)
@@ -219,15 +200,6 @@ class AnotherEpsilon(public_models.ResnetBlock):
         h = self.conv1(public_models.swish(h))
         h = self.conv2(self.dropout(public_models.swish(self.norm2(h))))
         return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
-
-
-class OwnEntries(public_models.VectorQuantizer):
-    """The codebook's entries as they are, where the forward pass normalises them."""
-
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, ...] | None = None, channel_first: bool = True
-    ) -> Tensor:
-        return super().get_codebook_entry(indices, shape, channel_first) * 2
 
 
 UPSAMPLE = "decoder.conv_blocks.0.upsample"
@@ -384,16 +356,6 @@ def lpips() -> LPIPS:
 class WithArguments(LPIPS):
     def forward(self, in0: Tensor, in1: Tensor, retPerLayer: bool = False, normalize: bool = False) -> Tensor:
         return super().forward(2 * in0 - 1, 2 * in1 - 1) if normalize else super().forward(in0, in1)
-
-
-class ClampedImages(LPIPS):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input.clamp(-1, 1), target.clamp(-1, 1))
-
-
-class ClampedDistance(LPIPS):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input, target).clamp(-3, 3)
 
 
 @pytest.mark.parametrize(

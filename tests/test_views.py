@@ -9,6 +9,7 @@ import public_models
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import ClampedDistance, ClampedImage, ClampedImages, ClampedPixels, OwnEntries, TiledDecoder, TiledEncoder
 from public_models import LPIPS, Transformer, VQModel, randomised
 from torch import Tensor, nn
 
@@ -83,47 +84,10 @@ class ClampedGate(public_models.FeedForward):
         return self.ffn_dropout(self.w2(F.silu(self.w1(x).clamp(max=7)) * self.w3(x)))
 
 
-class TiledEncoder(public_models.Encoder):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super(TiledEncoder, self).forward(part) for part in x.split(32, -1)], -1)
-
-
-class TiledDecoder(public_models.Decoder):
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.cat([super(TiledDecoder, self).forward(part) for part in z.split(16, -1)], -1)
-
-
-class ClampedPixels(public_models.Encoder):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clamp(-2, 2))
-
-
-class ClampedImage(public_models.Decoder):
-    def forward(self, z: Tensor) -> Tensor:
-        return super().forward(z).clamp(-9, 9)
-
-
 class ShiftedTokens(public_models.VectorQuantizer):
     def forward(self, z: Tensor) -> tuple[Any, ...]:
         z_q, losses, (_, _, indices) = super().forward(z)
         return z_q, losses, (None, None, (indices + 1) % self.n_e)
-
-
-class OwnEntries(public_models.VectorQuantizer):
-    def get_codebook_entry(
-        self, indices: Tensor, shape: tuple[int, ...] | None = None, channel_first: bool = True
-    ) -> Tensor:
-        return super().get_codebook_entry(indices, shape, channel_first) * 2
-
-
-class ClampedImages(LPIPS):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input.clamp(-1, 1), target.clamp(-1, 1))
-
-
-class ClampedDistance(LPIPS):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input, target).clamp(-3, 3)
 
 
 @pytest.mark.parametrize(
