@@ -2,7 +2,8 @@
 
     python benchmarks/ablation.py [--seeds 0 1 2] [--output-dir runs/ablation]
 
-Finished runs in the output folder are not repeated.
+Finished runs in the output folder are not repeated; `ablation.json` in it has the figures of all, those of the README
+are in `benchmarks/results/ablation/`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MSE + LPIPS + prior (VA-π)": {},
     "STE": {"method": "ste"},
 }
+
+KEPT = ("commit", "versions", "device", "base", "aligned", "step_seconds")  # of a run.json
 
 
 def finished_run(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -46,19 +49,26 @@ def row(name: str, figures: list[dict[str, Any]]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def table(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown, of `run.json` records by variant."""
+    lines = ["| | FID↓ | IS↑ | precision | recall | reward | FID, CFG | IS, CFG |", "|---|---|---|---|---|---|---|---|"]
+    lines.append(row("base", [record["base"] for record in next(iter(records.values()))]))
+    lines += [row(name, [record["aligned"] for record in each]) for name, each in records.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
-    table = ["| | FID↓ | IS↑ | precision | recall | reward | FID, CFG | IS, CFG |", "|---|---|---|---|---|---|---|---|"]
+    records = {}
     for name, changes in VARIANTS.items():
         slug = "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
-        records = [finished_run(options.output_dir / f"{slug}-{seed}", seed, changes) for seed in options.seeds]
-        if len(table) == 2:
-            table.append(row("base", [record["base"] for record in records]))
-        table.append(row(name, [record["aligned"] for record in records]))
-    print("\n".join(table))
+        runs = [finished_run(options.output_dir / f"{slug}-{seed}", seed, changes) for seed in options.seeds]
+        records[name] = [{key: run[key] for key in KEPT} for run in runs]
+    (options.output_dir / "ablation.json").write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+    print(table(records))
 
 
 if __name__ == "__main__":

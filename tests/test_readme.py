@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ablation
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,20 @@ def test_flags_and_their_defaults(page: str, tmp_path: Path) -> None:
                     compared += 1
     assert sorted(named) == sorted(flags)
     assert compared >= 4
+
+
+def test_tables_of_the_tiny_preset() -> None:
+    """As they were measured."""
+    path = ROOT / "benchmarks" / "results" / "ablation" / "tiny.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    assert ablation.table(records) in README
+    runs = records["MSE + LPIPS + prior (VA-π)"]
+    for name in ("base", "aligned"):
+        figures = [run[name] for run in runs]
+        cells = ablation.row(name, figures).split(" | ")[1:]
+        reward = cells.pop(4).replace("-", "−")
+        shown = [cells[0], cells[1], cells[4], cells[5].rstrip(" |"), reward]
+        assert f"| {name} | {' | '.join(shown)} |" in README.replace("**", "")
 
 
 def literals() -> list[str]:
