@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules import module as torch_modules
 from torch.nn.parallel import DistributedDataParallel
@@ -83,6 +83,12 @@ def flattened(model: nn.Module) -> set[nn.Module]:
     """All modules under FSDP1, whose parameters have lost their shapes."""
     wrappers = (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
     return {module for wrapper in wrappers for module in wrapper.modules()}
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether tensors that the module keeps besides its parameters have no values."""
+    kept = (*module.buffers(), *(value for value in vars(module).values() if isinstance(value, Tensor)))
+    return any(tensor.is_meta for tensor in kept)
 
 
 def hooked(module: nn.Module) -> bool:

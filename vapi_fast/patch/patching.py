@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel
 
-from .modules import CLAIMS, claim, flattened, is_ours, unwrapped, withdraw
+from .modules import CLAIMS, claim, flattened, is_ours, on_meta, unwrapped, withdraw
 from .recognition import Case, Checked, difference
 
 
@@ -80,8 +80,7 @@ class Patch:
         """What stands in the way whatever the module computes."""
         if module in self._flattened:
             return "under FullyShardedDataParallel, which flattens parameters: patch the model before wrapping it"
-        kept = (*module.buffers(), *(value for value in vars(module).values() if isinstance(value, Tensor)))
-        if any(tensor.is_meta for tensor in kept):  # parameters are random numbers in a check
+        if on_meta(module):  # parameters may be: they are random numbers in a check
             return "on the meta device: load its weights first"
         for function in candidate.methods:
             method = function.__name__

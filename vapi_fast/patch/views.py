@@ -22,9 +22,9 @@ from vapi_fast.models.lpips import LPIPSConfig
 
 from . import llamagen, lpips, tokenizer
 from .cases import LOUD, QUIET
-from .modules import flattened
+from .modules import flattened, on_meta
 from .patching import checked_root
-from .recognition import TOLERANCE, distance, integers, on_cpu, signature, twin_of, uniform
+from .recognition import TOLERANCE, distance, first_line, integers, on_cpu, signature, twin_of, uniform
 
 BATCH, PREFIX, POSITIONS, SIDE = 2, 2, 17, 16  # of the calls compared
 CHECKED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # models whose views compute the same → signatures
@@ -147,8 +147,7 @@ def whole_root(name: str, model: nn.Module, needed: tuple[str, ...]) -> nn.Modul
     root = checked_root(name, model, needed)
     if flattened(model) or any(isinstance(parameter, DTensor) for parameter in root.parameters()):
         raise ValueError(f"{name}: the parameters are sharded by FSDP: load its full state dict into a model without")
-    kept = (*root.parameters(), *root.buffers(), *(value for value in vars(root).values() if isinstance(value, Tensor)))
-    if any(tensor.is_meta for tensor in kept):
+    if on_meta(root) or any(parameter.is_meta for parameter in root.parameters()):
         raise ValueError(f"{name}: the model is on the meta device: load its weights first")
     return root
 
@@ -164,8 +163,7 @@ def check_view(name: str, root: nn.Module, results: Callable[[nn.Module], Result
             theirs, ours = zip(*results(twin_of(root, {}).eval()), strict=True)
             error = distance(list(theirs), list(ours))
     except Exception as problem:  # whatever a fork's code raises when it is called as LlamaGen's would be
-        reason = str(problem).partition("\n")[0][:160]
-        raise ValueError(f"{refusal}: {reason or type(problem).__name__}") from problem
+        raise ValueError(f"{refusal}: {first_line(problem)}") from problem
     if not error <= TOLERANCE:
         raise ValueError(f"{refusal}: on the same random weights it gives something else (relative error {error:.1e})")
     CHECKED[root] = state
