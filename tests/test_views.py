@@ -9,7 +9,18 @@ import public_models
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import ClampedDistance, ClampedImage, ClampedImages, ClampedPixels, OwnEntries, TiledDecoder, TiledEncoder
+from forks import (
+    CappedLogits,
+    ClampedDistance,
+    ClampedGate,
+    ClampedImage,
+    ClampedImages,
+    ClampedPixels,
+    OwnEntries,
+    SlidingWindow,
+    TiledDecoder,
+    TiledEncoder,
+)
 from public_models import LPIPS, Transformer, VQModel, randomised
 from torch import Tensor, nn
 
@@ -63,27 +74,6 @@ class AnotherNorm(public_models.RMSNorm):
         return super().forward(x)
 
 
-class CappedLogits(Transformer):
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        logits, loss = super().forward(*args, **kwargs)
-        return 300 * torch.tanh(logits / 300), loss
-
-
-class Windowed(public_models.Attention):
-    """Sees eight positions."""
-
-    def forward(
-        self, x: Tensor, freqs_cis: Tensor = None, input_pos: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        ones = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
-        return super().forward(x, freqs_cis, input_pos, ones.tril() & ones.triu(-7))
-
-
-class ClampedGate(public_models.FeedForward):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x).clamp(max=7)) * self.w3(x)))
-
-
 class ShiftedTokens(public_models.VectorQuantizer):
     def forward(self, z: Tensor) -> tuple[Any, ...]:
         z_q, losses, (_, _, indices) = super().forward(z)
@@ -94,7 +84,7 @@ class ShiftedTokens(public_models.VectorQuantizer):
     ("view", "model", "change"),
     [
         (as_llamagen, Transformer, in_place_of("", CappedLogits)),
-        (as_llamagen, Transformer, in_place_of("layers.1.attention", Windowed)),
+        (as_llamagen, Transformer, in_place_of("layers.1.attention", SlidingWindow)),
         (as_llamagen, Transformer, in_place_of("layers.0.feed_forward", ClampedGate)),
         (as_llamagen, Transformer, in_place_of("layers.0.attention_norm", AnotherNorm)),
         (as_tokenizer, VQModel, in_place_of("encoder", TiledEncoder)),
