@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_forward(x_ptr, weight_ptr, y_ptr, rows, D, stride_x, eps, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """y = cast(x / sqrt(mean x² + eps)) · weight for BLOCK_ROWS rows a program; y is contiguous `[rows, D]`."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -31,7 +31,7 @@ def rms_norm_forward(x_ptr, weight_ptr, y_ptr, rows, D, stride_x, eps, BLOCK_D: 
     tl.store(y_ptr + row[:, None] * D + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward(
     dy_ptr,
     x_ptr,
@@ -81,9 +81,9 @@ def before_silu(dy, x, mean, rstd, weight, bias):
     return normed, dy * gate * (1 + h * (1 - gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "pixels_per_split", "SPLITS"])
 def group_norm_statistics(
-    x_ptr, sums_ptr, P, C, pixels_per_split, SPLITS, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, sums_ptr, P, pixels_per_split, SPLITS, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Σ(x − k) and Σ(x − k)² of every channel over one split of the P pixels: fp32 `[B, SPLITS, 2, C]`.
 
@@ -93,22 +93,23 @@ def group_norm_statistics(
     channel = tl.arange(0, BLOCK_C)
     base = x_ptr + image.to(tl.int64) * P * C
     shift = tl.load(base + channel, mask=channel < C, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
+    # A sum for each place of the tile: adding up its rows at every step would need a barrier.
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     last = tl.minimum(P, (split + 1) * pixels_per_split)
     for start in range(split * pixels_per_split, last, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         inside = (pixel < last)[:, None] & (channel < C)[None, :]
         x = tl.load(base + pixel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - shift[None, :], 0.0)
-        total += tl.sum(centred, axis=0)
-        squares += tl.sum(centred * centred, axis=0)
+        total += centred
+        squares += centred * centred
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
-    tl.store(out, total, mask=channel < C)
-    tl.store(out + C, squares, mask=channel < C)
+    tl.store(out, tl.sum(total, axis=0), mask=channel < C)
+    tl.store(out + C, tl.sum(squares, axis=0), mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "SPLITS"])
 def group_norm_finish(
     x_ptr,
     channel_bias_ptr,
@@ -116,10 +117,10 @@ def group_norm_finish(
     mean_ptr,
     rstd_ptr,
     P,
-    C,
-    groups,
     SPLITS,
     eps,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -127,8 +128,8 @@ def group_norm_finish(
 
     The sums are those of x; the mean and variance are those of x + channel_bias, which moves whole channels.
     """
-    image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    size = C // groups
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    size: tl.constexpr = C // GROUPS
     within = tl.arange(0, BLOCK_G)
     channel = group * size + within
     shift = tl.load(x_ptr + image.to(tl.int64) * P * C + channel, mask=within < size, other=0.0).to(tl.float32)
@@ -150,7 +151,7 @@ def group_norm_finish(
     tl.store(rstd_ptr + tl.program_id(0), tl.rsqrt(tl.maximum(variance, 0.0) + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks"])
 def group_norm_silu_apply(
     x_ptr,
     channel_bias_ptr,
@@ -160,9 +161,9 @@ def group_norm_silu_apply(
     rstd_ptr,
     y_ptr,
     P,
-    C,
-    groups,
     blocks,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -172,7 +173,7 @@ def group_norm_silu_apply(
     channel = tl.arange(0, BLOCK_C)
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (pixel < P)[:, None] & (channel < C)[None, :]
-    group = image * groups + channel // (C // groups)
+    group = image * GROUPS + channel // (C // GROUPS)
     inside_c = channel < C
     mean = channel_row(mean_ptr, group, inside_c)
     scale = channel_row(rstd_ptr, group, inside_c) * channel_row(weight_ptr, channel, inside_c)
@@ -187,7 +188,7 @@ def group_norm_silu_apply(
     tl.store(y_ptr + offset, h.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "pixels_per_split", "SPLITS"])
 def group_norm_silu_reduce(
     dy_ptr,
     x_ptr,
@@ -197,24 +198,24 @@ def group_norm_silu_reduce(
     rstd_ptr,
     sums_ptr,
     P,
-    C,
-    groups,
     pixels_per_split,
     SPLITS,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Σ dh and Σ dh·x̂ of every channel over one split of the pixels: fp32 `[B, SPLITS, 2, C]`; h is SiLU's input."""
     image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     channel = tl.arange(0, BLOCK_C)
-    group = image * groups + channel // (C // groups)
+    group = image * GROUPS + channel // (C // GROUPS)
     inside_c = channel < C
     mean = channel_row(mean_ptr, group, inside_c)
     rstd = channel_row(rstd_ptr, group, inside_c)
     weight = channel_row(weight_ptr, channel, inside_c)
     bias = channel_row(bias_ptr, channel, inside_c)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    products = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     last = tl.minimum(P, (split + 1) * pixels_per_split)
     for start in range(split * pixels_per_split, last, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
@@ -223,14 +224,14 @@ def group_norm_silu_reduce(
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         normed, dh = before_silu(dy, x, mean, rstd, weight, bias)
-        total += tl.sum(dh, axis=0)
-        products += tl.sum(dh * normed, axis=0)
+        total += dh
+        products += dh * normed
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
-    tl.store(out, total, mask=channel < C)
-    tl.store(out + C, products, mask=channel < C)
+    tl.store(out, tl.sum(total, axis=0), mask=channel < C)
+    tl.store(out + C, tl.sum(products, axis=0), mask=channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "blocks"])
 def group_norm_silu_backward(
     dy_ptr,
     x_ptr,
@@ -242,9 +243,9 @@ def group_norm_silu_backward(
     dproduct_ptr,
     dx_ptr,
     P,
-    C,
-    groups,
     blocks,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -253,7 +254,7 @@ def group_norm_silu_backward(
     channel = tl.arange(0, BLOCK_C)
     pixel = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (pixel < P)[:, None] & (channel < C)[None, :]
-    group = image * groups + channel // (C // groups)
+    group = image * GROUPS + channel // (C // GROUPS)
     inside_c = channel < C
     mean = channel_row(mean_ptr, group, inside_c)
     rstd = channel_row(rstd_ptr, group, inside_c)

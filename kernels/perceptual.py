@@ -29,7 +29,7 @@ def inverse_norm(x):
     return 1.0 / (norm + CHANNEL_EPS), norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "G", "blocks", "splits", "rollouts", "stride_partial"])
 def lpips_forward(
     a_ptr,
     b_ptr,
@@ -72,7 +72,7 @@ def lpips_forward(
         tl.store(partial_ptr + row * stride_partial + block, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "G", "blocks", "splits", "rollouts"])
 def lpips_backward(
     ddistance_ptr,
     a_ptr,

@@ -22,19 +22,19 @@ import triton.language as tl
 from .normalization import channel_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h_pixels", "P", "width", "pixels_per_split", "SPLITS"])
 def add_group_norm_statistics(
     h_ptr,
     residual_ptr,
     channel_bias_ptr,
     sum_ptr,
     sums_ptr,
-    h_size,
+    h_pixels,
     P,
-    C,
     width,
     pixels_per_split,
     SPLITS,
+    C: tl.constexpr,
     PHASES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -42,14 +42,15 @@ def add_group_norm_statistics(
     """sum = h + channel_bias + residual, and Σ(sum − k) and Σ(sum − k)² of every channel over one split of the pixels.
 
     k is the channel's first pixel and the sums are fp32 `[B, SPLITS, 2, C]`, as group_norm_statistics has them, of the
-    rounded sum, which the norm will be applied to. h_size: elements of one image of h. With PHASES h has half of the
+    rounded sum, which the norm will be applied to. h_pixels: of one image of h, times its
+    phases. With PHASES h has half of the
     rows and columns, and one more of each, with four phases of C channels: pixel (y, x) of the sum is in phase
     2·(y mod 2) + x mod 2, row (y + 1) / 2 and column (x + 1) / 2, rounded down.
     """
     image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     channel = tl.arange(0, BLOCK_C)
     inside_c = channel < C
-    h_base = h_ptr + image.to(tl.int64) * h_size
+    h_base = h_ptr + image.to(tl.int64) * h_pixels * C
     base = image.to(tl.int64) * P * C
     shift = channel_row(h_base, channel, inside_c)
     if channel_bias_ptr is not None:

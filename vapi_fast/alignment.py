@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ class StepResult:
         *metrics, norm, bad, stop = self.figures.tolist()
         if bad:
             raise NonFiniteError(next(filter(None, gather_objects(self.reason()))))
-        if not torch.tensor(norm).isfinite():
+        if not math.isfinite(norm):
             raise NonFiniteError("the gradient is not finite though the loss is (stage backward): lower --lr")
         return dict(zip(METRICS, metrics, strict=True)) | {"gradient_norm": norm}, bool(stop)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,11 +29,12 @@ class Launch(NamedTuple):
 
 @dataclass
 class Recording:
-    """Launches that were asked for, in order."""
+    """Launches that were asked for, in order: each as `describe` has it."""
 
     architecture: str
     carry_out: bool
-    launches: list[Launch] = field(default_factory=list)
+    describe: Callable[[Launch], Any]
+    launches: list[Any] = field(default_factory=list)
 
 
 _recording: Recording | None = None
@@ -41,14 +42,16 @@ _override: dict[str, dict[str, int]] = {}
 
 
 @contextmanager
-def recorded(architecture: str, *, carry_out: bool = False) -> Iterator[Recording]:
+def recorded(
+    architecture: str, *, carry_out: bool = False, describe: Callable[[Launch], Any] = lambda launch: launch
+) -> Iterator[Recording]:
     """Note what is launched inside the `with` block, with the launch table of `architecture` ("sm_90").
 
-    Launches nothing, for ahead-of-time compilation with tensors on the "meta" device, unless `carry_out`, for tuning
-    with real ones.
+    carry_out: launch as well; otherwise nothing is, so tensors need no memory behind them.
+    describe: makes what is noted of a launch, for who must not hold its tensors.
     """
     global _recording
-    _recording = Recording(architecture, carry_out)
+    _recording = Recording(architecture, carry_out, describe)
     try:
         yield _recording
     finally:
@@ -92,7 +95,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
     constants: the kernel's compile-time arguments, num_warps and num_stages.
     """
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, args, constants))
+        _recording.launches.append(_recording.describe(Launch(kernel, grid, args, constants)))
         if not _recording.carry_out:
             return
     if 0 in grid:

@@ -128,9 +128,9 @@ def channel_sums(x: Tensor) -> Tensor:
         x,
         sums,
         height * width,
-        channels,
         per_split,
         splits,
+        C=channels,
         **block,
     )
     return sums
@@ -148,10 +148,10 @@ def group_statistics(x: Tensor, sums: Tensor, groups: int, eps: float, channel_b
         sums,
         *statistics.unbind(0),
         height * width,
-        channels,
-        groups,
         sums.shape[1],
         eps,
+        C=channels,
+        GROUPS=groups,
         BLOCK_G=next_power_of_2(channels // groups),
         **settings("group_norm_finish", x),
     )
@@ -181,9 +181,9 @@ def normalized(
         *statistics.unbind(0),
         y,
         height * width,
-        channels,
-        statistics.shape[2],
         blocks,
+        C=channels,
+        GROUPS=statistics.shape[2],
         SILU=silu,
         **block,
     )
@@ -215,10 +215,10 @@ def group_norm_silu_backward(
         *common,
         sums,
         pixels,
-        channels,
-        groups,
         per_split,
         splits,
+        C=channels,
+        GROUPS=groups,
         **block,
     )
     total = sums.sum(1)  # [B, 2, C]: Σ dh, Σ dh·x̂
@@ -235,9 +235,9 @@ def group_norm_silu_backward(
         dproduct,
         dx,
         pixels,
-        channels,
-        groups,
         blocks,
+        C=channels,
+        GROUPS=groups,
         **block,
     )
     return dx, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)

@@ -1,0 +1,135 @@
+"""What is rehearsed: LlamaGen-XXL at 384² through the functions that a run calls, each scene under its own name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vapi_fast import AlignConfig, generation
+from vapi_fast.comparison import Comparison
+from vapi_fast.decoding import Decoder
+from vapi_fast.models import LlamaGen, llamagen
+from vapi_fast.run import Run
+
+from .watch import Watch
+
+IMAGES = 16
+DEVICE = torch.device("cuda", 0)
+Scene = Callable[[Watch], None]
+
+
+def align(watch: Watch, steps: int = 1, **options: Any) -> None:
+    """A run's start, and its steps from the data to the figures that are read back."""
+    import reference_step
+
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = {"batch_size": IMAGES, "random_init": True, "synthetic_data": True, "steps": steps}
+        config = AlignConfig(model="xxl", output_dir=Path(folder) / "run", **(defaults | options))
+        run = Run(config, DEVICE, reference_step.published_step, time.perf_counter())
+        run.config.output_dir.mkdir()
+        with watch.steps(), mock.patch.object(run, "save_state"):  # waits for the device, and needs its numbers
+            run.align(0)
+
+
+def generate(
+    watch: Watch, images: int = 256, *, bf16_weights: bool = False, captions: bool = False, **options: Any
+) -> None:
+    with DEVICE:
+        name = "xl" if captions else "xxl"
+        changes = {"caption_tokens": 120} if captions else {}
+        model = LlamaGen(dataclasses.replace(llamagen.LLAMAGEN_CONFIGS[name], **changes)).eval()
+    condition, mask = torch.arange(images) % 1000, None
+    if captions:
+        condition = torch.randn(images, 120, model.config.caption_width)
+        mask = torch.ones(images, 120, dtype=torch.bool)
+    if bf16_weights:
+        model.to(torch.bfloat16)
+    defaults = {"group_size": 1, "batch_size": 256}
+    with torch.autocast("cuda", torch.bfloat16, enabled=not bf16_weights), watch.steps():
+        generation.sample_groups(model, condition, condition_mask=mask, **(defaults | options))
+
+
+@contextlib.contextmanager
+def two_ranks() -> Iterator[None]:
+    """This process is rank 0 of two, whose collectives do nothing; the other one has the same objects."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def gather(values: list[Any], value: Any) -> None:
+        values[:] = [value] * len(values)
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with _disable_current_modes():  # a mesh needs the numbers of its ranks
+            mesh = dist.init_device_mesh("cuda", (2,))
+        default_mesh = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
+        stand_ins = {"all_gather_object": gather, "new_group": lambda **_: None}  # the group is for snapshots
+        with mock.patch(default_mesh, return_value=mesh), mock.patch.multiple(dist, **stand_ins):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(watch: Watch) -> None:
+    with two_ranks():
+        align(watch)
+
+
+PLAIN_LAYOUTS = ("published recipe", "straight-through", "both paths")
+SCENES: dict[str, Scene] = {
+    "align": partial(align, steps=2),
+    "KL prior": partial(align, prior="kl"),
+    "straight-through": partial(align, method="ste"),
+    "next token": partial(align, method="ntp"),
+    "filters": partial(align, top_k=2000, top_p=0.95, temperature=0.9),
+    "noise": partial(align, noise_prob=0.5),
+    "dropout": partial(align, dropout=0.1),
+    "small micro-batches": partial(align, micro_batch=4),
+    "free rollouts": partial(align, rollouts="free", batch_size=4),
+    "published recipe": partial(align, path="reference", batch_size=4),
+    "both paths": partial(align, path="both", batch_size=4, steps=2),
+    "sharded": sharded,
+    "generate": generate,
+    "generate with guidance": partial(generate, cfg_scale=1.75),
+    "generate in fp8": partial(generate, cfg_scale=2.0, kv_dtype="fp8", top_k=2000, top_p=0.9, return_entropies=True),
+    "generate, guided at first": partial(generate, cfg_scale=2.0, cfg_interval=100),
+    "generate from bf16 weights": partial(generate, images=600, bf16_weights=True, cfg_scale=2.0, batch_size=None),
+    "generate groups": partial(generate, images=16, group_size=8, batch_size=128),
+    "generate from captions": partial(generate, images=64, captions=True, cfg_scale=2.0),
+}
+
+
+@contextlib.contextmanager
+def layers(count: int | None) -> Iterator[None]:
+    """Inside the `with` block every size of LlamaGen has so many blocks; None: its own."""
+    if count is None:
+        yield
+        return
+    cut = {name: dataclasses.replace(config, layers=count) for name, config in llamagen.LLAMAGEN_CONFIGS.items()}
+    with mock.patch.dict(llamagen.LLAMAGEN_CONFIGS, cut):
+        yield
+
+
+@contextlib.contextmanager
+def set_ups(watch: Watch) -> Iterator[None]:
+    """Inside the `with` block an engine's start and the comparison of two steps may wait for the device."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((generation, "checked_condition"), (Decoder, "__init__"), (Comparison, "gradients")):
+            stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))
+        yield
+
+
+def rehearse(watch: Watch, name: str, depth: int | None) -> None:
+    """Play one scene."""
+    with layers(depth), set_ups(watch), watch.during(name, channels_last=name not in PLAIN_LAYOUTS):
+        SCENES[name](watch)
