@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from vapi_fast import AlignConfig, cli, tiny
+from vapi_fast import AlignConfig, cli, commands, tiny
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.models import LlamaGen
 from vapi_fast.optimization import make_optimizer
@@ -167,7 +168,7 @@ def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.tqdm, "set_postfix", interrupt)
+        patch.setattr(tqdm, "set_postfix", interrupt)
         assert vapi_fast(*small, "--steps", "3") == (1, "vapi-fast: error: interrupted; nothing was saved yet")
     code, error = vapi_fast(*small, "--steps", "3", "--resume")
     assert code == 2
@@ -182,9 +183,9 @@ def test_out_of_memory_says_which_flag_to_lower(vapi_fast: Callable, monkeypatch
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cli, "align", exhausted)
-    assert vapi_fast("--model", "tiny") == (1, f"vapi-fast: error: {cli.OUT_OF_MEMORY}")
-    assert "lower --micro-batch" in cli.OUT_OF_MEMORY
+    monkeypatch.setattr(commands, "align", exhausted)
+    assert vapi_fast("--model", "tiny") == (1, f"vapi-fast: error: {commands.OUT_OF_MEMORY}")
+    assert "lower --micro-batch" in commands.OUT_OF_MEMORY
 
 
 def test_flags_cover_the_config_and_defaults_are_its_own() -> None:

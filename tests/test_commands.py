@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from vapi_fast import commands
+from vapi_fast import cli, commands
 from vapi_fast.graphs import CaptureError
 from vapi_fast.samples import GenerateConfig, Sampler
 from vapi_fast.scoring import EvaluateConfig
@@ -25,7 +25,7 @@ Run = Callable[..., int]
 def run() -> Run:
     def call(name: str, *arguments: object) -> int:
         parser = argparse.ArgumentParser()
-        getattr(commands, f"add_{name}_flags")(parser)
+        getattr(cli, f"add_{name}_flags")(parser)
         return getattr(commands, f"{name}_main")(parser.parse_args([str(argument) for argument in arguments]))
 
     return call
@@ -51,8 +51,8 @@ def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     for add, config in (
-        (commands.add_generate_flags, GenerateConfig),
-        (commands.add_evaluate_flags, EvaluateConfig),
+        (cli.add_generate_flags, GenerateConfig),
+        (cli.add_evaluate_flags, EvaluateConfig),
     ):
         parser = argparse.ArgumentParser()
         add(parser)
@@ -63,7 +63,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_leaves_the_flags_alone() -> None:
     """torchrun's parser takes what abbreviates one of its own options, even after the script's name."""
     torchrun = get_args_parser()
-    for add in (commands.add_generate_flags, commands.add_evaluate_flags):
+    for add in (cli.add_generate_flags, cli.add_evaluate_flags):
         parser = argparse.ArgumentParser()
         add(parser)
         for action in parser._actions:

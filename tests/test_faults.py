@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_snapshots import truncate
 
-from vapi_fast import cli
+from vapi_fast import commands
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.snapshots import saved_steps
 
@@ -41,7 +41,7 @@ def child(output: Path, log: Path, resume: bool, checkpoint_every: int, file_siz
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     flags = {"output_dir": output, "checkpoint_every": checkpoint_every} | ({"resume": True} if resume else {})
-    sys.exit(cli.align_main(argparse.Namespace(**SMALL, **flags)))
+    sys.exit(commands.align_main(argparse.Namespace(**SMALL, **flags)))
 
 
 class Alignment:

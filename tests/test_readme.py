@@ -22,7 +22,7 @@ from PIL import Image
 from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
-from vapi_fast import AlignConfig, cli, commands, tiny
+from vapi_fast import AlignConfig, cli, tiny
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.data import ImageData
 from vapi_fast.samples import GenerateConfig
@@ -166,8 +166,8 @@ def test_flags_and_their_defaults(page: str, tmp_path: Path) -> None:
     file, _, heading = page.partition(" ")
     configs, flags = {
         "": (ALIGN, {*map(cli.flag, cli.FLAGS), *cli.SWITCHES}),
-        "generate": (generate, {*map(cli.flag, commands.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
-        "evaluate": (EVALUATE, {*map(cli.flag, commands.EVALUATE_FLAGS)}),
+        "generate": (generate, {*map(cli.flag, cli.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
+        "evaluate": (EVALUATE, {*map(cli.flag, cli.EVALUATE_FLAGS)}),
     }[heading]
     named, compared = [], 0
     for names, default, _ in rows(file, heading or "Flags"):

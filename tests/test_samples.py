@@ -128,11 +128,11 @@ def test_an_interrupted_run_ends_the_same(
 SCRIPT = """
 import argparse, sys
 import torch.distributed as dist
-from vapi_fast import commands
+from vapi_fast import cli, commands
 dist.init_process_group("gloo")  # once: a command by itself joins and leaves
 for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evaluate", sys.argv[3])):
     parser = argparse.ArgumentParser()
-    getattr(commands, f"add_{name}_flags")(parser)
+    getattr(cli, f"add_{name}_flags")(parser)
     status = getattr(commands, f"{name}_main")(parser.parse_args(line.split()))
     if status:
         sys.exit(status)
