@@ -31,6 +31,7 @@ def run() -> Run:
     return call
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     draw = ("generate", "--model", "tiny", "--num", 5, "--class-ids", "1,4-5", "--format", "npz", "--out", out)
@@ -78,7 +79,6 @@ def test_torchrun_leaves_the_flags_alone() -> None:
         (("generate", "--model", "tiny", "--out", "OUT", "--class-ids", "9"), 2, "unknown class 9"),
         (("generate", "--model", "tiny", "--out", "OUT", "--cfg-scale", "0.9"), 2, "--cfg-scale must be at least 1"),
         (("generate", "--model", "tiny", "--out", "OUT", "--gpt-ckpt", __file__), 1, "cannot be read"),
-        (("evaluate", "--model", "tiny", "--samples", __file__), 1, "expected one sub-folder of images per class"),
         (("evaluate", "--samples", __file__), 2, "--reference is required"),
     ],
 )
@@ -93,6 +93,15 @@ def test_a_failure_is_one_line(
     assert message in printed.err
     assert printed.out == ""
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("image_sets")
+def test_what_is_no_image_set_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--model", "tiny", "--samples", __file__) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vapi-fast: error: ")
+    assert error.count("\n") == 1
+    assert "expected one sub-folder of images per class" in error
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Alignment:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Alignment:
+def undisturbed(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Alignment:
     run = Alignment(tmp_path_factory.mktemp("undisturbed") / "run")
     run.complete(checkpoint_every=STEPS)
     return run

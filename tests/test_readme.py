@@ -67,7 +67,7 @@ STARTED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the scripts of this checkout, and the files that the pages name, of the tiny preset."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
@@ -132,6 +132,7 @@ def test_commands_in_the_text(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+@pytest.mark.usefixtures("image_sets")
 def test_snippets(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = "steps=2, batch_size=4, eval_samples=20"

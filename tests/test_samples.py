@@ -139,6 +139,7 @@ for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evalu
 """
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
