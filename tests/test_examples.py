@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 import pytest
+import torch
 from PIL import Image
 
 from vapi_fast import tiny
