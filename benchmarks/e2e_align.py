@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from reference_step import published_step
-
-from vapi_fast.cli import e2e_main
+from vapi_fast.cli import e2e_options
 
 if __name__ == "__main__":
-    sys.exit(e2e_main(published_step))
+    options = e2e_options()  # --help and a mistyped flag need not wait for torch
+    from reference_step import published_step
+
+    from vapi_fast.commands import align_main
+
+    sys.exit(align_main(options, published_step))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +45,19 @@ def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
 
 
 @pytest.fixture(scope="session")
+def image_sets() -> None:
+    """For tests that read image sets: they are skipped where the package `datasets` is not installed."""
+    pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="session")
 def tiny_batch() -> ImageBatch:
-    """The first four training images of seed 0."""
+    """The first four training images of seed 0; made-up ones where `datasets` is not installed."""
     from vapi_fast import AlignConfig
     from vapi_fast.data import ImageData
+    from vapi_fast.synthetic import SyntheticData
 
     config = AlignConfig(model="tiny")
-    return next(iter(ImageData(config.data, config.image_size).batches(4, 1, seed=0)))
+    real = importlib.util.find_spec("datasets") is not None
+    data = ImageData(config.data, config.image_size) if real else SyntheticData(config.image_size, num_classes=9)
+    return next(iter(data.batches(4, 1, seed=0)))

@@ -58,9 +58,8 @@ def test_shared_forward_equals_published_recipe(
     drawn = roll_out(tiny_models.generator, tokens, tiny_batch.labels, config, **draw).tokens
     tiny_models.generator.zero_grad()
     published_loss = published_step(tiny_models, config, tiny_batch, seed, tokens=tokens, drawn=drawn)["loss"].item()
-    assert loss == pytest.approx(
-        published_loss, rel=1e-5, abs=1e-6
-    )  # the policy term cancels: its parts are of order 1
+    # The policy term cancels: its parts are of order 1, in float32.
+    assert loss == pytest.approx(published_loss, rel=1e-5, abs=3e-6)
     assert relative(ours, gradient(tiny_models)) < 1e-5
 
 

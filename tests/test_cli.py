@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from vapi_fast import AlignConfig, cli, tiny
+from vapi_fast import AlignConfig, cli, commands, tiny
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.models import LlamaGen
 from vapi_fast.optimization import make_optimizer
@@ -79,7 +80,7 @@ def test_usage_errors(vapi_fast: Callable, arguments: list[str], message: str, t
 def test_checkpoint_of_another_size(vapi_fast: Callable, tmp_path: Path) -> None:
     state = load_state_dict(PRESET.generator)
     torch.save({name: value for name, value in state.items() if "layers.5." not in name}, "five.pt")
-    code, error = vapi_fast("--model", "tiny", "--gpt-ckpt", "five.pt", "--output-dir", "out")
+    code, error = vapi_fast("--model", "tiny", "--gpt-ckpt", "five.pt", "--synthetic-data", "--output-dir", "out")
     assert code == 1
     assert "five.pt: holds 5 layers of width 192, but --model tiny has 6 of width 192" in error
     assert not (tmp_path / "out").exists()
@@ -87,13 +88,15 @@ def test_checkpoint_of_another_size(vapi_fast: Callable, tmp_path: Path) -> None
 
 def test_truncated_checkpoint(vapi_fast: Callable, tmp_path: Path) -> None:
     Path("cut.safetensors").write_bytes(PRESET.tokenizer.read_bytes()[:5000])
-    code, error = vapi_fast("--model", "tiny", "--vq-ckpt", "cut.safetensors")
+    code, error = vapi_fast("--model", "tiny", "--vq-ckpt", "cut.safetensors", "--synthetic-data")
     assert code == 1
     assert "cut.safetensors: cannot be read, truncated" in error
 
 
 def test_swapped_checkpoints(vapi_fast: Callable) -> None:
-    code, error = vapi_fast("--model", "tiny", "--vq-ckpt", PRESET.generator, "--gpt-ckpt", PRESET.tokenizer)
+    code, error = vapi_fast(
+        *("--model", "tiny", "--vq-ckpt", PRESET.generator, "--gpt-ckpt", PRESET.tokenizer, "--synthetic-data")
+    )
     assert code == 1
     assert "does not fit this VQTokenizer" in error
 
@@ -104,6 +107,7 @@ def save_images(folder: Path, classes: int) -> None:
         Image.new("RGB", (32, 32), (20 * label, 90, 120)).save(folder / f"{label:02d}" / "a.png")
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_labels_out_of_range(vapi_fast: Callable) -> None:
     save_images(Path("ten"), 10)
     code, error = vapi_fast("--model", "tiny", "--data", "ten", "--no-eval")
@@ -112,6 +116,7 @@ def test_labels_out_of_range(vapi_fast: Callable) -> None:
     assert "9" in error
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_empty_data(vapi_fast: Callable) -> None:
     Path("nothing").mkdir()
     code, error = vapi_fast("--model", "tiny", "--data", "nothing", "--no-eval")
@@ -119,6 +124,7 @@ def test_empty_data(vapi_fast: Callable) -> None:
     assert "nothing" in error
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_nan_reward(vapi_fast: Callable, tmp_path: Path) -> None:
     """A tokenizer that decodes to NaN: stopped before the first optimizer step, the good weights kept."""
     state = load_state_dict(PRESET.tokenizer)
@@ -153,7 +159,7 @@ def test_finished_and_unfinished_runs_are_not_overwritten(vapi_fast: Callable) -
 def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
     Path("out/snapshots/step-000001").mkdir(parents=True)
     Path("out/snapshots/step-000001/manifest.json").write_bytes(b"half a file")
-    code, error = vapi_fast("--model", "tiny", "--output-dir", "out", "--resume", "--no-eval")
+    code, error = vapi_fast("--model", "tiny", "--output-dir", "out", "--resume", "--synthetic-data")
     assert code == 1
     assert "out/snapshots" in error
 
@@ -161,13 +167,23 @@ def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
 def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from vapi_fast import run
 
-    small = ("--model", "tiny", "--no-eval", "--batch-size", "4", "--output-dir", "out", "--checkpoint-every", "1")
+    small = (
+        "--model",
+        "tiny",
+        "--synthetic-data",
+        "--batch-size",
+        "4",
+        "--output-dir",
+        "out",
+        "--checkpoint-every",
+        "1",
+    )
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.tqdm, "set_postfix", interrupt)
+        patch.setattr(tqdm, "set_postfix", interrupt)
         assert vapi_fast(*small, "--steps", "3") == (1, "vapi-fast: error: interrupted; nothing was saved yet")
     code, error = vapi_fast(*small, "--steps", "3", "--resume")
     assert code == 2
@@ -182,9 +198,9 @@ def test_out_of_memory_says_which_flag_to_lower(vapi_fast: Callable, monkeypatch
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cli, "align", exhausted)
-    assert vapi_fast("--model", "tiny") == (1, f"vapi-fast: error: {cli.OUT_OF_MEMORY}")
-    assert "lower --micro-batch" in cli.OUT_OF_MEMORY
+    monkeypatch.setattr(commands, "align", exhausted)
+    assert vapi_fast("--model", "tiny") == (1, f"vapi-fast: error: {commands.OUT_OF_MEMORY}")
+    assert "lower --micro-batch" in commands.OUT_OF_MEMORY
 
 
 def test_flags_cover_the_config_and_defaults_are_its_own() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from vapi_fast import commands
+from vapi_fast import cli, commands
 from vapi_fast.graphs import CaptureError
 from vapi_fast.samples import GenerateConfig, Sampler
 from vapi_fast.scoring import EvaluateConfig
@@ -25,12 +25,13 @@ Run = Callable[..., int]
 def run() -> Run:
     def call(name: str, *arguments: object) -> int:
         parser = argparse.ArgumentParser()
-        getattr(commands, f"add_{name}_flags")(parser)
+        getattr(cli, f"add_{name}_flags")(parser)
         return getattr(commands, f"{name}_main")(parser.parse_args([str(argument) for argument in arguments]))
 
     return call
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     draw = ("generate", "--model", "tiny", "--num", 5, "--class-ids", "1,4-5", "--format", "npz", "--out", out)
@@ -51,8 +52,8 @@ def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     for add, config in (
-        (commands.add_generate_flags, GenerateConfig),
-        (commands.add_evaluate_flags, EvaluateConfig),
+        (cli.add_generate_flags, GenerateConfig),
+        (cli.add_evaluate_flags, EvaluateConfig),
     ):
         parser = argparse.ArgumentParser()
         add(parser)
@@ -63,7 +64,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_leaves_the_flags_alone() -> None:
     """torchrun's parser takes what abbreviates one of its own options, even after the script's name."""
     torchrun = get_args_parser()
-    for add in (commands.add_generate_flags, commands.add_evaluate_flags):
+    for add in (cli.add_generate_flags, cli.add_evaluate_flags):
         parser = argparse.ArgumentParser()
         add(parser)
         for action in parser._actions:
@@ -78,7 +79,6 @@ def test_torchrun_leaves_the_flags_alone() -> None:
         (("generate", "--model", "tiny", "--out", "OUT", "--class-ids", "9"), 2, "unknown class 9"),
         (("generate", "--model", "tiny", "--out", "OUT", "--cfg-scale", "0.9"), 2, "--cfg-scale must be at least 1"),
         (("generate", "--model", "tiny", "--out", "OUT", "--gpt-ckpt", __file__), 1, "cannot be read"),
-        (("evaluate", "--model", "tiny", "--samples", __file__), 1, "expected one sub-folder of images per class"),
         (("evaluate", "--samples", __file__), 2, "--reference is required"),
     ],
 )
@@ -93,6 +93,15 @@ def test_a_failure_is_one_line(
     assert message in printed.err
     assert printed.out == ""
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("image_sets")
+def test_what_is_no_image_set_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "--model", "tiny", "--samples", __file__) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vapi-fast: error: ")
+    assert error.count("\n") == 1
+    assert "expected one sub-folder of images per class" in error
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def train(rank: int, world_size: int, port: int, output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
+def runs(
+    image_sets: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
     """Number of processes → tokens and rollouts of every step in the order of the sample ids, and the final weights."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vapi_fast.run"])
@@ -90,6 +92,7 @@ def test_sharded_runs_end_with_the_same_weights(runs: dict, world_size: int) -> 
     assert (flat_one - flat_several).norm() < 1e-3 * (flat_one - flat_start).norm()
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None:
     """torchrun ends the other rank well within a minute, and the error of the one that failed is in what it prints."""
     (tmp_path / "breaks.py").write_text(

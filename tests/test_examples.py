@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ from vapi_fast.models import LlamaGen
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_align_tiny(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "align_tiny.py", "--steps", "2", "--out", "results"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

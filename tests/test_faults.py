@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_snapshots import truncate
 
-from vapi_fast import cli
+from vapi_fast import commands
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.snapshots import saved_steps
 
@@ -41,7 +41,7 @@ def child(output: Path, log: Path, resume: bool, checkpoint_every: int, file_siz
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     flags = {"output_dir": output, "checkpoint_every": checkpoint_every} | ({"resume": True} if resume else {})
-    sys.exit(cli.align_main(argparse.Namespace(**SMALL, **flags)))
+    sys.exit(commands.align_main(argparse.Namespace(**SMALL, **flags)))
 
 
 class Alignment:
@@ -95,7 +95,7 @@ class Alignment:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Alignment:
+def undisturbed(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Alignment:
     run = Alignment(tmp_path_factory.mktemp("undisturbed") / "run")
     run.complete(checkpoint_every=STEPS)
     return run

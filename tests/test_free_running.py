@@ -114,6 +114,7 @@ def test_steps_raise_the_reward_that_was_asked_for(
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.02, rewards
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_a_whole_run(tiny_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`--rollouts free --reward module:function`, the module in the working directory; then goes on with --resume."""
     (tmp_path / "my_reward.py").write_text("def darkness(images, labels):\n    return -images.mean((1, 2, 3))\n")

@@ -48,7 +48,7 @@ def tokenizer() -> VQTokenizer:
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
+def images(image_sets: None) -> Tensor:
     return next(iter(ImageData(tiny.FILES.heldout_images, tiny.IMAGE_SIZE).batches(32, 1, seed=0))).images
 
 

@@ -10,13 +10,13 @@ import torch
 from vapi_fast import AlignConfig, evaluation, measurement
 from vapi_fast.alignment import Models
 from vapi_fast.measurement import Evaluator
-from vapi_fast.tiny import build
 
 Make = Callable[..., AlignConfig]
 
 
 @pytest.fixture(autouse=True)
 def few_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
     monkeypatch.setattr(measurement, "REWARD_IMAGES", 24)
 
 
@@ -40,6 +40,8 @@ def test_measurement_does_not_depend_on_batch_sizes(tiny_config: Make, tiny_mode
 
 def test_heldout_images_score_better_than_samples(tiny_config: Make, tiny_models: Models) -> None:
     """Real images are near the reference in FID; the base generator's samples are worse than their reconstructions."""
+    from vapi_fast.tiny import build
+
     config = tiny_config(eval_samples=428)
     test = evaluator(config, tiny_models)
     images, _ = build.load_images(config.eval_data)

@@ -22,7 +22,7 @@ from PIL import Image
 from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
-from vapi_fast import AlignConfig, cli, commands, tiny
+from vapi_fast import AlignConfig, cli, tiny
 from vapi_fast.checkpoint import load_state_dict
 from vapi_fast.data import ImageData
 from vapi_fast.samples import GenerateConfig
@@ -67,7 +67,7 @@ STARTED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the scripts of this checkout, and the files that the pages name, of the tiny preset."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
@@ -132,6 +132,7 @@ def test_commands_in_the_text(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+@pytest.mark.usefixtures("image_sets")
 def test_snippets(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = "steps=2, batch_size=4, eval_samples=20"
@@ -166,8 +167,8 @@ def test_flags_and_their_defaults(page: str, tmp_path: Path) -> None:
     file, _, heading = page.partition(" ")
     configs, flags = {
         "": (ALIGN, {*map(cli.flag, cli.FLAGS), *cli.SWITCHES}),
-        "generate": (generate, {*map(cli.flag, commands.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
-        "evaluate": (EVALUATE, {*map(cli.flag, commands.EVALUATE_FLAGS)}),
+        "generate": (generate, {*map(cli.flag, cli.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
+        "evaluate": (EVALUATE, {*map(cli.flag, cli.EVALUATE_FLAGS)}),
     }[heading]
     named, compared = [], 0
     for names, default, _ in rows(file, heading or "Flags"):

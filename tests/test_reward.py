@@ -137,6 +137,7 @@ def assert_same_advantages(models: Models, tokens: Tensor, images: Tensor) -> No
         assert 0 < relative_l2(ours, theirs.double()) < 5e-3
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_bf16_advantages_of_rollouts(tiny_config: Callable[..., AlignConfig], tiny_models: Models) -> None:
     config = tiny_config(group_size=GROUP_SIZE)
     batch = next(iter(ImageData(tiny.FILES.heldout_images, tiny.IMAGE_SIZE).batches(32, 1, seed=0)))

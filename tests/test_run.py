@@ -30,6 +30,7 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([p.flatten() for p in LlamaGen.from_checkpoint(path, "tiny").state_dict().values()])
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(evaluate=True, path="both", eval_samples=140, steps=3, lr=1e-3)
     returned = vapi_fast.align(config, published_step=published_step)
@@ -105,6 +106,7 @@ def interrupted_at(step: int) -> Callable[..., Any]:
     return stop
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
     whole = tiny_config(steps=5, output_dir=tmp_path / "whole")
     record = vapi_fast.align(whole)
@@ -119,6 +121,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Pa
     assert not (tmp_path / "half" / "snapshots").exists()
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_config: Make, monkeypatch: Any) -> None:
     evaluated = {"evaluate": True, "eval_samples": 8, "eval_batch": 8}
     with monkeypatch.context() as patch:
@@ -134,6 +137,7 @@ def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_c
     assert len(record["reward"]) == 2
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run, "align_step", interrupted_at(1))
@@ -143,6 +147,7 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
         vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, clip_range=0.5))
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path: Path, monkeypatch: Any) -> None:
     """The state saved at a NaN is the weights before that step, and the run can go on from it."""
 
@@ -160,6 +165,7 @@ def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path
     assert torch.equal(weights(tmp_path / "nan" / "aligned.pt"), weights(tmp_path / "good" / "aligned.pt"))
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path: Path) -> None:
     rewards = [
         vapi_fast.align(tiny_config(seed=seed, output_dir=tmp_path / name))["reward"]
@@ -169,6 +175,7 @@ def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path
     assert rewards[0] != rewards[2]
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_a_finished_alignment_is_resumed_for_its_measurement(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +205,7 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
     assert torch.equal(weights(tmp_path / "a" / "aligned.pt"), weights(tmp_path / "b" / "aligned.pt"))
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_a_lower_learning_rate_on_resume(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the message about infinities advises."""
     options = {"steps": 3, "checkpoint_every": 1, "output_dir": tmp_path / "a"}
@@ -217,6 +225,7 @@ def test_a_lower_learning_rate_on_resume(tiny_config: Make, tmp_path: Path, monk
     assert used == [1e-5, 1e-5]  # both parameter groups
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_straight_through_and_next_token_runs(tiny_config: Make, tmp_path: Path) -> None:
     for method in ("ste", "ntp"):
         record = vapi_fast.align(tiny_config(method=method, output_dir=tmp_path / method))

@@ -128,17 +128,18 @@ def test_an_interrupted_run_ends_the_same(
 SCRIPT = """
 import argparse, sys
 import torch.distributed as dist
-from vapi_fast import commands
+from vapi_fast import cli, commands
 dist.init_process_group("gloo")  # once: a command by itself joins and leaves
 for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evaluate", sys.argv[3])):
     parser = argparse.ArgumentParser()
-    getattr(commands, f"add_{name}_flags")(parser)
+    getattr(cli, f"add_{name}_flags")(parser)
     status = getattr(commands, f"{name}_main")(parser.parse_args(line.split()))
     if status:
         sys.exit(status)
 """
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

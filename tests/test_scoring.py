@@ -23,7 +23,7 @@ from vapi_fast.scoring import EvaluateConfig, evaluate
 
 
 @pytest.fixture(scope="module")
-def pixels() -> np.ndarray:
+def pixels(image_sets: None) -> np.ndarray:
     """300 training images of the tiny preset, uint8 [N,H,W,3]."""
     data = ImageData(tiny.FILES.train_images, 32)
     images = torch.stack([data.load(i)[0] for i in range(300)])

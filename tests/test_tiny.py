@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from vapi_fast import ops, tiny
 from vapi_fast.data import ImageData
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
-from vapi_fast.tiny import build, images
+from vapi_fast.tiny import images
 
 GROUPS = {
     "Smileys & Emotion",
@@ -27,7 +29,14 @@ GROUPS = {
 
 
 @pytest.fixture(scope="module")
-def heldout() -> tuple[torch.Tensor, torch.Tensor]:
+def build() -> ModuleType:
+    """`vapi_fast.tiny.build`, of tests that read or write image sets."""
+    pytest.importorskip("datasets")
+    return importlib.import_module("vapi_fast.tiny.build")
+
+
+@pytest.fixture(scope="module")
+def heldout(build: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
     return build.load_images(tiny.FILES.heldout_images)
 
 
@@ -38,7 +47,7 @@ def test_shipped_files_are_small() -> None:
     assert networks <= 12e6
 
 
-def test_images_are_distinct_and_heldout_ones_unseen(heldout: tuple[torch.Tensor, ...]) -> None:
+def test_images_are_distinct_and_heldout_ones_unseen(build: ModuleType, heldout: tuple[torch.Tensor, ...]) -> None:
     train, labels = build.load_images(tiny.FILES.train_images)
     pixels = torch.cat([train, heldout[0]]).flatten(1)
     assert len(pixels.unique(dim=0)) == len(pixels) > 2000
@@ -82,6 +91,7 @@ def test_generator_predicts_heldout_tokens(heldout: tuple[torch.Tensor, ...]) ->
     not images.FONT.exists() or not images.EMOJI_TEST.exists(), reason="Debian's emoji font not installed"
 )
 def test_images_render_as_shipped() -> None:
+    pytest.importorskip("datasets")
     glyphs = [glyph for glyph, _ in images.render_all()]
     assert len(glyphs) == len(ImageData(tiny.FILES.train_images, 32)) + len(ImageData(tiny.FILES.heldout_images, 32))
     assert {glyph.group for glyph in glyphs} == GROUPS
@@ -104,7 +114,7 @@ def test_thinning_keeps_one_skin_tone() -> None:
     assert len(kept) == 3
 
 
-def test_build_trains_each_network_from_the_images(tmp_path: Path) -> None:
+def test_build_trains_each_network_from_the_images(build: ModuleType, tmp_path: Path) -> None:
     """A few steps of each: the files load, and the generator's loss is below that of a uniform guess."""
     files = tiny.tiny_files(tmp_path)
     for source, target in zip(tiny.FILES[:2], files[:2], strict=True):

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vapi_fast.packages import require
 
 CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
 
@@ -44,8 +45,13 @@ def load_file_checked(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; check the path")
+    safetensors = path.suffix == ".safetensors"
+    if safetensors:
+        require(CheckpointError, f"reading {path}", "safetensors")
     try:
-        if path.suffix == ".safetensors":
+        if safetensors:
+            from safetensors.torch import load_file
+
             return load_file(path)
         # LlamaGen's training scripts store their command line beside the weights.
         with torch.serialization.safe_globals([Namespace]):

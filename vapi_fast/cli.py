@@ -1,39 +1,18 @@
-"""The command line: `vapi-fast align` and `benchmarks/e2e_align.py` share these flags."""
+"""The command line: `vapi-fast align`, `generate` and `evaluate`, and `benchmarks/e2e_align.py`.
+
+Nothing here imports torch: --help and a mistyped flag answer at once. What runs is in `vapi_fast.commands`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from vapi_fast.alignment import NonFiniteError
-from vapi_fast.checkpoint import CheckpointError
-from vapi_fast.commands import (
-    FAILURE,
-    USAGE_ERROR,
-    add_evaluate_flags,
-    add_generate_flags,
-    evaluate_main,
-    fail,
-    generate_main,
-)
-from vapi_fast.comparison import PublishedStep
-from vapi_fast.config import METHODS, PATHS, PRIORS, ROLLOUTS, AlignConfig, ConfigError, flag
-from vapi_fast.data import DataError
-from vapi_fast.evaluation import EvaluationError
-from vapi_fast.graphs import CaptureError
-from vapi_fast.models import LLAMAGEN_CONFIGS
-from vapi_fast.run import StoppedError, align
-
-OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
+from vapi_fast.config import CFG_SCHEDULES, METHODS, PATHS, PRIORS, ROLLOUTS, SAMPLE_FORMATS, flag
+from vapi_fast.sizes import LLAMAGEN_CONFIGS
 
 # Flag → (type or choices, help). Defaults are AlignConfig's: the paper's recipe, or the tiny preset's own.
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -87,6 +66,46 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "--resume": ({"action": "store_true"}, "go on with the unfinished run in --output-dir"),
 }
+# Flag → (type or choices, help). Defaults are the config's: the paper's, or the tiny preset's own.
+GENERATE_FLAGS: dict[str, tuple[Any, str]] = {
+    "model": (tuple(LLAMAGEN_CONFIGS), "size of the generator; tiny brings its own checkpoints"),
+    "gpt_ckpt": (Path, "LlamaGen's generator, or an aligned one"),
+    "vq_ckpt": (Path, "LlamaGen's VQ tokenizer"),
+    "num": (
+        int,
+        "images to draw (default: 50000, tiny 1000); torchrun takes --num for its own, use --num-images there",
+    ),
+    "class_ids": (str, "classes such as 0,7,20-29, one image of each in turn (default: all)"),
+    "caption_features": (Path, "text-encoder features [N, 120, 2048] (.npy, .safetensors) for a text model, in turn"),
+    "cfg_scale": (float, "classifier-free guidance; 1: none (default)"),
+    "cfg_interval": (int, "guide tokens up to this one only; -1: all (default)"),
+    "cfg_schedule": (CFG_SCHEDULES, "constant (default), or power-cosine: guidance rises from 1 to --cfg-scale"),
+    "cfg_power": (float, "of the power-cosine; above 1 it rises later (default: 1)"),
+    "temperature": (float, "of the draws (default: 1)"),
+    "top_k": (int, "keep the k likeliest tokens; 0: all (default)"),
+    "top_p": (float, "nucleus of the draws; 1: all (default)"),
+    "seed": (int, "decides every random draw (default: 0)"),
+    "kv_dtype": (("fp8",), "keys and values in 8 bits: faster, less memory, rounded (default: no)"),
+    "batch_size": (int, "images drawn at once on one GPU (default: up to 256); lower it when memory runs out"),
+    "image_size": (int, "pixels a side as drawn (default: 384, tiny 32)"),
+    "save_size": (int, "pixels a side as written (default: --image-size); papers draw 384 and score 256"),
+    "format": (SAMPLE_FORMATS, "PNG files (default), or one .npz in the ADM evaluator's layout"),
+    "out": (Path, "folder of the results; an interrupted one is finished by the same command"),
+    "compare_ckpt": (Path, "another generator: comparison.png shows both at equal seeds"),
+}
+ALIASES = {"num": ("--num-images",)}
+EVALUATE_FLAGS: dict[str, tuple[Any, str]] = {
+    "model": (tuple(LLAMAGEN_CONFIGS), "tiny brings its own reference and feature network; all others take Inception"),
+    "samples": (
+        Path,
+        "generate's folder, .npz of images or statistics, folder of pictures, or what align --data takes",
+    ),
+    "reference": (Path, "images or statistics to score against, in the same forms"),
+    "inception_weights": (Path, "FID-Inception weights, weights-inception-2015-12-05-6726825d.pth (default: download)"),
+    "batch_size": (int, "images in the network at once (default: 64, tiny 250)"),
+    "image_size": (int, "crop of images in class folders, parquet or tars (default: 256, tiny 32)"),
+    "output": (Path, "also write the scores there, as JSON"),
+}
 
 
 def add_align_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,68 +116,40 @@ def add_align_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **options)
 
 
-def align_main(options: argparse.Namespace, published_step: PublishedStep | None = None) -> int:
-    """Run the alignment; every expected failure is one line on standard error.
-
-    One of several ranks that fails ends at once, without a word to the others, so that torchrun ends them.
-    """
-    try:
-        code = align_status(options, published_step)
-    except BaseException:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        code = FAILURE
-    if code and dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, GENERATE_FLAGS, required="out")
+    parser.add_argument(
+        "--entropy-maps",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="also draw where the generator is unsure: entropy.png",
+    )
 
 
-def align_status(options: argparse.Namespace, published_step: PublishedStep | None) -> int:
-    config = None
-    try:
-        config = AlignConfig(**vars(options))
-        align(config, published_step=published_step, started=process_start())
-    except ConfigError as error:
-        return fail(USAGE_ERROR, error)
-    except torch.OutOfMemoryError:
-        return fail(FAILURE, OUT_OF_MEMORY)
-    except (CaptureError, CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
-        return fail(FAILURE, error)
-    except KeyboardInterrupt:
-        return fail(FAILURE, interrupted(config))
-    return 0
+def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, EVALUATE_FLAGS, required="samples")
 
 
-def interrupted(config: AlignConfig | None) -> str:
-    if config is None or not any(config.snapshots.glob("step-*")):
-        return "interrupted; nothing was saved yet"
-    return f"interrupted; go on from the last saved state with --resume --output-dir {config.output_dir}"
+def add_flags(parser: argparse.ArgumentParser, flags: dict[str, tuple[Any, str]], required: str) -> None:
+    for name, (kind, text) in flags.items():
+        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        names = (flag(name), *ALIASES.get(name, ()))
+        parser.add_argument(
+            *names, dest=name, default=argparse.SUPPRESS, help=text, required=name == required, **options
+        )
 
 
-def process_start() -> float:
-    """When this process, or the torchrun that started it, began, on the clock of `time.perf_counter`."""
-    process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    stat = Path(f"/proc/{process}/stat")
-    if not stat.exists():  # not Linux
-        return time.perf_counter()
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
-    return time.perf_counter() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-
-
-def e2e_main(published_step: PublishedStep) -> int:
-    """`benchmarks/e2e_align.py`: `vapi-fast align` plus `--path reference|both`."""
+def e2e_options() -> argparse.Namespace:
+    """The flags of `benchmarks/e2e_align.py`: those of `vapi-fast align`."""
     parser = argparse.ArgumentParser(description="Align a LlamaGen generator to pixel space with VA-π.")
     add_align_flags(parser)
-    return align_main(parser.parse_args(), published_step)
+    return parser.parse_args()
 
 
-COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int], str]] = {
-    "align": (add_align_flags, align_main, "align a generator to pixel space"),
-    "generate": (add_generate_flags, generate_main, "draw images from a generator"),
-    "evaluate": (add_evaluate_flags, evaluate_main, "score images: FID, sFID, Inception Score, precision, recall"),
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "align": (add_align_flags, "align a generator to pixel space"),
+    "generate": (add_generate_flags, "draw images from a generator"),
+    "evaluate": (add_evaluate_flags, "score images: FID, sFID, Inception Score, precision, recall"),
 }
 
 
@@ -166,13 +157,13 @@ def main() -> int:
     """`vapi-fast`: the console script."""
     parser = argparse.ArgumentParser(prog="vapi-fast", description="Fast VA-π alignment of LlamaGen generators.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (add_flags, run, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add_flags(command)
-        command.set_defaults(run=run)
+    for name, (add_flags_of, text) in COMMANDS.items():
+        add_flags_of(commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
     options = parser.parse_args()
-    run = options.run
-    del options.command, options.run
+    from vapi_fast.commands import MAINS
+
+    run = MAINS[options.command]
+    del options.command
     return run(options)
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vapi_fast import tiny
-from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS
+from vapi_fast.sizes import LLAMAGEN_CONFIGS, VQ_CONFIGS
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 PATHS = ("fast", "reference", "both")
 ROLLOUTS = ("teacher-forced", "free")
+CFG_SCHEDULES = ("constant", "power-cosine")
+SAMPLE_FORMATS = ("png", "npz")
 
 # The paper's recipe (PAPER: 384², 128 images × G 8 a step, 100 steps, AdamW lr 1e-6); every model but tiny.
 PAPER: dict[str, Any] = {

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vapi_fast.config import CFG_SCHEDULES
 from vapi_fast.decoding import Decoder, Generation, KVCache, compute_dtype
 from vapi_fast.models import LlamaGen, LlamaGenConfig
 
 __all__ = ["Generation", "KVCache", "generate", "guidance_scales", "sample_groups"]
 
-CFG_SCHEDULES = ("constant", "power-cosine")
 CACHE_DTYPES = {None: None, "fp8": torch.float8_e4m3fn}
 CPU_ROWS = 256  # sequences at once on a CPU: more gain nothing
 MEMORY_SHARE = 0.9  # of a GPU's free memory

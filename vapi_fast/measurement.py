@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from vapi_fast import evaluation, ops
 from vapi_fast.alignment import Models
@@ -20,6 +19,7 @@ from vapi_fast.distributed import gather_rows, rank, world_size
 from vapi_fast.generation import generate
 from vapi_fast.inception import load_inception
 from vapi_fast.models import LlamaGen
+from vapi_fast.progress import progress_bar
 from vapi_fast.rollout import roll_out
 
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
@@ -93,7 +93,7 @@ class Evaluator:
         """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
-        with tqdm(total=len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
+        with progress_bar(len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
             batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
             for part in ids.split(batches * self.config.eval_batch):
                 for tokens in self.draw(generator, part, cfg_scale).split(self.config.eval_batch):

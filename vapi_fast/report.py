@@ -17,7 +17,7 @@ from vapi_fast.accelerators import attention_backend
 from vapi_fast.checkpoint import write_atomically
 from vapi_fast.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.distributed import gather_objects, world_size
-from vapi_fast.pictures import save_grid, save_reward_curve, save_stage_bars
+from vapi_fast.packages import installed
 
 if TYPE_CHECKING:
     from vapi_fast.run import Run
@@ -103,11 +103,24 @@ def commit() -> str:
     return (head or "unknown") + ("+changes" if changes else "")
 
 
+def curve_writer() -> type | None:
+    """TensorBoard's SummaryWriter, where it is installed."""
+    if not installed("tensorboard"):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
+
+
 def write_pictures(run: Run, output: Path) -> None:
-    """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward."""
+    """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward, where matplotlib is."""
     if run.pictures:
+        from vapi_fast.pictures import save_grid
+
         save_grid(output / "samples.png", run.pictures)
-    if run.config.method != "ntp":
+    if run.config.method != "ntp" and installed("matplotlib"):
+        from vapi_fast.charts import save_reward_curve
+
         save_reward_curve(output / "reward.png", run.curves["reward"])
 
 
@@ -120,8 +133,10 @@ def stage_bars(record: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 def write_record(record: dict[str, Any], output: Path) -> None:
-    """Write `run.json`, which marks the run as finished, and print the table."""
-    if record["stages"]:
+    """Write `run.json`, which marks the run as finished, and print the table; `stages.png` where matplotlib is."""
+    if record["stages"] and installed("matplotlib"):
+        from vapi_fast.charts import save_stage_bars
+
         save_stage_bars(output / "stages.png", stage_bars(record))
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))

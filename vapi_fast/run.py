@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from vapi_fast import memory, report
+from vapi_fast import memory, packages, report
 from vapi_fast.accelerators import attention_backend, nvml
 from vapi_fast.alignment import (
     NonFiniteError,
@@ -32,12 +30,13 @@ from vapi_fast.checkpoint import save_generator
 from vapi_fast.clock import StageClock
 from vapi_fast.comparison import Comparison, PublishedStep, published_gradients
 from vapi_fast.config import AlignConfig, ConfigError, flag
-from vapi_fast.data import ImageBatch, ImageData, ahead
+from vapi_fast.data import ImageBatch, ImageData, ahead, reader
 from vapi_fast.distributed import gather_objects, process_group, rank, shard, whole_copy, whole_state, world_size
 from vapi_fast.energy import EnergyMeter
 from vapi_fast.free_running import accumulate_free_gradients
 from vapi_fast.measurement import Evaluator, Measurement
 from vapi_fast.models.llamagen import llamagen_config
+from vapi_fast.progress import progress_bar
 from vapi_fast.snapshots import Snapshots
 from vapi_fast.synthetic import SyntheticData
 
@@ -127,6 +126,8 @@ class Run:
         self.started = started
         if config.batch_size % world_size():
             raise ConfigError(f"--batch-size {config.batch_size} does not divide over {world_size()} processes")
+        if not config.synthetic_data:
+            reader()  # what it lacks is told before minutes go into measuring and loading
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in the published recipe
         self.config = config
         self.device = device
@@ -153,6 +154,7 @@ class Run:
         self.pictures: list[tuple[str, Tensor]] = []
         self.measured: dict[str, dict[str, Any]] = {}
         self.curves: dict[str, list[float]] = {}
+        self.curve_writer = report.curve_writer() if rank() == 0 else None
         self.seconds = {"startup": time.perf_counter() - started, "alignment": 0.0, "evaluation": 0.0}
         self.first_step: dict[str, float] = {}  # its seconds by stage
         self.clock.add("startup", self.seconds["startup"])
@@ -160,14 +162,15 @@ class Run:
             print(self.introduction())
 
     def introduction(self) -> str:
-        """What runs where, in a line or two."""
+        """What runs where, and without what, in a line each."""
         config, where = self.config, report.device_name(self.device)
         processes = f"{world_size()} × " if world_size() > 1 else ""
         optimizer = type(self.trainer.optimizer)
         text = f"aligning {config.model} on {processes}{where}: attention by {attention_backend(self.device)}, "
         text += f"{optimizer.__module__.partition('.')[0]}'s {optimizer.__name__}"
         text += f"; results in {config.output_dir}"
-        return text + (f"\nmemory per GPU, as planned: {self.plan}" if self.plan else "")
+        plan = f"memory per GPU, as planned: {self.plan}" if self.plan else ""
+        return "\n".join(filter(None, (text, plan, packages.left_out())))
 
     def execute(self) -> dict[str, Any]:
         try:
@@ -221,18 +224,11 @@ class Run:
             self.terminated = stack.enter_context(termination())
             stack.callback(batches.close)
             self.writer = None
-            if rank() == 0:
+            if self.curve_writer:
                 folder = str(config.output_dir / "tensorboard")
-                self.writer = stack.enter_context(SummaryWriter(folder, purge_step=start_step))
-            self.progress = stack.enter_context(
-                tqdm(
-                    initial=start_step,
-                    total=config.steps,
-                    desc=f"aligning ({config.method})",
-                    unit="step",
-                    disable=rank() > 0,
-                )
-            )
+                self.writer = stack.enter_context(self.curve_writer(folder, purge_step=start_step))
+            bar = {"desc": f"aligning ({config.method})", "unit": "step", "disable": rank() > 0}
+            self.progress = stack.enter_context(progress_bar(config.steps, initial=start_step, **bar))
             try:
                 self.align_steps(batches, start_step)
             except NonFiniteError as error:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vapi_fast.checkpoint import write_atomically
+from vapi_fast.config import SAMPLE_FORMATS
 from vapi_fast.data import DataError
 from vapi_fast.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages, pictures_in
 
@@ -139,7 +140,7 @@ class NpzFiles:
                 member.write(torch.stack([images[part][row] for part, row in rows.tolist()]).numpy().tobytes())
 
 
-FORMATS: dict[str, type[SampleFiles]] = {"png": PngFiles, "npz": NpzFiles}
+FORMATS: dict[str, type[SampleFiles]] = dict(zip(SAMPLE_FORMATS, (PngFiles, NpzFiles), strict=True))
 
 
 def png_name(index: int) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from vapi_fast import tiny
 from vapi_fast.checkpoint import write_atomically
@@ -35,10 +34,11 @@ from vapi_fast.generation import (
     sample_groups,
 )
 from vapi_fast.graphs import Replayed, graph_pool
-from vapi_fast.heatmaps import save_entropy_maps
 from vapi_fast.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, VQTokenizer
+from vapi_fast.packages import require
 from vapi_fast.pictures import save_grid
+from vapi_fast.progress import progress_bar
 from vapi_fast.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
 from vapi_fast.sheets import save_sheet
 
@@ -168,6 +168,8 @@ def draw_samples(config: GenerateConfig) -> None:
         ConfigError: the condition does not fit the checkpoint, or the folder holds something else; nothing was written.
         CheckpointError, DataError: a checkpoint or a file in the folder is damaged.
     """
+    if config.entropy_maps:
+        require(ConfigError, "--entropy-maps", "matplotlib")
     with process_group() as device:
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
@@ -319,8 +321,8 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
     """This rank's share of the samples that are not on disk yet, with images/s and the time left."""
     missing = files.missing()
     mine = missing[missing % world_size() == rank()]
-    with tqdm(
-        total=sampler.config.num,
+    with progress_bar(
+        sampler.config.num,
         initial=sampler.config.num - len(missing),
         desc="samples",
         unit="image",
@@ -401,4 +403,6 @@ def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | Non
         columns = [(config.gpt_ckpt.stem, before.cpu()), (config.compare_ckpt.stem, after.cpu())]
         save_grid(config.out / "comparison.png", columns)
     if config.entropy_maps:
+        from vapi_fast.heatmaps import save_entropy_maps
+
         save_entropy_maps(config.out / "entropy.png", *sampler.preview(min(ENTROPY_IMAGES, config.num)))

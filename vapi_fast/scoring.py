@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vapi_fast import tiny
 from vapi_fast.checkpoint import write_atomically
@@ -33,6 +32,7 @@ from vapi_fast.evaluation import (
 from vapi_fast.image_sets import ImageSet, has_images, open_image_set, read_statistics
 from vapi_fast.inception import ImageFeatures, load_inception
 from vapi_fast.models import LLAMAGEN_CONFIGS, LPIPS
+from vapi_fast.progress import progress_bar
 
 REFERENCE_SIZE = 256  # pixels a side that a labelled image set is cropped to: the ADM evaluator's ImageNet reference
 TINY_SPATIAL_CHANNELS = 2  # of 8 × 8 positions: 128 features, as many as the pooled ones
@@ -219,7 +219,7 @@ def extract(
     """Features of all images on every rank, in their order; each rank extracts one run of them."""
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
     parts: list[ImageFeatures] = []
-    with tqdm(total=stop - start, desc=f"features ({name})", unit="image", disable=rank() > 0) as progress:
+    with progress_bar(stop - start, desc=f"features ({name})", unit="image", disable=rank() > 0) as progress:
         for pixels in images.batches(start, stop, batch_size):
             parts.append(ImageFeatures(*(value.cpu() for value in network.features(pixels.to(device)))))
             progress.update(len(pixels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,45 +13,11 @@ from torch import Tensor, nn
 from vapi_fast import ops
 from vapi_fast.accelerators import causal_attention
 from vapi_fast.checkpoint import CheckpointError, load_into, load_state_dict
+from vapi_fast.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig
 
 from .recompute import norm_linear, rotated_heads, swiglu_linear
 
 NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class LlamaGenConfig:
-    """`grid_size`: tokens along one side of the image. `caption_tokens` > 0 makes a text-conditioned model."""
-
-    layers: int
-    heads: int
-    width: int
-    vocab_size: int = 16384
-    grid_size: int = 24
-    num_classes: int = 1000
-    caption_tokens: int = 0
-    caption_width: int = 2048
-
-    @property
-    def prefix_len(self) -> int:
-        """Condition positions in front of the image tokens."""
-        return self.caption_tokens or 1
-
-    @property
-    def hidden_width(self) -> int:
-        """SwiGLU width: ⌈(2/3 · 4 · width) / 256⌉ · 256."""
-        return -(-int(8 * self.width / 3) // 256) * 256
-
-
-LLAMAGEN_CONFIGS = {
-    "b": LlamaGenConfig(layers=12, heads=12, width=768),
-    "l": LlamaGenConfig(layers=24, heads=16, width=1024),
-    "xl": LlamaGenConfig(layers=36, heads=20, width=1280),
-    "xxl": LlamaGenConfig(layers=48, heads=24, width=1536),
-    "xxxl": LlamaGenConfig(layers=48, heads=40, width=2560),
-    "3b": LlamaGenConfig(layers=24, heads=32, width=3200),
-    "tiny": LlamaGenConfig(layers=6, heads=6, width=192, vocab_size=512, grid_size=8, num_classes=9),
-}
 
 
 class Cache(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.checkpoint import CheckpointError, load_file_checked, load_into, load_state_dict
+from vapi_fast.packages import require
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -117,6 +118,7 @@ def lpips_config(name: str) -> LPIPSConfig:
 
 def vgg16_from_state(state: dict[str, Tensor], source: str | Path) -> LPIPS:
     """LPIPS on VGG16: backbone from torchvision's state dict, linear heads from the file that torchmetrics ships."""
+    require(CheckpointError, "LPIPS on VGG16", "torchmetrics")  # its file of heads, not its code
     model = LPIPS(LPIPS_CONFIGS["vgg16"])
     merged = {key: value for key, value in state.items() if key.startswith("features.")}
     heads = load_file_checked(Path(str(files("torchmetrics") / "functional/image/lpips_models/vgg.pth")))

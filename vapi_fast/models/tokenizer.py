@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -10,32 +9,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.checkpoint import load_into, load_state_dict
-
-
-@dataclass(frozen=True)
-class VQTokenizerConfig:
-    """Widths of encoder and decoder are `channels × multipliers`, one entry per resolution, highest first."""
-
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    latent_channels: int = 256
-    codebook_size: int = 16384
-    code_width: int = 8
-    norm_groups: int = 32
-
-    @property
-    def downsample(self) -> int:
-        """Image pixels per token along one side."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-VQ_CONFIGS = {
-    "vq-16": VQTokenizerConfig(),
-    "vq-8": VQTokenizerConfig(multipliers=(1, 2, 2, 4)),
-    "tiny": VQTokenizerConfig(
-        channels=32, multipliers=(1, 2, 3), latent_channels=64, codebook_size=512, code_width=8, norm_groups=8
-    ),
-}
+from vapi_fast.sizes import VQ_CONFIGS, VQTokenizerConfig
 
 
 class GroupNorm(nn.GroupNorm):

@@ -1,0 +1,66 @@
+"""The sizes that the models come in. The command line takes its choices from here, so nothing imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """`grid_size`: tokens along one side of the image. `caption_tokens` > 0 makes a text-conditioned model."""
+
+    layers: int
+    heads: int
+    width: int
+    vocab_size: int = 16384
+    grid_size: int = 24
+    num_classes: int = 1000
+    caption_tokens: int = 0
+    caption_width: int = 2048
+
+    @property
+    def prefix_len(self) -> int:
+        """Condition positions in front of the image tokens."""
+        return self.caption_tokens or 1
+
+    @property
+    def hidden_width(self) -> int:
+        """SwiGLU width: ⌈(2/3 · 4 · width) / 256⌉ · 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
+
+
+LLAMAGEN_CONFIGS = {
+    "b": LlamaGenConfig(layers=12, heads=12, width=768),
+    "l": LlamaGenConfig(layers=24, heads=16, width=1024),
+    "xl": LlamaGenConfig(layers=36, heads=20, width=1280),
+    "xxl": LlamaGenConfig(layers=48, heads=24, width=1536),
+    "xxxl": LlamaGenConfig(layers=48, heads=40, width=2560),
+    "3b": LlamaGenConfig(layers=24, heads=32, width=3200),
+    "tiny": LlamaGenConfig(layers=6, heads=6, width=192, vocab_size=512, grid_size=8, num_classes=9),
+}
+
+
+@dataclass(frozen=True)
+class VQTokenizerConfig:
+    """Widths of encoder and decoder are `channels × multipliers`, one entry per resolution, highest first."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    latent_channels: int = 256
+    codebook_size: int = 16384
+    code_width: int = 8
+    norm_groups: int = 32
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels per token along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+VQ_CONFIGS = {
+    "vq-16": VQTokenizerConfig(),
+    "vq-8": VQTokenizerConfig(multipliers=(1, 2, 2, 4)),
+    "tiny": VQTokenizerConfig(
+        channels=32, multipliers=(1, 2, 3), latent_channels=64, codebook_size=512, code_width=8, norm_groups=8
+    ),
+}
