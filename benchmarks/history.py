@@ -89,7 +89,7 @@ def positive(ratio: Any) -> float:
 def alignment(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The alignment beside the published recipe, as a row."""
     figures = record["parts"].get("align_both", {}).get("figures") or {}
-    if "speedup_over_reference" not in figures:
+    if not {"speedup_over_reference", "config"} <= figures.keys():  # else it was ended before there was a ratio
         return []
     kind, model = record["device"].get("name", "cpu"), figures["config"]["model"]
     return [{"kind": kind, "name": f"alignment of {model}", "ratio": figures["speedup_over_reference"]}]
