@@ -3,7 +3,8 @@
 Rates and a smoke test; LlamaGen-XXL beside the published recipe; its sampling; then its hundred steps, the operations'
 benchmarks, and the tests beside compute-sanitizer and the check of the machine code. Each is a process of its own and
 bounded on its own. `gpu_check.json` in DIR is written anew whenever one of them has measured something: `headline`
-first, then the device, then each part. Called again with the same DIR it does what is missing.
+first, then the device, then each part. Called again with the same DIR, for the same commit and device, it does what is
+missing, has failed or ran out of time; figures of the headline stay until they are measured again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -233,8 +235,12 @@ def check(options: argparse.Namespace, start: float) -> int:
     before = read(path)
     if [before.get(key) for key in ("commit", "cpu")] != [commit, options.cpu]:
         before = {}
-    check_minutes(options, [part for stage in stages(work, (9, 0), options.cpu) for part in stage], before)
     check_folder(folder)
+    every = itertools.chain(*stages(work, (0, 0), options.cpu))
+    least = min(missing(every, before.get("parts", {})), key=lambda part: part.bound, default=None)
+    if least and not 60 * options.minutes >= least.bound:
+        given = f"{least.name} alone is given {least.bound:g} s"
+        raise CheckError(f"--minutes {options.minutes:g} is too little for any part: {given}", 2)
     device = probe(options.cpu)
     if before and before["device"].get("name") != device.get("name"):
         before = {}
@@ -242,13 +248,13 @@ def check(options: argparse.Namespace, start: float) -> int:
     with alone(folder):
         if not before and path.exists():  # of another commit or device
             os.replace(path, path.with_name(f"gpu_check.{read(path)['started'].replace(':', '')}.json"))
-        for result in before.get("parts", {}).values():
+        parts = before.get("parts", {})
+        for result in parts.values():
             end_leftover(result)
-        record: dict[str, Any] = {"headline": {}, "passed": False, "left_out": {}, "cpu": options.cpu, "device": device}
-        record |= {"commit": commit, "commit_time": git("show", "-s", "--format=%cI", commit.removesuffix("-dirty"))}
-        record |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": 0.0, "parts": {}}
-        parts = record["parts"]
-        parts |= {name: result for name, result in before.get("parts", {}).items() if result["status"] == "passed"}
+        record: dict[str, Any] = {"headline": before.get("headline", {}), "passed": False, "left_out": {}}
+        record |= {"cpu": options.cpu, "device": device, "commit": commit}
+        record["commit_time"] = git("show", "-s", "--format=%cI", commit.removesuffix("-dirty"))
+        record |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": 0.0, "parts": parts}
 
         def note(name: str, result: dict[str, Any]) -> None:
             parts[name] = result
@@ -256,12 +262,10 @@ def check(options: argparse.Namespace, start: float) -> int:
 
         link(work)
         for stage in stages(work, device.get("capability", (0, 0)), options.cpu):
-            due = fitting([part for part in stage if part.name not in parts], record, start + 60 * options.minutes)
+            due = fitting(missing(stage, parts), record, start + 60 * options.minutes)
             for part in due:
                 shutil.rmtree(work / part.name, ignore_errors=True)
                 (work / part.name).mkdir()
-                if part.name == "align_both":  # its start-up is that of a first run
-                    shutil.rmtree(part.compiled, ignore_errors=True)
             run_together(due, folder, note)
             for part in due:
                 shutil.rmtree(work / part.name, ignore_errors=True)  # a checkpoint of gigabytes
@@ -274,15 +278,8 @@ def check(options: argparse.Namespace, start: float) -> int:
     return 0 if record["passed"] else 1
 
 
-def check_minutes(options: argparse.Namespace, parts: Sequence[Part], before: dict[str, Any]) -> None:
-    done = {name for name, result in before.get("parts", {}).items() if result["status"] == "passed"}
-    missing = [part for part in parts if part.name not in done]
-    least = min(missing, key=lambda part: part.bound, default=None)
-    if least and not 60 * options.minutes >= least.bound:
-        raise CheckError(
-            f"--minutes {options.minutes:g} is too little for any part: {least.name} alone is given {least.bound:g} s",
-            2,
-        )
+def missing(parts: Iterable[Part], results: dict[str, dict[str, Any]]) -> list[Part]:
+    return [part for part in parts if results.get(part.name, {}).get("status") != "passed"]
 
 
 def check_folder(folder: Path) -> None:
@@ -321,9 +318,11 @@ def link(work: Path) -> Path:
     """`work/site`, in which the package is found as if it were installed; nothing is written beside the sources."""
     site = work / "site"
     shutil.rmtree(site, ignore_errors=True)
-    (site / "vapi_fast").mkdir(parents=True)
-    for source in (*(ROOT / "vapi_fast").iterdir(), ROOT / "kernels"):
-        (site / "vapi_fast" / source.name).symlink_to(source)
+    site.mkdir(parents=True)
+    if (ROOT / "vapi_fast").is_dir():  # else these scripts were copied, and the package is installed
+        (site / "vapi_fast").mkdir()
+        for source in (*(ROOT / "vapi_fast").iterdir(), ROOT / "kernels"):
+            (site / "vapi_fast" / source.name).symlink_to(source)
     return site
 
 
@@ -366,11 +365,14 @@ def commit_of(option: str | None) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise CheckError(f"{path} is damaged: move it away, or pass another DIR") from None
 
 
 def write(record: dict[str, Any], path: Path, start: float) -> None:
-    record |= {"headline": headline(record["parts"]), "seconds": time.monotonic() - start}
+    record |= {"headline": record["headline"] | headline(record["parts"]), "seconds": time.monotonic() - start}
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baseline import FILE, Baseline, BaselineError
-from summary import rows_of
+from summary import rows_of, short_commit
 
 RESULTS = Path(__file__).with_name("results")
 WIDTH, HEIGHT, MARGIN = 260, 80, 10  # of a drawing, in pixels
@@ -62,7 +62,7 @@ def points_of(path: Path) -> list[Point]:
             rows = [each["extra_info"] for each in record["benchmarks"]]
         else:
             measured, committed = record["started"], record.get("commit_time")
-            commit = record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty")
+            commit = short_commit(record)
             rows = rows_of(record["parts"]) + alignment(record)
         run = moment(committed or measured), moment(measured), commit
         return [

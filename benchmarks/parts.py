@@ -144,10 +144,12 @@ def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[
 
 
 def end_leftover(result: dict[str, Any]) -> None:
-    """Kill a part whose check was killed: unless ended, it still has the GPU."""
-    for pid, start in result.get("processes", ()):
-        if start is not None and start == start_of(pid):
-            os.killpg(pid, signal.SIGKILL)
+    """Kill a part whose check was killed: unless it has ended, it still has the GPU."""
+    if result["status"] == "running":
+        result |= {"status": "killed", "seconds": 0.0}
+        for pid, start in result.pop("processes"):
+            if start is not None and start == start_of(pid):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def start_of(pid: int) -> int | None:

@@ -65,29 +65,32 @@ def ratio_line(name: str, row: dict[str, Any], figure: str, rival: str) -> str:
     return " ".join(cells)
 
 
+def short_commit(record: dict[str, Any]) -> str:
+    return record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty")
+
+
 def headline(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The figures that matter most, as far as the parts of a `gpu_check` have them; bytes and seconds."""
     both, whole = (parts.get(name, {}).get("figures") or {} for name in ("align_both", "align"))
     rows = {row["name"]: row for name in ("rates", "sampling") for row in parts.get(name, {}).get("figures") or []}
-    seconds = [each.get("seconds", {}) for each in (both, whole)]
-    sampled, ours = rows.get("sampling", {}), whole or both
+    ours, sampled = whole or both, rows.get("sampling", {})
     found = {
         "step_seconds": ours.get("step_seconds"),
         "published_step_seconds": both.get("seconds_per_step", {}).get("published_recipe"),
         "ratio": both.get("speedup_over_reference"),
         "images_per_second_aligned": ours.get("images_per_second"),
-        "hundred_steps_seconds": seconds[1].get("total"),
+        "run_seconds": whole.get("seconds", {}).get("total"),  # of a hundred steps
         "peak_memory": ours.get("own_peak_memory"),
         "images_per_second_sampled": sampled.get("images_per_second"),
         "seconds_per_token": sampled.get("seconds_per_token"),
         "sampling_setup_seconds": rows.get("sampling set-up", {}).get("seconds"),
-        "startup_seconds": seconds[0].get("startup"),
-        "first_step_seconds": both.get("first_step_seconds"),  # with Triton's cache cold, as the start-up above
-        "startup_seconds_warm": seconds[1].get("startup"),
-        "first_step_seconds_warm": whole.get("first_step_seconds"),
         "copy_bytes_per_second": rows.get("copy", {}).get("rate"),
         "matmul_flops": rows.get("matmul", {}).get("rate"),
     }
+    for name, figures in (("align_both", both), ("align", whole)):  # the latter's kernels are compiled already
+        cache = parts.get(name, {}).get("triton_cache")
+        found[f"startup_seconds_{cache}"] = figures.get("seconds", {}).get("startup")
+        found[f"first_step_seconds_{cache}"] = figures.get("first_step_seconds")
     return {name: value for name, value in found.items() if value is not None}
 
 
