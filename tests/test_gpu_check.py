@@ -355,6 +355,8 @@ def test_figures_of_what_failed_stay_until_it_runs_again(check: Any, tmp_path: P
     assert [result["status"] for result in record["parts"].values()] == ["passed", "failed"]
     assert record["parts"]["rates"]["figures"] == [json.loads(line)]
     assert record["headline"] == {"copy_bytes_per_second": 5.0}
+    _, record, _ = check([], [python("rates", "", tmp_path, figures=gpu_check.json_lines)])
+    assert (record["parts"]["rates"]["figures"], record["headline"]) == ([], {"copy_bytes_per_second": 5.0})
 
 
 def test_what_does_not_fit_is_left_out_and_done_by_the_next_call(check: Any, tmp_path: Path) -> None:
