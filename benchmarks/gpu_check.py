@@ -31,7 +31,6 @@ from summary import headline, ratios, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 ARCHITECTURES = (80, 90, 100)  # that `vapi_fast.kernels.check` knows
 
 PROBE = """
@@ -92,7 +91,8 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
     def alignment(name: str, bound: float, *arguments: str) -> Part:
         output = work / name
         flags = [*model, "--random-init", "--synthetic-data", *arguments, "--output-dir", str(output)]
-        command = [*TORCHRUN, "e2e_align.py", *flags]
+        # Not by torchrun: it gives its processes sessions of their own, and they would outlive a part that is killed.
+        command = [sys.executable, "e2e_align.py", *flags]
         failures = {"failures": lambda text: lines_with(text, "error:", "Error: ")}
         return part(name, bound, command, figures=lambda text: aligned(output), **failures)
 

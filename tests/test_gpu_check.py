@@ -188,6 +188,8 @@ def test_parts_in_the_order_of_their_worth(tmp_path: Path) -> None:
     assert sum(bounds[3:]) - bounds[4] - bounds[5] <= 8 * 60 - 10  # the hundred steps, in a second call
     for stage in stages[:3]:
         assert not stage[0].needs  # they are worth having with torch, triton and numpy alone
+    for stage in stages:  # what torchrun starts is in another session, and would not be killed with the part
+        assert not any("torch.distributed.run" in command for part in stage for command in part.commands)
     rehearsed = [part.name for stage in gpu_check.stages(tmp_path, (0, 0), cpu=True) for part in stage]
     assert rehearsed == ["rates", "align_both", "sampling", "align", "benchmarks", "tests", "memcheck"]
 
