@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from race import OURS, YARDSTICK, Contestant, Race, yardstick
+from sampling import bytes_read, random_model
 from timing import clock
 from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.generation import Generation, sample_groups
-from vapi_fast.models import LlamaGen, LlamaGenConfig
+from vapi_fast.models import LlamaGen
 from vapi_fast.reference import generation as reference
 from vapi_fast.tiny import FILES
 
@@ -48,11 +49,7 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     if torch.cuda.is_available():
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            model = LlamaGen.from_name("xxl").eval()
-        for parameter in model.parameters():  # the rotary table stays in fp32
-            parameter.data = parameter.data.to(torch.bfloat16)
+        model = random_model(torch.device("cuda"))
         return Setting("xxl 384²", model, torch.arange(256, device="cuda") % 1000, rounds=2, loop_tokens=4)
     model = LlamaGen.from_checkpoint(FILES.generator, "tiny").eval()
     return Setting("tiny", model, torch.arange(64) % 9, rounds=10, loop_tokens=8)
@@ -67,19 +64,6 @@ def loop_without_cache(setting: Setting) -> None:
         hidden = setting.model(tokens[:, :t], setting.labels, return_hidden=True)[:, -1:]
         drawn, _ = ops.linear_group_sample(hidden, setting.model.output.weight, 1, seed=SEED, first_position=t)
         tokens[:, t] = drawn[:, 0, 0]
-
-
-def bytes_read(config: LlamaGenConfig, sequences: int, weight_bytes: int, cache_bytes: int) -> int:
-    """What T − 1 steps must read: the blocks and the head, and each sequence's keys and values so far.
-
-    weight_bytes, cache_bytes: of one number.
-    """
-    block = 4 * config.width**2 + 3 * config.width * config.hidden_width
-    weights = config.layers * block + config.vocab_size * config.width
-    slots = sum(range(2, config.grid_size**2 + 1))  # the condition's and those of the tokens before, step by step
-    return (config.grid_size**2 - 1) * weights * weight_bytes + (
-        2 * config.layers * config.width * sequences * slots * cache_bytes
-    )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from exact import accuracy
+from exact import DISAGREEMENT, ERROR, accuracy
 from operations import BOTH, OPERATIONS, Operation, differentiable
 from peers import LIGER
 from published import PUBLISHED
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from conftest import Bench, Guard
 
 MOST_SETS = 16
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative L2 against float64
-DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 1e-2}  # share of indices that may differ from float64's
 
 
 class Inputs:

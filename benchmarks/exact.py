@@ -12,12 +12,15 @@ from collections.abc import Callable
 import torch
 from operations import BOTH, SEED, Operation, differentiable
 from peers import filtered
-from shapes import Sizes, Source, changed, one_image, tensors
+from shapes import Sizes, Source, changed, few_images, tensors
 from torch import Tensor
 from torch.nn import functional as F
 
 from vapi_fast import ops
 from vapi_fast.reference.philox import philox
+
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative L2 against float64
+DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 1e-2}  # share of indices that may differ from float64's
 
 
 def words(images: int, length: int, third: Tensor | int, operation: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -67,12 +70,12 @@ def relative(mine: Tensor, right: Tensor) -> float:
     return 0.0 if torch.equal(mine.double(), right) else ((mine.double() - right).norm() / right.norm()).item()
 
 
-def accuracy(operation: Operation, passes: str, sizes: Sizes, source: Source) -> tuple[float, float]:
-    """Greatest relative L2 error of results and gradients, and share of indices that differ.
+def accuracy(operation: Operation, passes: str, sizes: Sizes, source: Source, images: int = 1) -> tuple[float, float]:
+    """Greatest relative L2 error of results and gradients, and share of indices that differ, for `images` of a batch.
 
     Where indices differ, so do the values that belong to them: those are left out.
     """
-    inputs = operation.inputs(one_image(sizes), source)
+    inputs = operation.inputs(few_images(sizes, images), source)
     exact = changed(inputs, lambda x: x.double() if x.is_floating_point() else x.clone())
     (low, low_leaves), (high, high_leaves) = differentiable(operation, inputs), differentiable(operation, exact)
     form = DRAWN.get(operation.name) or operation.plain[1]

@@ -1,215 +1,189 @@
-"""Everything that a GPU is needed for, in three commands of eight and ten minutes; see `gpu_check.sh`.
+"""What a GPU has to tell, in the order of its worth, in as many minutes as there are; see `gpu_check.sh`.
 
-Installs the package into a temporary folder, then runs, each with its own time limit and whatever becomes of the
-others: the tests of the kernels, compute-sanitizer over every operation, the check of the machine code, the tests that
-need a GPU, and the benchmarks. With --align instead the alignment of LlamaGen-XXL with random weights and made-up
-images: a hundred steps, then twelve, on three of them beside the published recipe; with --generate its sampling beside
-LlamaGen's own. Writes `gpu_check.json` (`gpu_check_align.json`, `gpu_check_generate.json`) and each part's log into DIR
-and prints a short table. Exit code 0 if every part passed; only the memory check may be left out, where it cannot run.
+Rates and a smoke test; LlamaGen-XXL beside the published recipe; its sampling; then its hundred steps, the operations'
+benchmarks, and the tests beside compute-sanitizer and the check of the machine code. Each is a process of its own and
+bounded on its own. `gpu_check.json` in DIR is written anew whenever one of them has measured something: `headline`
+first, then the device, then each part. Called again with the same DIR, for the same commit and device, it does what is
+missing, has failed or ran out of time; figures of the headline stay until they are measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import itertools
 import json
 import os
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from parts import GRACE, TAIL, Part, gpu_reading, missing, nvidia_smi, run_together
-from summary import alignment_line, ratios, rows_of, table
+from parts import Part, end_leftover, gpu_reading, nvidia_smi, run_together
+from summary import headline, ratios, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vapi_fast", "kernels")
-SECONDS = 455.0  # for all parts
-LONG_SECONDS = 580.0
-OTHER_SECONDS = 180.0  # of the benchmarks' time, for all but torch.compile: the stages before leave it to them
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 ARCHITECTURES = (80, 90, 100)  # that `vapi_fast.kernels.check` knows
 
 PROBE = """
-import json, platform, torch, triton
+import json, platform, numpy, torch, triton
 found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-found |= {"cuda": torch.version.cuda, "cuda_available": torch.cuda.is_available()}
+found |= {"numpy": numpy.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+found |= {"cuda_available": torch.cuda.is_available()}
 if torch.cuda.is_available():
     properties = torch.cuda.get_device_properties(0)
     found |= {"name": properties.name, "capability": [properties.major, properties.minor]}
     found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
-    found |= {"cache": properties.L2_cache_size}
+    found |= {"cache": properties.L2_cache_size, "free": torch.cuda.mem_get_info()[0]}
+    from vapi_fast import memory
+    from vapi_fast.config import AlignConfig
+    from vapi_fast.models import LLAMAGEN_CONFIGS
+    config = AlignConfig(model="xxl", random_init=True, synthetic_data=True, path="both")
+    found["needed"] = int(memory.plan(config, LLAMAGEN_CONFIGS["xxl"], found["free"]).total / memory.USABLE)
 print(json.dumps(found))
 """
 
 
-def install(work: Path) -> Part:
-    """The package into `work/site`, from a copy, so that nothing is written beside the sources."""
-    source, site = work / "source", work / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    commands = [
-        ["mkdir", "-p", str(source), str(site)],
-        ["cp", "-r", *(str(ROOT / name) for name in SOURCES), str(source)],
-        [*pip, "--target", str(site), str(source)],
-    ]
-    script = " && ".join(map(shlex.join, commands))
-    return Part("install", lambda limit: ["sh", "-c", script], 60, work, needs=("pip", "setuptools"))
+class CheckError(Exception):
+    """The check cannot start: a line that says why, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-def environment(work: Path) -> dict[str, str]:
-    paths = [str(work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+# ---- the parts
 
 
-def tests(name: str, arguments: Sequence[str], work: Path, limit: float) -> Part:
-    report = work / f"{name}.xml"
-    command = [*PYTEST, "--continue-on-collection-errors", f"--junitxml={report}", *arguments]
-    return Part(
-        name,
-        lambda limit: command,
-        limit,
-        ROOT / "tests",  # not ROOT, whose folder vapi_fast lacks the kernels
-        environment(work),
-        needs=("pytest",),
-        figures=lambda output: junit_counts(report),
-        failures=lambda output: junit_failures(report),
-    )
-
-
-def fused_tests() -> list[str]:
-    return sorted(path.name for path in (ROOT / "tests").glob("test_fused_*.py"))
-
-
-def in_parallel(processes: int) -> list[str]:
-    return [] if missing("xdist") else ["-n", str(processes)]
-
-
-def memcheck(work: Path, tool: Sequence[str]) -> Part:
-    # PyTorch's allocator has blocks larger than a tensor, which would hide what is read or written past its end.
-    variables = environment(work) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(
-        "memcheck",
-        lambda limit: [*tool, sys.executable, "run_once.py"],
-        190,
-        ROOT / "benchmarks",
-        variables,
-        needs=tuple(tool[:1]),
-        optional=True,
-        figures=lambda output: {"operations": len(lines_with(output, ": ran"))},
-        failures=lambda output: lines_with(output, "Invalid __", "Misaligned", "Error: "),
-    )
-
-
-def machine_code(work: Path, architecture: str, *options: str) -> Part:
-    command = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture, *options]
-    return Part(
-        "kernels",
-        lambda limit: command,
-        190,
-        work,
-        environment(work),
-        figures=kernel_rows,
-        failures=lambda output: lines_with(output, f" on {architecture} ", "Error: "),
-    )
-
-
-def timings(name: str, arguments: Sequence[str], work: Path, limit: float, reserved: float = 0.0) -> Part:
-    """Benchmarks; what of their time is beyond `OTHER_SECONDS` is for torch.compile."""
-    rows, outcomes = work / f"{name}.json", work / f"{name}.xml"
-    command = [*PYTEST, *arguments, "--benchmark-only", f"--benchmark-json={rows}", f"--junitxml={outcomes}"]
-    return Part(
-        name,
-        lambda limit: [*command, f"--compile-seconds={max(limit - OTHER_SECONDS, 0):.0f}"],
-        limit,
-        ROOT / "benchmarks",
-        environment(work),
-        needs=("pytest", "pytest_benchmark"),
-        reserved=reserved,
-        figures=lambda output: benchmark_rows(rows),
-        failures=lambda output: junit_failures(outcomes),
-    )
-
-
-def benchmarks(work: Path) -> Part:
-    """All but generation, which takes minutes at XXL beside LlamaGen's own: `--generate`."""
-    return timings("benchmarks", [".", "--ignore=bench_generate.py"], work, 260, OTHER_SECONDS + GRACE)
-
-
-def gpu_stages(work: Path, capability: Sequence[int]) -> list[list[Part]]:
-    """Parts that need no quiet machine first and side by side; those that are timed, or fill the memory, alone."""
+def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[list[Part]]:
+    """All parts, the most valuable first, those of a stage side by side; with `cpu` of the tiny sizes."""
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(work / "site"), os.environ.get("PYTHONPATH")]))}
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    small = ["--cpu"] * cpu
+    model = ["--model", "tiny", "--batch-size", "4", "--micro-batch", "4"] if cpu else ["--model", "xxl"]
     number = 10 * capability[0] + capability[1]
     architecture = f"sm_{max((each for each in ARCHITECTURES if each <= number), default=ARCHITECTURES[0])}"
-    tool = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99"]
-    return [
-        [
-            tests("tests", [*fused_tests(), "-m", "not gpu", *in_parallel(12)], work, 190),
-            memcheck(work, tool),
-            machine_code(work, architecture, "--processes", "3"),
-        ],
-        [tests("production", [".", "-m", "gpu", *in_parallel(2)], work, 130)],
-        [benchmarks(work)],
+    # PyTorch's allocator has blocks larger than a tensor, which would hide what is read or written past its end.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99"]
+
+    def part(name: str, bound: float, *commands: list[str], cache: str = "align", **options: Any) -> Part:
+        cached = work / "triton" / cache
+        variables = environment | options.pop("environment", {}) | {"TRITON_CACHE_DIR": str(cached)}
+        folder = options.pop("folder", ROOT / "benchmarks")
+        return Part(name, bound, commands, folder, variables, compiled=cached, **options)
+
+    def script(name: str, bound: float, file: str, cache: str = "align") -> Part:
+        figures = {
+            "figures": json_lines,
+            "failures": lambda output: lines_with(output, '"failure"', '"ok": false', "Error: "),
+        }
+        return part(name, bound, [sys.executable, file, *small], cache=cache, **figures)
+
+    def alignment(name: str, bound: float, *arguments: str) -> Part:
+        output = work / name
+        flags = [*model, "--random-init", "--synthetic-data", *arguments, "--output-dir", str(output)]
+        # Not by torchrun: it gives its processes sessions of their own, and they would outlive a part that is killed.
+        command = [sys.executable, "e2e_align.py", *flags]
+        failures = {"failures": lambda text: lines_with(text, "error:", "Error: ")}
+        return part(name, bound, command, figures=lambda text: aligned(output), **failures)
+
+    def tests(bound: float, *runs: list[str]) -> Part:
+        reports = [work / "tests" / f"{index}.xml" for index in range(len(runs))]
+        pytest = [*PYTEST, "--continue-on-collection-errors"]
+        commands = [[*pytest, f"--junitxml={report}", *run] for report, run in zip(reports, runs, strict=True)]
+        figures = {"figures": lambda output: junit_counts(reports), "failures": lambda output: junit_failures(reports)}
+        # Not in ROOT, whose folder vapi_fast lacks the kernels.
+        return part("tests", bound, *commands, cache="tests", folder=ROOT / "tests", needs=("pytest",), **figures)
+
+    def benchmarks(bound: float, *arguments: str) -> Part:
+        rows, report = work / "benchmarks" / "rows.json", work / "benchmarks" / "report.xml"
+        options = ["--benchmark-only", f"--benchmark-json={rows}", f"--junitxml={report}", "--compile-seconds=0"]
+        figures = {"figures": lambda output: benchmark_rows(rows), "failures": lambda output: junit_failures([report])}
+        return part(
+            "benchmarks", bound, [*PYTEST, *arguments, *options], needs=("pytest", "pytest_benchmark"), **figures
+        )
+
+    def memcheck(bound: float, *tool: str) -> Part:
+        figures = {"figures": lambda output: {"operations": len(lines_with(output, ": ran"))}}
+        figures |= {"failures": lambda output: lines_with(output, "Invalid __", "Misaligned", "Error: ")}
+        command = [*tool, sys.executable, "run_once.py"]
+        return part("memcheck", bound, command, cache="tests", environment=uncached, needs=tool[:1], **figures)
+
+    first = [
+        [script("rates", 60, "rates.py", cache="rates")],
+        [alignment("align_both", 90, "--path", "both", "--steps", "5")],
+        [script("sampling", 60, "sampling.py")],
+        [alignment("align", 390, "--steps", "6" if cpu else "100", "--checkpoint-every", "1000")],
     ]
-
-
-def cpu_stages(work: Path) -> list[list[Part]]:
-    """The same parts, as far as they go without a GPU: interpreted, one family's tests, one operation compiled."""
-    return [
-        [tests("tests", ["test_fused_normalization.py", "-k", "rms_norm"], work, 190)],
-        [memcheck(work, [])],
-        [machine_code(work, "sm_90", "--only", "rms_norm", "--processes", "1")],
-        [benchmarks(work)],
+    if cpu:  # one operation timed, one family's tests, and all operations interpreted, under no tool
+        one = ["bench_ops.py", "-k", "mse and forward and not pairs and not backward"]
+        last = [tests(120, ["test_fused_normalization.py", "-k", "rms_norm"]), memcheck(120)]
+        return [*first, [benchmarks(110, *one)], last]
+    code = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture]
+    last = [
+        tests(120, *([*files, "-m", marker] for marker, files in shards(min(10, os.cpu_count() or 1)))),
+        memcheck(120, *sanitizer),
+        part("kernels", 120, code, cache="kernels", folder=work, figures=last_line),
     ]
+    return [*first, [benchmarks(110, ".", "--ignore=bench_generate.py")], last]
 
 
-def align_stages(work: Path, cpu: bool) -> list[list[Part]]:
-    """The main job at full size, first beside the published recipe; with `cpu` the tiny preset instead."""
-    both, whole = ("4", "6") if cpu else ("12", "100")
-    model = ["--model", "tiny" if cpu else "xxl", "--random-init", "--synthetic-data"]
-    return [
-        [alignment("align", [*model, "--steps", whole], work, 400)],
-        [alignment("align_both", [*model, "--path", "both", "--steps", both], work, 400)],
-    ]
+def shards(processes: int) -> Iterator[tuple[str, list[str]]]:
+    """Marker and files of each process of pytest; two have what is marked, which fills the memory.
+
+    Files are dealt out by their size, which is near enough to their seconds.
+    """
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    kernels = [path.name for path in files if path.name.startswith("test_fused_")]
+    marked = [path.name for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    for marker, names, count in (("not gpu", kernels, processes), ("gpu", marked, 2)):
+        yield from ((marker, names[index::count]) for index in range(min(count, len(names))))
 
 
-def generate_stages(work: Path) -> list[list[Part]]:
-    return [[timings("generate", ["bench_generate.py"], work, 540)]]
+# ---- what they have measured
 
 
-def alignment(name: str, arguments: Sequence[str], work: Path, limit: float) -> Part:
-    output = work / name
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "e2e_align.py"]
-    return Part(
-        name,
-        lambda limit: [*command, *arguments, "--output-dir", str(output)],
-        limit,
-        ROOT / "benchmarks",
-        environment(work),
-        needs=("datasets", "tensorboard", "matplotlib", "tqdm", "torchmetrics", "safetensors"),
-        figures=lambda text: json.loads((output / "run.json").read_text(encoding="utf-8")),
-        failures=lambda text: lines_with(text, "error:", "Error: "),
-    )
+def json_lines(output: str) -> list[dict[str, Any]]:
+    """The figures that a script prints among other things, a line of JSON each."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
 
 
-def junit_counts(report: Path) -> dict[str, Any]:
-    """Tests, failures, errors and skipped ones of a JUnit report, and its slowest tests in seconds."""
-    root = ElementTree.parse(report).getroot()
-    suites = list(root.iter("testsuite"))
+def aligned(output: Path) -> dict[str, Any]:
+    """`run.json`, or of a run under way the figures so far; with the first step's, and our own peak memory."""
+    lines = json_lines((output / "progress.jsonl").read_text(encoding="utf-8"))
+    found = lines[-1]
+    if (output / "run.json").exists():
+        found = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    alone = [line["peak_memory"] for line in lines if "comparison" not in line]
+    return found | {"first_step_seconds": lines[0]["seconds"]["alignment"], "own_peak_memory": alone[-1]}
+
+
+def junit_counts(reports: Sequence[Path]) -> dict[str, Any]:
+    """Tests, failures, errors and skipped ones of JUnit reports, and the slowest tests in seconds."""
+    roots = [ElementTree.parse(report).getroot() for report in reports if report.exists()]
+    suites = [suite for root in roots for suite in root.iter("testsuite")]
     counts = {
         key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
     }
-    slowest = sorted(root.iter("testcase"), key=lambda case: -float(case.get("time", 0)))[:5]
+    cases = [case for root in roots for case in root.iter("testcase")]
+    slowest = sorted(cases, key=lambda case: -float(case.get("time", 0)))[:5]
     return counts | {"slowest": {case.get("name"): float(case.get("time", 0)) for case in slowest}}
 
 
-def junit_failures(report: Path) -> list[str]:
+def junit_failures(reports: Sequence[Path]) -> list[str]:
     """Name of every test that failed, and the end of its message."""
     return [
         f"{case.get('classname')}::{case.get('name')}: {(outcome.text or outcome.get('message') or '')[-1500:]}"
+        for report in reports
         for case in ElementTree.parse(report).getroot().iter("testcase")
         for outcome in case
         if outcome.tag in ("failure", "error")
@@ -224,19 +198,156 @@ def benchmark_rows(report: Path) -> list[dict[str, Any]]:
     return [each["extra_info"] | {"stats": {key: each["stats"][key] for key in statistics}} for each in finished]
 
 
-def kernel_rows(output: str) -> list[dict[str, str]]:
-    """The table that `vapi_fast.kernels.check` prints."""
-    names = ("kernel", "architecture", "warps", "registers", "spilled", "shared", "matrix_instruction", "load_width")
-    rows = [line.rsplit(maxsplit=len(names)) for line in output.splitlines()]
-    return [
-        {"entry": row[0]} | dict(zip(names, row[1:], strict=True))
-        for row in rows
-        if len(row) == len(names) + 1 and row[2].startswith("sm_")
-    ]
+def last_line(output: str) -> dict[str, str]:
+    return {"said": output.strip().splitlines()[-1]}
 
 
 def lines_with(output: str, *words: str) -> list[str]:
     return [line.strip() for line in output.splitlines() if any(word in line for word in words)][:40]
+
+
+# ---- the check
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="A GPU's figures and checks, as one JSON file.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="for gpu_check.json and the parts' logs")
+    parser.add_argument("--minutes", type=float, default=4, help="in which to do what fits (4; 14 for everything)")
+    parser.add_argument("--cpu", action="store_true", help="rehearse the parts, small, on a machine without a GPU")
+    parser.add_argument("--commit", help="to record; default: the checkout's")
+    options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a part inherits it if a shell has had it ignored
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the parts under way
+    try:
+        return check(options, time.monotonic())
+    except CheckError as error:
+        print(f"gpu_check.sh: {error}", file=sys.stderr)
+        return error.code
+    except OSError as error:
+        print(f"gpu_check.sh: {options.folder} cannot be written: {error}", file=sys.stderr)
+        return 1
+
+
+def check(options: argparse.Namespace, start: float) -> int:
+    """Run what is missing and fits. Raises CheckError, with nothing written, where it cannot start."""
+    folder, commit = options.folder.resolve(), commit_of(options.commit)
+    path, work = folder / "gpu_check.json", folder / "work"
+    before = read(path)
+    if [before.get(key) for key in ("commit", "cpu")] != [commit, options.cpu]:
+        before = {}
+    check_folder(folder)
+    every = itertools.chain(*stages(work, (0, 0), options.cpu))
+    least = min(missing(every, before.get("parts", {})), key=lambda part: part.bound, default=None)
+    if least and not 60 * options.minutes >= least.bound:
+        given = f"{least.name} alone is given {least.bound:g} s"
+        raise CheckError(f"--minutes {options.minutes:g} is too little for any part: {given}", 2)
+    device = probe(options.cpu)
+    if before and before["device"].get("name") != device.get("name"):
+        before = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if not before and path.exists():  # of another commit or device
+            os.replace(path, path.with_name(f"gpu_check.{read(path)['started'].replace(':', '')}.json"))
+        parts = before.get("parts", {})
+        for result in parts.values():
+            end_leftover(result)
+        record: dict[str, Any] = {"headline": before.get("headline", {}), "passed": False, "left_out": {}}
+        record |= {"cpu": options.cpu, "device": device, "commit": commit}
+        record["commit_time"] = git("show", "-s", "--format=%cI", commit.removesuffix("-dirty"))
+        record |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": 0.0, "parts": parts}
+
+        def note(name: str, result: dict[str, Any]) -> None:
+            parts[name] = result
+            write(record, path, start)
+
+        link(work)
+        for stage in stages(work, device.get("capability", (0, 0)), options.cpu):
+            due = fitting(missing(stage, parts), record, start + 60 * options.minutes)
+            for part in due:
+                shutil.rmtree(work / part.name, ignore_errors=True)
+                (work / part.name).mkdir()
+            run_together(due, folder, note)
+            for part in due:
+                shutil.rmtree(work / part.name, ignore_errors=True)  # a checkpoint of gigabytes
+                print(f"{part.name}: {parts[part.name]['status']}, {parts[part.name]['seconds']:.0f} s", flush=True)
+                if parts[part.name]["status"] == "refused":
+                    record["left_out"][part.name] = parts.pop(part.name)["tail"].strip().splitlines()[-1]
+        record["passed"] = all(result["status"] == "passed" for result in parts.values())
+        write(record, path, start)
+    print(report(record))
+    return 0 if record["passed"] else 1
+
+
+def missing(parts: Iterable[Part], results: dict[str, dict[str, Any]]) -> list[Part]:
+    return [part for part in parts if results.get(part.name, {}).get("status") != "passed"]
+
+
+def check_folder(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckError(f"{folder}: {existing} is not a folder that can be written to: pass another DIR", 2)
+
+
+def probe(cpu: bool) -> dict[str, Any]:
+    """Versions and the device as torch sees them, with what the driver says of itself and of the limits."""
+    with tempfile.TemporaryDirectory() as temporary:
+        variables = os.environ | {"PYTHONPATH": f"{link(Path(temporary))}", "PYTHONDONTWRITEBYTECODE": "1"}
+        ended = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=variables)
+    if ended.returncode:
+        reason = (ended.stderr.strip().splitlines() or ["no word"])[-1]
+        raise CheckError(f"torch, triton or numpy cannot be used: {reason}")
+    found = json.loads(ended.stdout.splitlines()[-1])
+    if cpu:
+        return found
+    if not found["cuda_available"]:
+        raise CheckError("no CUDA device: nothing was run; --cpu rehearses the parts without one")
+    if found["capability"] < [8, 0]:
+        capability = ".".join(map(str, found["capability"]))
+        raise CheckError(f"{found['name']} has compute capability {capability}: 8.0 (A100) or more is needed")
+    if found["free"] < found["needed"]:
+        raise CheckError(
+            f"{found['free'] / 1e9:.1f} GB of {found['name']}'s memory are free, about {found['needed'] / 1e9:.1f} GB "
+            "are needed: end what else uses it, or take a larger GPU"
+        )
+    names = ("driver", "power_limit", "sm_clock_limit", "memory_clock_limit")
+    fields = nvidia_smi("driver_version,power.limit,clocks.max.sm,clocks.max.mem")
+    return found | dict(zip(names, fields, strict=False)) | {"idle": gpu_reading()}
+
+
+def link(work: Path) -> Path:
+    """`work/site`, in which the package is found as if it were installed; nothing is written beside the sources."""
+    site = work / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
+    if (ROOT / "vapi_fast").is_dir():  # else these scripts were copied, and the package is installed
+        (site / "vapi_fast").mkdir()
+        for source in (*(ROOT / "vapi_fast").iterdir(), ROOT / "kernels"):
+            (site / "vapi_fast" / source.name).symlink_to(source)
+    return site
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise CheckError(f"another check writes into {folder}: wait for it, or pass another DIR", 2) from None
+    finally:
+        os.close(handle)
+
+
+def fitting(parts: Sequence[Part], record: dict[str, Any], end: float) -> list[Part]:
+    """Those of a stage that can be run and fit; why not is noted for the others."""
+    left = max(end - time.monotonic(), 0)
+    for part in parts:
+        if part.missing:
+            record["left_out"][part.name] = f"not installed: {', '.join(part.missing)}"
+        elif part.bound > left:
+            record["left_out"][part.name] = f"is given {part.bound:.0f} s, and {left:.0f} s were left"
+    return [part for part in parts if part.name not in record["left_out"]]
 
 
 def git(*arguments: str) -> str | None:
@@ -253,49 +364,33 @@ def commit_of(option: str | None) -> str:
     return option or git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or "unknown"
 
 
-def probe() -> dict[str, Any]:
-    """Versions and the device as torch sees them, with what the driver says of itself and of the limits."""
-    ended = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    if ended.returncode:
-        return {"cuda_available": False, "error": ended.stderr[-TAIL:]}
-    names = ("driver", "power_limit", "sm_clock_limit", "memory_clock_limit")
-    fields = nvidia_smi("driver_version,power.limit,clocks.max.sm,clocks.max.mem")
-    return json.loads(ended.stdout.splitlines()[-1]) | dict(zip(names, fields, strict=False)) | {"idle": gpu_reading()}
+def read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise CheckError(f"{path} is damaged: move it away, or pass another DIR") from None
 
 
-def write(record: dict[str, Any], path: Path) -> None:
+def write(record: dict[str, Any], path: Path, start: float) -> None:
+    record |= {"headline": record["headline"] | headline(record["parts"]), "seconds": time.monotonic() - start}
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def passed(results: dict[str, dict[str, Any]], stages: Sequence[Sequence[Part]]) -> bool:
-    """Whether every part was run and passed, except an optional one that this machine cannot run."""
-    return all(
-        results.get(part.name, {}).get("status") in (("passed", "skipped") if part.optional else ("passed",))
-        for stage in stages
-        for part in stage
-    )
-
-
 def report(record: dict[str, Any]) -> str:
-    """The tables of the benchmarks, then each part's outcome and its first failures."""
+    """The tables of the benchmarks, each part's outcome and first failures, the headline, and what was left out."""
     results = record["parts"]
     rows = rows_of(results)
     lines = [table(rows), "", ratios(rows), ""] if rows else []
     for name, result in results.items():
-        counts = result.get("figures") if isinstance(result.get("figures"), dict) else {}
-        numbers = [f"{value} {key}" for key, value in counts.items() if isinstance(value, int) and value]
-        if "stages" in counts:
-            numbers = [alignment_line(counts)]
-        seconds = [f"{result['seconds']:.0f} s"] if "seconds" in result else []
-        reason = [result["reason"]] if "reason" in result else []
-        lines.append(f"{name:<12}{result['status']:<11}{', '.join([*seconds, *numbers, *reason])}")
-        failures = result.get("failures") or []
-        if result["status"] in ("failed", "timed out") and not failures:
-            lines += [f"    {line}" for line in result.get("tail", "").splitlines()[-5:]]
-        lines += [f"    {short(failure)}" for failure in failures[:6]]
-        lines += [f"    … {len(failures) - 6} more in gpu_check.json"] if len(failures) > 6 else []
+        counts = result["figures"] or {} if name in ("tests", "memcheck", "kernels") else {}
+        numbers = "".join(f", {value} {key}" for key, value in counts.items() if isinstance(value, int | str) and value)
+        lines.append(f"{name:<12}{result['status']:<11}{result['seconds']:.0f} s{numbers}")
+        failures = result.get("failures") or result.get("tail", "").splitlines()[-5:]
+        lines += [f"    {short(failure)}" for failure in failures[:6] if result["status"] != "passed"]
+    lines += [f"{name:<12}left out   {reason}" for name, reason in record["left_out"].items()]
+    lines += [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in record["headline"].items()]
     device = record["device"].get("name", "no CUDA device")
     lines.append(f"{'passed' if record['passed'] else 'FAILED'}: {device}, commit {record['commit']}")
     return "\n".join(lines)
@@ -303,54 +398,9 @@ def report(record: dict[str, Any]) -> str:
 
 def short(failure: str) -> str:
     """A failure on one line: a test's name and the last line of its message."""
-    name, _, message = failure.partition(": ")
+    name, colon, message = failure.partition(": ")
     raised = [line for line in message.splitlines() if line.startswith("E  ")] or message.strip().splitlines() or [""]
-    return f"{name}: {raised[-1].removeprefix('E').strip()}"[:200]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="GPU tests and benchmarks, as one JSON file.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="for gpu_check.json and the parts' logs")
-    parser.add_argument("--commit", help="to record; default: the checkout's")
-    parser.add_argument("--cpu", action="store_true", help="try the parts on a machine without a GPU")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--align", action="store_true", help="align LlamaGen-XXL instead of checking the operations")
-    instead.add_argument("--generate", action="store_true", help="draw 256 images of LlamaGen-XXL at a time instead")
-    options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a part inherits it if a shell has had it ignored
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "_align" if options.align else "_generate" if options.generate else ""
-    path = folder / f"gpu_check{kind}.json"
-    budget = LONG_SECONDS if kind else SECONDS
-    start = time.monotonic()
-    record: dict[str, Any] = {"device": probe(), "commit": commit_of(options.commit), "passed": False, "parts": {}}
-    record["commit_time"] = git("show", "-s", "--format=%cI", record["commit"].removesuffix("-dirty"))
-    record["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    if not record["device"]["cuda_available"] and not options.cpu:
-        write(record, path)
-        print(f"{record['device'].get('error', '')}no CUDA device: nothing was run; --cpu tries the parts without one")
-        return 1
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        if options.align:
-            stages = align_stages(work, options.cpu)
-        elif options.generate:
-            stages = generate_stages(work)
-        else:
-            stages = cpu_stages(work) if options.cpu else gpu_stages(work, record["device"]["capability"])
-        stages = [[install(work)], *stages]
-        for number, stage in enumerate(stages):
-            later = sum(max(part.reserved for part in each) for each in stages[number + 1 :])
-            record["parts"] |= run_together(stage, folder, budget - later - (time.monotonic() - start))
-            write(record, path)
-            if record["parts"]["install"]["status"] != "passed":
-                break
-    record["passed"] = passed(record["parts"], stages)
-    record["seconds"] = time.monotonic() - start
-    write(record, path)
-    print(report(record))
-    return 0 if record["passed"] else 1
+    return f"{name}{colon}{raised[-1].removeprefix('E').strip()}"[:200]
 
 
 if __name__ == "__main__":

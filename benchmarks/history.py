@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baseline import FILE, Baseline, BaselineError
-from summary import rows_of
+from summary import rows_of, short_commit
 
 RESULTS = Path(__file__).with_name("results")
 WIDTH, HEIGHT, MARGIN = 260, 80, 10  # of a drawing, in pixels
@@ -62,7 +62,7 @@ def points_of(path: Path) -> list[Point]:
             rows = [each["extra_info"] for each in record["benchmarks"]]
         else:
             measured, committed = record["started"], record.get("commit_time")
-            commit = record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty")
+            commit = short_commit(record)
             rows = rows_of(record["parts"]) + alignment(record)
         run = moment(committed or measured), moment(measured), commit
         return [
@@ -89,7 +89,7 @@ def positive(ratio: Any) -> float:
 def alignment(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The alignment beside the published recipe, as a row."""
     figures = record["parts"].get("align_both", {}).get("figures") or {}
-    if "speedup_over_reference" not in figures:
+    if not {"speedup_over_reference", "config"} <= figures.keys():  # else it was ended before there was a ratio
         return []
     kind, model = record["device"].get("name", "cpu"), figures["config"]["model"]
     return [{"kind": kind, "name": f"alignment of {model}", "ratio": figures["speedup_over_reference"]}]

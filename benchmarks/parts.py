@@ -1,4 +1,4 @@
-"""Parts of a check: commands with a time limit each, side by side or in turn, none of which hides another's result."""
+"""Parts of a check: commands bounded in time, side by side or in turn, none of which hides another's result."""
 
 from __future__ import annotations
 
@@ -9,99 +9,155 @@ import shutil
 import signal
 import statistics
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-GRACE = 15.0  # seconds between the request to stop and the end of a part that goes on
-INTERVAL = 0.5  # seconds between two readings of clocks and power
+GRACE = 5.0  # last seconds of a bound: a part that is still there is asked to stop
+INTERVAL = 0.5  # seconds between two looks at the parts, at clocks and at power
 LOG_BYTES, TAIL = 8 * 2**20, 3000
+REFUSED = "Device not supported"  # by compute-sanitizer, of a virtual machine's GPU
+now = time.monotonic
 
 
 @dataclass(frozen=True)
 class Part:
-    """command: of the seconds that it may take. needs: Python modules and programs, without which it is skipped.
+    """commands: run side by side in `folder`. bound: seconds after which nothing of them is left.
 
-    reserved: seconds that the stages before leave to it.
-    figures: reads what it measured from its folder and its output; failures: messages, likewise.
+    needs: Python modules and programs, without which it is left out. compiled: folder of Triton's cache.
+    figures, failures: what its output, and the files that it writes, say; read while it runs too.
     """
 
     name: str
-    command: Callable[[float], list[str]]
-    limit: float
+    bound: float
+    commands: Sequence[list[str]]
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    reserved: float = 0.0
-    optional: bool = False
+    compiled: Path | None = None
     figures: Callable[[str], Any] = lambda output: None
     failures: Callable[[str], list[str]] = lambda output: []
 
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if importlib.util.find_spec(name) is None and shutil.which(name) is None]
 
-def missing(name: str) -> bool:
-    return importlib.util.find_spec(name) is None and shutil.which(name) is None
+
+class Running:
+    """A part under way. `result`: its status (running, passed, failed, timed out, refused) and what it has measured."""
+
+    def __init__(self, part: Part, log: Path) -> None:
+        self.part, self.log, self.start, self.asked = part, log, now(), False
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.readings: list[dict[str, float]] = []
+        start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.result: dict[str, Any] = {"status": "running", "start": start, "bound": part.bound, "figures": None}
+        if part.compiled is not None:
+            self.result["triton_cache"] = "warm" if any(part.compiled.glob("*")) else "cold"
+        # The parts decide for themselves whether to interpret kernels.
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        try:
+            with log.open("wb") as file:
+                for command in part.commands:
+                    process = subprocess.Popen(
+                        command,
+                        cwd=part.folder,
+                        env=inherited | part.environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                    self.processes.append(process)
+        except OSError as error:  # one could not even be started
+            self.kill()
+            self.result |= {"status": "failed", "seconds": 0.0, "tail": str(error)}
+        self.result["processes"] = [(each.pid, start_of(each.pid)) for each in self.processes]
+
+    def look(self, reading: dict[str, float] | None) -> bool:
+        """Note what is new, stop it where its time is over; whether it has ended."""
+        if reading:
+            self.readings.append(reading)
+        if self.result["status"] != "running":
+            return True
+        spent, over = now() - self.start, all(each.poll() is not None for each in self.processes)
+        if not over and spent >= self.part.bound:
+            self.kill()
+            over = True
+        elif not over and spent >= self.part.bound - GRACE and not self.asked:
+            self.asked = True  # so that pytest writes what it has
+            self.signal(signal.SIGINT)
+        output = tail_of(self.log, LOG_BYTES)
+        with contextlib.suppress(Exception):  # nothing is written yet, or half of it
+            self.result["figures"] = self.part.figures(output)
+        if over:
+            self.finish(output, spent)
+        return over
+
+    def finish(self, output: str, spent: float) -> None:
+        self.kill()  # what it has left behind
+        del self.result["processes"]
+        codes = [each.returncode for each in self.processes]
+        status = "timed out" if self.asked or spent >= self.part.bound else "failed" if any(codes) else "passed"
+        self.result |= {"status": status, "seconds": spent, "returncodes": codes, "gpu": summary(self.readings)}
+        try:
+            self.result["failures"] = self.part.failures(output)
+        except Exception as error:
+            self.result["failures"] = [f"no report: {type(error).__name__}: {error}"]
+        if status != "passed":
+            self.result |= {"tail": output[-TAIL:], "status": "refused" if REFUSED in output else status}
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal it and everything that it started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
 
 
-def run(part: Part, limit: float, log: Path) -> dict[str, Any]:
-    """Result of one part: status passed, failed, timed out or skipped; its output goes to `log`."""
-    absent = [name for name in part.needs if missing(name)]
-    if absent:
-        return {"status": "skipped", "optional": part.optional, "reason": f"not installed: {', '.join(absent)}"}
-    if limit <= 0:
-        return {"status": "timed out", "optional": part.optional, "reason": "no time was left for it", "seconds": 0.0}
-    # The parts decide for themselves whether to interpret kernels.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    start = time.monotonic()
-    with log.open("w+b") as file:
-        process = subprocess.Popen(
-            part.command(limit),
-            cwd=part.folder,
-            env=environment | part.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        timed_out = not ended(process, limit)
-        if timed_out:  # asked first, so that pytest writes what it has
-            stop(process, signal.SIGINT)
-            if not ended(process, GRACE):
-                stop(process, signal.SIGKILL)
-                process.wait()
-    output = tail_of(log, LOG_BYTES)
-    result = {
-        "status": "timed out" if timed_out else "passed" if process.returncode == 0 else "failed",
-        "optional": part.optional,
-        "seconds": time.monotonic() - start,
-        "limit": limit,
-        "returncode": process.returncode,
-    }
+def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[str, Any]], None]) -> None:
+    """Run parts side by side, their logs in `folder`; `note` gets a part's name and result whenever that changes."""
+    running: list[Running] = []
     try:
-        result |= {"figures": part.figures(output), "failures": part.failures(output)}
-    except Exception as error:  # stopped before it had written them, or halfway
-        result |= {"figures": None, "failures": [f"no figures: {type(error).__name__}: {error}"]}
-    if result["status"] != "passed":
-        result["tail"] = output[-TAIL:]
-        if part.optional and "Device not supported" in output:
-            result |= {"status": "skipped", "reason": "compute-sanitizer: Device not supported"}
-    return result
+        for part in parts:
+            running.append(Running(part, folder / f"{part.name}.log"))
+            note(part.name, running[-1].result)
+        reading = gpu_reading()
+        while running:
+            time.sleep(INTERVAL)
+            reading = reading and gpu_reading()
+            for each in list(running):
+                before = dict(each.result)
+                if each.look(reading):
+                    running.remove(each)
+                if each.result != before or each not in running:
+                    note(each.part.name, each.result)
+    finally:
+        for each in running:
+            each.kill()
 
 
-def ended(process: subprocess.Popen[bytes], limit: float) -> bool:
+def end_leftover(result: dict[str, Any]) -> None:
+    """Kill a part whose check was killed: unless it has ended, it still has the GPU."""
+    if result["status"] == "running":
+        result |= {"status": "killed", "seconds": 0.0}
+        for pid, start in result.pop("processes"):
+            if start is not None and start == start_of(pid):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def start_of(pid: int) -> int | None:
+    """When a process began, in the kernel's ticks: with it a number that was given again is not taken for the same."""
     try:
-        process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def stop(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Signal a part and everything that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
 
 
 def tail_of(log: Path, size: int) -> str:
@@ -110,91 +166,30 @@ def tail_of(log: Path, size: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def run_together(stage: Sequence[Part], folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """Results by name of parts that run side by side, all ended within `seconds`; their logs go into `folder`."""
-    results: dict[str, dict[str, Any]] = {}
-
-    def work(part: Part) -> None:
-        try:
-            result = run(part, min(part.limit, seconds - GRACE), folder / f"{part.name}.log")
-        except Exception as error:  # it could not even be started
-            result = {"status": "failed", "optional": part.optional, "tail": f"{type(error).__name__}: {error}"}
-        results[part.name] = result | {"gpu": readings.summary()}
-
-    threads = [threading.Thread(target=work, args=(part,)) for part in stage]
-    with Readings() as readings:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for part in stage:
-        print(f"{part.name}: {results[part.name]['status']}", flush=True)
-    return {part.name: results[part.name] for part in stage}
-
-
 def gpu_reading() -> dict[str, float] | None:
     """Clocks in MHz, power in W, temperature in °C of the first GPU; None without one."""
-    names = ("sm_clock", "memory_clock", "power", "temperature")
-    if not missing("pynvml"):
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
-            values = (
-                pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-                pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-                pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
-                pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-            )
-            return dict(zip(names, map(float, values), strict=True))
-        except pynvml.NVMLError:
-            return None
     fields = nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu")
     if not fields or not all(each.replace(".", "", 1).isdigit() for each in fields):  # "[N/A]"
         return None
-    return dict(zip(names, map(float, fields), strict=True))
+    return dict(zip(("sm_clock", "memory_clock", "power", "temperature"), map(float, fields), strict=True))
 
 
 def nvidia_smi(query: str) -> list[str]:
     """Fields of the first GPU; none if they cannot be had."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     lines = ended.stdout.splitlines()
-    return [field.strip() for field in lines[0].split(",")] if lines else []
+    return [each.strip() for each in lines[0].split(",")] if lines else []
 
 
-class Readings:
-    """Clocks and power, read in the background inside a `with` block."""
-
-    def __enter__(self) -> Readings:
-        self.over = threading.Event()
-        self.taken: list[dict[str, float]] = []
-        self.thread = threading.Thread(target=self.read, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    def read(self) -> None:
-        while not self.over.wait(INTERVAL):
-            reading = gpu_reading()
-            if reading is None:
-                return
-            self.taken.append(reading)
-
-    def summary(self) -> dict[str, dict[str, float]] | None:
-        """Least, median and greatest of each."""
-        taken = list(self.taken)
-        if not taken:
-            return None
-        columns = {name: [reading[name] for reading in taken] for name in taken[0]}
-        return {
-            name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
-            for name, values in columns.items()
-        }
+def summary(readings: Iterable[dict[str, float]]) -> dict[str, dict[str, float]] | None:
+    """Least, median and greatest of each."""
+    columns: dict[str, list[float]] = {}
+    for reading in readings:
+        for name, value in reading.items():
+            columns.setdefault(name, []).append(value)
+    found = {"min": min, "median": statistics.median, "max": max}
+    return {name: {key: of(values) for key, of in found.items()} for name, values in columns.items()} or None

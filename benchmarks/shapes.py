@@ -100,9 +100,9 @@ class Source:
         return flat.to(memory_format=torch.channels_last).view(shape)
 
 
-def one_image(sizes: Sizes) -> Sizes:
+def few_images(sizes: Sizes, images: int) -> Sizes:
     """For comparisons with float64."""
-    return dataclasses.replace(sizes, images=1, sequences=sizes.group)
+    return dataclasses.replace(sizes, images=images, sequences=images * sizes.group)
 
 
 def tensors(arguments: Any) -> Iterator[Tensor]:

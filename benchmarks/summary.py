@@ -65,15 +65,33 @@ def ratio_line(name: str, row: dict[str, Any], figure: str, rival: str) -> str:
     return " ".join(cells)
 
 
-def alignment_line(record: dict[str, Any]) -> str:
-    """A whole alignment (`run.json`) in a line."""
-    seconds = record["seconds"]
-    stages = ", ".join(f"{stage} {figures['seconds']:.3f}" for stage, figures in record["stages"].items())
-    text = f"{seconds['total']:.0f} s in all, start-up {seconds['startup']:.1f}; a step: {stages}; "
-    text += f"peak memory {record['peak_memory'] / 1e9:.1f} GB"
-    if "speedup_over_reference" in record:
-        text += f"; {record['speedup_over_reference']:.1f}× the published recipe"
-    return text
+def short_commit(record: dict[str, Any]) -> str:
+    return record["commit"][:9] + "-dirty" * record["commit"].endswith("-dirty")
+
+
+def headline(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The figures that matter most, as far as the parts of a `gpu_check` have them; bytes and seconds."""
+    both, whole = (parts.get(name, {}).get("figures") or {} for name in ("align_both", "align"))
+    rows = {row["name"]: row for name in ("rates", "sampling") for row in parts.get(name, {}).get("figures") or []}
+    ours, sampled = whole or both, rows.get("sampling", {})
+    found = {
+        "step_seconds": ours.get("step_seconds"),
+        "published_step_seconds": both.get("seconds_per_step", {}).get("published_recipe"),
+        "ratio": both.get("speedup_over_reference"),
+        "images_per_second_aligned": ours.get("images_per_second"),
+        "run_seconds": whole.get("seconds", {}).get("total"),  # of a hundred steps
+        "peak_memory": ours.get("own_peak_memory"),
+        "images_per_second_sampled": sampled.get("images_per_second"),
+        "seconds_per_token": sampled.get("seconds_per_token"),
+        "sampling_setup_seconds": rows.get("sampling set-up", {}).get("seconds"),
+        "copy_bytes_per_second": rows.get("copy", {}).get("rate"),
+        "matmul_flops": rows.get("matmul", {}).get("rate"),
+    }
+    for name, figures in (("align_both", both), ("align", whole)):  # the latter's kernels are compiled already
+        cache = parts.get(name, {}).get("triton_cache")
+        found[f"startup_seconds_{cache}"] = figures.get("seconds", {}).get("startup")
+        found[f"first_step_seconds_{cache}"] = figures.get("first_step_seconds")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def line(row: dict[str, Any]) -> str:

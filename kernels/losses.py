@@ -48,7 +48,7 @@ def exponential_remainder(d):
     return tl.where(tl.abs(d) < 0.5, d * d / 2 * series, tl.exp(d) - 1 - d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "T", "G"])
 def head_loss(
     logits_ptr,
     gradient_ptr,

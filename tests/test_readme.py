@@ -17,6 +17,7 @@ from typing import Any
 import ablation
 import numpy as np
 import pytest
+import readme
 import torch
 from PIL import Image
 from public_models import LPIPS, Transformer, VQModel, randomised
@@ -56,6 +57,7 @@ REPLACED = {
 STARTED = {
     "python -m vapi_fast.kernels.tune --seconds 600": ("", 2, "no CUDA device: settings are tuned on the GPU"),
     "bash benchmarks/gpu_check.sh DIR": ("", 1, "no CUDA device: nothing was run"),
+    "python benchmarks/readme.py benchmarks/results/NAME.json": ("", 1, "readme.py: error: benchmarks/results/NAME"),
     "python -m vapi_fast.tiny.build": (" --help", 0, "Rebuild the tiny preset from nothing"),
     "python benchmarks/ablation.py": (" --help", 0, "The reward ablation of the paper on the tiny preset"),
     "python -m vapi_fast.kernels.check": (" --help", 0, "--arch"),  # in full in test_kernels_check.py
@@ -200,6 +202,58 @@ def test_tables_of_the_tiny_preset() -> None:
         reward = cells.pop(4).replace("-", "−")
         shown = [cells[0], cells[1], cells[4], cells[5].rstrip(" |"), reward]
         assert f"| {name} | {' | '.join(shown)} |" in README.replace("**", "")
+
+
+MEASURED: dict[str, Any] = {
+    "cpu": False,
+    "commit": "0123456789abcdef-dirty",
+    "device": {"name": "NVIDIA H200", "torch": "2.11.0+cu130", "triton": "3.6.0"},
+    "headline": {"step_seconds": 3.604, "ratio": 9.46, "published_step_seconds": 34.1, "run_seconds": 379.6},
+}
+
+
+def test_figures_of_a_gpu_fill_the_first_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, results = tmp_path / "README.md", tmp_path / "h200.json"
+    page.write_text(README, encoding="utf-8")
+    results.write_text(json.dumps(MEASURED))
+    for _ in range(2):  # the second time changes nothing
+        assert readme.main([str(results), "--readme", str(page)]) == 0
+        text = page.read_text(encoding="utf-8")
+        changed = dict(pair for pair in zip(README.splitlines(), text.splitlines(), strict=True) if len(set(pair)) == 2)
+        where = "NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, 012345678-dirty"
+        step = "LlamaGen-XXL, 384², 128 images × 8, a step"
+        assert list(changed.values()) == [
+            f"| {step} | {where} | 3.60 s | published recipe, there: 34.1 s | **9.5×** |",
+            f"| the same, 100 steps | {where} | 6 min 20 s | published, 8 × A100: 25 min | |",
+        ]
+        assert all("*not measured*" in line for line in changed)
+    more = MEASURED | {"headline": {"peak_memory": 61.234e9, "images_per_second_sampled": 48.77}, "commit": "f" * 40}
+    results.write_text(json.dumps(more))
+    assert readme.main([str(results), "--readme", str(page)]) == 0
+    assert (
+        "| its peak memory | NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, fffffffff | 61.2 GB | |" in page.read_text()
+    )
+    assert "| 48.8 images/s | |" in page.read_text()
+    assert list(tmp_path.iterdir()) in ([page, results], [results, page])
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "message"),
+    [
+        (MEASURED | {"cpu": True}, README, "it has no figures of a GPU: run bash benchmarks/gpu_check.sh DIR on one"),
+        (MEASURED | {"headline": {}}, README, "it has no figures of a GPU"),
+        ([], README, "no gpu_check.json (TypeError("),
+        (MEASURED, README.replace("| its peak memory |", "| memory |"), "has 0 rows that begin with 'its peak memory'"),
+    ],
+)
+def test_what_cannot_be_filled_in(
+    record: Any, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert readme.main([str(tmp_path / "a.json"), "--readme", str(tmp_path / "README.md")]) == 1
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
 
 
 def literals() -> list[str]:

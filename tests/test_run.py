@@ -42,6 +42,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
         "stages.png",
         "aligned.pt",
         "tensorboard",
+        "progress.jsonl",
     }
     record = json.loads((output / "run.json").read_text())
     assert record == json.loads(json.dumps(returned))
@@ -78,6 +79,14 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert compared["speedup"]["backward"] == pytest.approx(
         compared["stages"]["published_recipe"]["backward"] / compared["stages"]["vapi_fast"]["backward"]
     )
+    lines = [json.loads(line) for line in (output / "progress.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["reward"] for line in lines] == record["reward"]
+    # The last two were compared: what is known before the first published step ends is ours, and what it ends with.
+    assert ["speedup_over_reference" in line for line in lines] == [False, True, True]
+    assert lines[0]["step_seconds"] > 0
+    assert lines[0]["stages"]["decode"] > 0
+    assert lines[-1]["comparison"] == compared
     assert roofline.main([str(output / "run.json"), "--gpu", "h100"]) == 0
     printed = capsys.readouterr().out
     decode = f"{record['stages']['decode']['seconds']:.4f}"  # in the run's own table and in the roofline's

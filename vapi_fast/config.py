@@ -180,7 +180,7 @@ class AlignConfig:
         if self.path != "fast" and self.method != "vapi":
             raise ConfigError(f"--path {self.path} needs --method vapi: the published recipe is VA-π")
         if self.path == "both" and self.steps < 2:
-            raise ConfigError("--path both needs --steps 2 or more: it compares from the second step on")
+            raise ConfigError("--path both needs --steps 2 or more: it does not compare the first, which warms up")
         if self.path != "fast" and self.dropout:
             raise ConfigError(f"--path {self.path} needs --dropout 0: the two paths would draw different masks")
         if self.path != "fast" and (self.top_k or self.top_p < 1):

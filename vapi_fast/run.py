@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import statistics
 import threading
@@ -41,7 +42,8 @@ from vapi_fast.snapshots import Snapshots
 from vapi_fast.synthetic import SyntheticData
 
 GRID_IMAGES = 24
-COMPARED_STEPS = 3  # of --path both
+PROGRESS = "progress.jsonl"  # in the run's folder, a line a step
+COMPARED_STEPS = 2  # of --path both, the last ones: ours alone are known before
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
 # a run that met infinities needs.
 RESUMABLE = {
@@ -227,6 +229,8 @@ class Run:
             if self.curve_writer:
                 folder = str(config.output_dir / "tensorboard")
                 self.writer = stack.enter_context(self.curve_writer(folder, purge_step=start_step))
+            if rank() == 0:
+                self.lines = stack.enter_context((config.output_dir / PROGRESS).open("a", encoding="utf-8"))
             bar = {"desc": f"aligning ({config.method})", "unit": "step", "disable": rank() > 0}
             self.progress = stack.enter_context(progress_bar(config.steps, initial=start_step, **bar))
             try:
@@ -256,7 +260,7 @@ class Run:
                 self.read(pending)
             pending = result
             due, last = (step + 1) % self.config.checkpoint_every == 0, step + 1 == self.config.steps
-            if due or last or self.stopping or step == start_step:
+            if due or last or self.stopping or step == start_step or self.comparison:  # a published step is long
                 self.read(pending)  # may learn that a rank wants to stop
                 pending = None
             if step == start_step:
@@ -271,7 +275,8 @@ class Run:
         """What computes a step's gradients: ours, the published recipe, or ours beside it."""
         if self.config.path == "reference":
             return published_gradients(self.published_step)
-        if self.comparison and 0 < step - self.start_step <= COMPARED_STEPS:  # not the first, which warms up
+        first = max(self.start_step + 1, self.config.steps - COMPARED_STEPS)  # the one before it warms up
+        if self.comparison and step >= first:
             return self.comparison.gradients
         return accumulate_free_gradients if self.config.rollouts == "free" else accumulate_gradients
 
@@ -296,11 +301,23 @@ class Run:
             shown["energy"] = f"{joules / 1e3:.1f}kJ"
         self.progress.set_postfix(shown)
         self.progress.update()
+        if rank() == 0:
+            self.write_progress(result.step, metrics)
 
-    def step_seconds(self) -> float | None:
+    def write_progress(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of JSON with the figures so far, for whoever watches the run or has to do with one that was ended."""
+        line = {"step": step + 1, **metrics, "seconds": self.seconds, "peak_memory": report.peak_memory(self.device)}
+        if self.comparison:  # no other step is under way meanwhile
+            line |= {"stages": self.stage_seconds()} | (self.comparison.record() if self.comparison.errors else {})
+        if seconds := self.step_seconds(wait=False):
+            line |= {"step_seconds": seconds, "images_per_second": self.config.batch_size / seconds}
+        print(json.dumps(line), file=self.lines, flush=True)
+
+    def step_seconds(self, wait: bool = True) -> float | None:
         """Median of the steps after the first, which compiles and warms up, and without those that were compared."""
-        seconds = self.clock.step_seconds(wait=True)
-        alone = seconds[1 + COMPARED_STEPS :] if self.comparison else seconds[1:]
+        seconds = self.clock.step_seconds(wait)
+        compared = len(self.comparison.errors) if self.comparison else 0
+        alone = seconds[1 : len(seconds) - compared]
         return statistics.median(alone or seconds) if seconds else None
 
     def stage_seconds(self) -> dict[str, float]:

@@ -1,0 +1,312 @@
+"""What this GPU does at LlamaGen-XXL's shapes: rates that decide how the stages are built, and a first smoke test.
+
+    python benchmarks/rates.py [--cpu]
+
+One line of JSON each, as soon as it is known. First the rates, in FLOPs or bytes a second, medians over inputs that
+take turns, so that none is found in the cache: a large copy and product, cuDNN's convolutions at the shapes of decoder,
+LPIPS and encoder, attention, GroupNorm. Then LPIPS's fused convolution over poisoned memory, the decoder as a CUDA
+graph, and every operation, in parallel, against its truth in float64. Exit code 1 if anything fails or is less exact
+than it must be. Needs torch, triton and numpy. With --cpu everything is small, and times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from exact import DISAGREEMENT, ERROR, accuracy, relative
+from operations import OPERATIONS
+from shapes import SMALL, XXL, Sizes, Source, tensors
+from timing import host_seconds, timed
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vapi_fast import ceilings, ops
+from vapi_fast.frozen import FrozenTokenizer, conv_relu
+from vapi_fast.graphs import Replayed
+from vapi_fast.models import VQTokenizer
+
+WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
+IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil
+GRAPH_ERROR = 1e-2  # between the decoder's replay and its kernels one by one: cuDNN may take another algorithm
+NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
+BACKENDS = {
+    "default": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+# Channels in and out, side, of 3×3 convolutions at 384²; of the decoder and LPIPS, and of the encoder.
+CONVOLUTIONS = [
+    (128, 128, 384), (64, 64, 384), (8, 64, 384), (128, 128, 192), (256, 128, 192), (64, 128, 192),
+    (256, 256, 96), (512, 256, 48), (256, 256, 48), (512, 512, 48), (512, 512, 24), (256, 512, 24),
+]  # fmt: skip
+PHASES = [(128, 512, 192), (256, 1024, 48), (512, 2048, 24)]  # of 2×2, in place of upsampling and a 3×3 one
+ENCODER = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48), (512, 512, 24)]
+ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and what padding its channels would make of it
+
+
+def report(name: str, **figures: Any) -> None:
+    print(json.dumps({"name": name, **figures}, ensure_ascii=False), flush=True)
+
+
+@dataclass
+class Bench:
+    """Where and at what size; `failed` is set by what goes wrong."""
+
+    device: torch.device
+    shrink: int = 1  # sides, batch and channels are this many times smaller
+    failed: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        return XXL if self.device.type == "cuda" else SMALL
+
+    def less(self, size: int) -> int:
+        return max(size // self.shrink, 1)
+
+    def attempt(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Report what `run` finds; what goes wrong is reported too, and does not keep the rest from being run."""
+        try:
+            figures = run()
+        except Exception as error:
+            self.failed = True
+            figures = {"failure": f"{type(error).__name__}: {error}"[:300]}
+        self.failed |= figures.get("ok") is False
+        report(name, **figures)
+
+    def rate(self, name: str, inputs: Callable[[], Any], call: Callable[..., Any], work: float, unit: str) -> None:
+        """Report `work` (FLOPs or bytes) a second of `call` on what `inputs` makes."""
+
+        def run() -> dict[str, Any]:
+            try:
+                return rate(turns(inputs, self.device), call, work) | {"unit": unit}
+            except RuntimeError as error:
+                if NO_KERNEL.search(str(error)):
+                    return {"unavailable": str(error)[:100]}
+                raise
+
+        self.attempt(name, run)
+
+
+def turns(inputs: Callable[[], Any], device: torch.device) -> Iterator[Any]:
+    """Sets of inputs, turn by turn: together larger than the cache."""
+    first = inputs()
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    count = math.ceil(4 * cache / sum(each.nbytes for each in tensors(first)))
+    return itertools.cycle([first, *(inputs() for _ in range(min(count, MOST_SETS) - 1))])
+
+
+def rate(sets: Iterator[Any], call: Callable[..., Any], work: float) -> dict[str, Any]:
+    def run() -> object:
+        return call(*next(sets))
+
+    held = 1.5 * [host_seconds(run) for _ in range(WARM_UPS)][-1]
+    seconds = statistics.median(timed(run, held) for _ in range(ROUNDS))
+    return {"seconds": seconds, "rate": work / seconds}
+
+
+# ---- rates
+
+
+def measure_ceilings(bench: Bench) -> None:
+    found = ceilings.measure(bench.device)
+    report("copy", rate=found.copy, unit="B/s")
+    report("matmul", rate=found.matmul, unit="FLOP/s")
+
+
+def convolutions(bench: Bench) -> None:
+    """The rates that decide about cudnn.benchmark, the encoder's precision and the padding of `conv_out`."""
+    for shape in CONVOLUTIONS:
+        convolution(bench, shape, torch.bfloat16)
+    for shape in ENDS:
+        convolution(bench, shape, torch.bfloat16)
+    for shape in PHASES:
+        convolution(bench, shape, torch.bfloat16, kernel=2)
+    for shape in ENCODER:
+        convolution(bench, shape, torch.float32)
+        convolution(bench, shape, torch.float16)
+    torch.backends.cudnn.benchmark = True
+    for shape in CONVOLUTIONS[:1] + CONVOLUTIONS[3:4] + CONVOLUTIONS[6:7]:
+        convolution(bench, shape, torch.bfloat16, note=", cudnn.benchmark")
+    torch.backends.cudnn.benchmark = False
+
+
+def convolution(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, kernel: int = 3, note: str = "") -> None:
+    inputs, outputs, side = (bench.less(size) for size in shape)
+    batch = bench.less(16 if dtype == torch.float32 else 32)
+    source = Source(bench.device, dtype)
+    weight = source.normal(outputs, inputs, kernel, kernel, scale=0.05).to(memory_format=torch.channels_last)
+    kind = "TF32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    name = f"convolution {kernel}×{kernel} {kind} {shape[0]}→{shape[1]} {shape[2]}²{note}"
+    work = 2 * batch * (side + 3 - kernel) ** 2 * inputs * outputs * kernel**2
+    convolve = functools.partial(F.conv2d, weight=weight, padding=1)
+    bench.rate(name, lambda: (source.maps(batch, inputs, side, side),), convolve, work, "FLOP/s")
+
+
+def attention(bench: Bench) -> None:
+    """At the decoder's and encoder's single head of width 512, and at the transformer's T 576, width 64."""
+    tokens, source = bench.less(576), Source(bench.device, torch.bfloat16)
+    batch, width = bench.less(64), bench.less(512)
+    work = 4 * batch * tokens**2 * width
+    for backend in BACKENDS:
+        bench.rate(
+            f"attention, one head of 512, {backend}",
+            lambda: tuple(source.normal(batch, 1, tokens, width) for _ in range(3)),
+            functools.partial(attend, backend=backend),
+            work,
+            "FLOP/s",
+        )
+    bench.rate(
+        "attention, one head of 512, bmm",
+        lambda: tuple(source.normal(batch, tokens, width) for _ in range(3)),
+        plain_attention,
+        work,
+        "FLOP/s",
+    )
+    batch, heads = bench.less(16), bench.less(24)
+    work = 2 * batch * heads * tokens**2 * 64  # causal: half of the products
+    for backend in BACKENDS:
+        for both in (False, True):
+            bench.rate(
+                f"attention, T 576, heads of 64, {backend}, forward{' and backward' * both}",
+                lambda both=both: (*(source.normal(batch, heads, tokens, 64).requires_grad_(both) for _ in range(3)),),
+                functools.partial(attend, backend=backend, causal=True),
+                work * (3.5 if both else 1),  # two products forward, five backward
+                "FLOP/s",
+            )
+
+
+@torch.enable_grad()
+def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str, causal: bool = False) -> object:
+    """With gradients if the inputs want some."""
+    with sdpa_kernel(BACKENDS[backend]) if BACKENDS[backend] else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return torch.autograd.grad(out, (q, k, v), v.detach()) if out.requires_grad else out
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def norms(bench: Bench) -> None:
+    """GroupNorm with what is fused to it, in bf16; the plain one in the encoder's float32 too."""
+    for operation in OPERATIONS:
+        if "group_norm_silu" not in operation.name:
+            continue
+        for dtype in (torch.bfloat16, torch.float32)[: 2 if operation.name.startswith("group") else 1]:
+            bench.rate(
+                f"{operation.name}, {str(dtype).removeprefix('torch.')}",
+                functools.partial(operation.inputs, bench.sizes, Source(bench.device, dtype)),
+                torch.no_grad()(functools.partial(operation.call, ops)),
+                operation.bytes_moved(bench.sizes, dtype.itemsize)[0],
+                "B/s",
+            )
+
+
+# ---- smoke
+
+
+@torch.no_grad()
+def poisoned(bench: Bench, dtype: torch.dtype, poison: float) -> dict[str, Any]:
+    """cuDNN's fused ReLU also adds a tensor, times zero, and PyTorch passes the result's own memory for it."""
+    source, side = Source(bench.device, dtype), bench.less(96)
+    x, bias = source.maps(16, 64, side, side), source.normal(64)
+    weight = source.normal(64, 64, 3, 3, scale=0.05).to(memory_format=torch.channels_last)
+    expected = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    old = [torch.full(expected.shape, poison, dtype=dtype, device=bench.device) for _ in range(4)]
+    places = {each.data_ptr() for each in old}
+    del old
+    found = conv_relu(x, weight, bias)
+    error = relative(found, expected)
+    return {"error": error, "memory_reused": found.data_ptr() in places, "ok": error < ERROR[torch.bfloat16]}
+
+
+@torch.no_grad()
+def graph(bench: Bench) -> dict[str, Any]:
+    """The frozen decoder of random weights, eight rollouts at once, by replay and kernel by kernel."""
+    gpu = bench.device.type == "cuda"
+    torch.manual_seed(0)
+    with bench.device:
+        frozen = FrozenTokenizer(VQTokenizer.from_name("vq-16" if gpu else "tiny"), torch.bfloat16, torch.float32)
+        tokens, others = torch.randint(len(frozen.entries), (2, 8, bench.sizes.tokens))
+    replayed = Replayed(frozen.decode)
+    replayed(others, chunk=8)  # the recording
+    error = relative(replayed(tokens, chunk=8), frozen.decode(tokens).double())
+    figures = rate(itertools.cycle([(tokens,), (others,)]), functools.partial(replayed, chunk=8), 8)
+    return figures | {"unit": "images/s", "error": error, "ok": error < GRAPH_ERROR}
+
+
+def operation_error(index: int, passes: str, device: str) -> dict[str, Any]:
+    """One operation against float64, in a process of its own."""
+    gpu, operation = device == "cuda", OPERATIONS[index]
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    source = Source(torch.device(device), dtype)
+    error, differing = accuracy(operation, passes, XXL if gpu else SMALL, source, IMAGES)
+    if gpu:
+        torch.cuda.empty_cache()  # for those of the other processes
+    ok = error <= ERROR[dtype] and differing <= DISAGREEMENT[dtype]
+    return {"error": error, "differing": differing, "ok": ok}
+
+
+def exactness(bench: Bench, pool: ProcessPoolExecutor) -> None:
+    """In parallel, as compiling them takes most of the time."""
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    cases = {
+        pool.submit(operation_error, index, passes, bench.device.type): f"{operation.name} {passes}"
+        for index, operation in enumerate(OPERATIONS)
+        for passes in operation.passes
+    }
+    for case in as_completed(cases):
+        bench.attempt(cases[case], case.result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rates of this GPU at LlamaGen-XXL's shapes, and a smoke test.")
+    parser.add_argument("--cpu", action="store_true", help="small, on a machine without a GPU")
+    if parser.parse_args().cpu:
+        torch.set_num_threads(1)  # the clock is that of one thread
+        bench = Bench(torch.device("cpu"), shrink=16)
+    elif torch.cuda.is_available():
+        bench = Bench(torch.device("cuda"))
+    else:
+        parser.error("no CUDA device; --cpu runs everything small")
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    workers = 1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in range(workers):
+            pool.submit(os.getpid)  # they import PyTorch meanwhile
+        for measure in (measure_ceilings, convolutions, attention, norms):
+            measure(bench)
+        bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
+        bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
+        bench.attempt("decoder as a CUDA graph", lambda: graph(bench))
+        exactness(bench, pool)
+    return 1 if bench.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
