@@ -16,14 +16,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
 
 from operations import BOTH, OPERATIONS, Operation, differentiable
-from shapes import ODD, Source, tensors
+from shapes import ODD, Sizes, Source, tensors
 from timing import synchronize
 
 from vapi_fast import ops
 
 
-def run(operation: Operation, source: Source) -> None:
-    arguments, leaves = differentiable(operation, operation.inputs(ODD, source))
+def run(operation: Operation, source: Source, sizes: Sizes = ODD) -> None:
+    arguments, leaves = differentiable(operation, operation.inputs(sizes, source))
     with ops.use_backend("triton"), torch.set_grad_enabled(BOTH in operation.passes):
         results = [each for each in tensors(operation.call(ops, *arguments)) if each.requires_grad]
         if leaves:

@@ -2,8 +2,8 @@
 
     python -m vapi_fast.kernels.check [--only NAME] [--arch sm_90 ...] [--output-dir DIR]
 
-Prints for every kernel and architecture the registers of a thread, bytes spilled, shared memory, instructions, the
-matrix instruction that a dot became, the widest global load, and what it was specialised on. Exit code 1 if a kernel
+Prints for every kernel and architecture the registers of a thread, bytes spilled, shared memory, the matrix
+instruction that a dot became, the widest global load, and what it was specialised on. Exit code 1 if a kernel
 spills, needs more shared memory than a block can have, or has a dot without a matrix instruction. `--output-dir` leaves
 a library that VAPI_FAST_KERNELS can name.
 """
@@ -24,13 +24,14 @@ from typing import Any
 
 import triton
 
-from .compile import ARCHITECTURES, compiled, in_parallel, keep, wanted, write_manifest
+from .compile import ARCHITECTURES, compiled, in_parallel, wanted
 from .launches import Pointer, Specialisation, load
+from .library import keep, write_manifest
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
 MATRIX_INSTRUCTION = re.compile(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|HMMA|IMMA|QMMA)\b")
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+\S", re.MULTILINE)
-GLOBAL_LOAD = re.compile(r"\b(?:LDGSTS|LDG|UBLKCP|UTMALDG)\b(?:\.\w+)*")
+GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+ASYNCHRONOUS_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x[0-9a-f]+|\d+)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class Report:
     registers: int
     spilled: int
     shared: int
-    instructions: int
     dots: int
     matrix_instruction: str
     load_width: int
@@ -70,17 +70,18 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def load_width(sass: str) -> int:
-    """Bits of the widest global load; bulk copies count as 128."""
-    widths = [0]
-    for instruction in GLOBAL_LOAD.findall(sass):
-        modifiers = instruction.split(".")
-        if modifiers[0] in ("UBLKCP", "UTMALDG"):
-            widths.append(128)
-            continue
-        sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-        widths.append(next((sizes[m] for m in modifiers if m in sizes), 32))
+def load_width(ptx: str) -> int:
+    """Bits of the widest load from global memory; bulk copies count as 128."""
+    widths = [0] + [128] * ("cp.async.bulk" in ptx)
+    widths += [8 * int(size, 0) for size in ASYNCHRONOUS_COPY.findall(ptx)]
+    widths += [int(count or 1) * int(bits) for count, bits in GLOBAL_LOAD.findall(ptx)]
     return max(widths)
+
+
+def matrix_instruction(cubin: str) -> str:
+    """The commonest matrix instruction of the machine code, "-" if there is none."""
+    found = collections.Counter(MATRIX_INSTRUCTION.findall(tool("nvdisasm", "--no-dataflow", cubin)))
+    return found.most_common(1)[0][0] if found else "-"
 
 
 def report(each: Specialisation, architecture: str, library: Path | None) -> Report:
@@ -90,10 +91,10 @@ def report(each: Specialisation, architecture: str, library: Path | None) -> Rep
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", file.name)
+        dots = len(re.findall(r"\btt\.dot", kernel.asm["ttir"]))
+        matrix = matrix_instruction(file.name) if dots else "-"  # disassembling takes longer than compiling
     if library is not None:
         keep(kernel, library)
-    matrix = collections.Counter(MATRIX_INSTRUCTION.findall(sass))
     return Report(
         kernel=each.kernel,
         architecture=architecture,
@@ -101,10 +102,9 @@ def report(each: Specialisation, architecture: str, library: Path | None) -> Rep
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spilled=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         shared=kernel.metadata.shared,
-        instructions=len(INSTRUCTION.findall(sass)),
-        dots=len(re.findall(r"\btt\.dot", kernel.asm["ttir"])),
-        matrix_instruction=matrix.most_common(1)[0][0] if matrix else "-",
-        load_width=load_width(sass),
+        dots=dots,
+        matrix_instruction=matrix,
+        load_width=load_width(kernel.asm["ptx"]),
         specialised=", ".join(map(shown, each.arguments)) + "; " + ", ".join(f"{n}={v}" for n, v in each.constants),
     )
 
@@ -121,12 +121,12 @@ def check(
 ) -> list[Report]:
     """Reports of all kernels whose name and architecture were asked for, printed as they come."""
     work = [(each, arch, library) for arch in architectures for each in wanted(arch) if only in each.kernel]
-    print(f"{'kernel':<40} arch    warps  regs spill  shared  instr  matrix  load  arguments; constants")
+    print(f"{'kernel':<40} arch    warps  regs spill  shared  matrix  load  arguments; constants")
     reports = []
     for r in in_parallel(report, work, processes):
         print(
             f"{r.kernel:<40} {r.architecture:<7} {r.warps:>5} {r.registers:>5} {r.spilled:>5} {r.shared:>7} "
-            f"{r.instructions:>6}  {r.matrix_instruction:<7} {r.load_width:>4}  {r.specialised}",
+            f" {r.matrix_instruction:<7} {r.load_width:>4}  {r.specialised}",
             flush=True,
         )
         reports.append(r)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import statistics
 import threading
@@ -115,6 +116,19 @@ def memory_plan(config: AlignConfig, device: torch.device) -> memory.MemoryPlan 
     return memory.check(config, llamagen_config(config.model), free, world_size())
 
 
+def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a GPU other processes compile what the steps will launch, during the `with` block and at most once a machine.
+
+    The first of a machine's ranks sees to it. The tiny preset has other shapes than those that are known.
+    """
+    if device.type != "cuda" or config.model == "tiny" or os.environ.get("LOCAL_RANK", "0") != "0":
+        return contextlib.nullcontext()
+    from vapi_fast.kernels.compile import in_background
+    from vapi_fast.ops.fused.launch import device_architecture
+
+    return in_background(device_architecture(device.index))
+
+
 class Run:
     """State of a run: models, optimizer, data, the measurements and curves so far."""
 
@@ -140,7 +154,10 @@ class Run:
             torch.cuda.reset_peak_memory_stats(device)
         self.energy = EnergyMeter(device, nvml())
         self.plan = memory_plan(config, device)
-        models = load_models(config, device, self.plan.reward_chunk if self.plan else None)
+        with kernels_compiled(config, device):
+            models = load_models(config, device, self.plan.reward_chunk if self.plan else None)
+            loaded = time.perf_counter()
+        compiling = time.perf_counter() - loaded
         self.models = models
         classes = models.generator.config.num_classes
         if config.synthetic_data:
@@ -157,7 +174,8 @@ class Run:
         self.measured: dict[str, dict[str, Any]] = {}
         self.curves: dict[str, list[float]] = {}
         self.curve_writer = report.curve_writer() if rank() == 0 else None
-        self.seconds = {"startup": time.perf_counter() - started, "alignment": 0.0, "evaluation": 0.0}
+        startup = time.perf_counter() - started
+        self.seconds = {"startup": startup, "kernels": compiling, "alignment": 0.0, "evaluation": 0.0}
         self.first_step: dict[str, float] = {}  # its seconds by stage
         self.clock.add("startup", self.seconds["startup"])
         if rank() == 0:
@@ -171,6 +189,7 @@ class Run:
         text = f"aligning {config.model} on {processes}{where}: attention by {attention_backend(self.device)}, "
         text += f"{optimizer.__module__.partition('.')[0]}'s {optimizer.__name__}"
         text += f"; results in {config.output_dir}"
+        text += f"\nstart-up {self.seconds['startup']:.1f} s, {self.seconds['kernels']:.1f} of it waiting for kernels"
         plan = f"memory per GPU, as planned: {self.plan}" if self.plan else ""
         return "\n".join(filter(None, (text, plan, packages.left_out())))
 

@@ -14,7 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m rehearsal", description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], metavar="SCENE", help="those whose name contains one")
     parser.add_argument("--depth", type=int, default=2, help="transformer blocks; 0: all of them")
-    parser.add_argument("--record", action="store_true", help="rewrite kernels/launches.json by what was launched")
+    parser.add_argument("--record", nargs="?", const=True, type=Path, help="write kernels/launches.json, or this file")
     parser.add_argument("--faults", action="store_true", help="instead find the faults that are planted for it")
     options = parser.parse_args()
     if options.record and options.only:
@@ -42,7 +42,8 @@ def main() -> int:
             rehearse(watch, name, options.depth or None)
             print(f"{name}: {len(watch.launches[name])} launches, {time.perf_counter() - start:.1f} s", flush=True)
     if options.record:
-        launches.FILE.write_text(launches.text(watch.specialisations()), encoding="utf-8")
+        file = launches.FILE if options.record is True else options.record
+        file.write_text(launches.text(watch.specialisations()), encoding="utf-8")
     for finding, count in watch.findings.items():
         print(f"{count} × {finding}")
     return 1 if watch.findings else 0

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vapi_fast import AlignConfig, generation
+from vapi_fast import AlignConfig, generation, run
 from vapi_fast.comparison import Comparison
 from vapi_fast.decoding import Decoder
 from vapi_fast.models import LlamaGen, llamagen
-from vapi_fast.run import Run
 
 from .watch import Watch
 
@@ -35,29 +34,43 @@ def align(watch: Watch, steps: int = 1, **options: Any) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         defaults = {"batch_size": IMAGES, "random_init": True, "synthetic_data": True, "steps": steps}
-        config = AlignConfig(model="xxl", output_dir=Path(folder) / "run", **(defaults | options))
-        run = Run(config, DEVICE, reference_step.published_step, time.perf_counter())
-        run.config.output_dir.mkdir()
-        with watch.steps(), mock.patch.object(run, "save_state"):  # waits for the device, and needs its numbers
-            run.align(0)
+        config = AlignConfig(output_dir=Path(folder) / "run", **(defaults | options))
+        started = run.Run(config, DEVICE, reference_step.published_step, time.perf_counter())
+        config.output_dir.mkdir()
+        with watch.steps(), mock.patch.object(started, "save_state"):  # waits for the device, and needs its numbers
+            started.align(0)
 
 
 def generate(
-    watch: Watch, images: int = 256, *, bf16_weights: bool = False, captions: bool = False, **options: Any
+    watch: Watch,
+    images: int = 256,
+    *,
+    name: str = "xxl",
+    autocast: bool = True,
+    dtype: torch.dtype = torch.float32,
+    captions: bool = False,
+    **options: Any,
 ) -> None:
+    """dtype: of the weights, and without autocast what is computed in."""
+    changes = {"caption_tokens": 120} if captions else {}
     with DEVICE:
-        name = "xl" if captions else "xxl"
-        changes = {"caption_tokens": 120} if captions else {}
-        model = LlamaGen(dataclasses.replace(llamagen.LLAMAGEN_CONFIGS[name], **changes)).eval()
+        model = LlamaGen(dataclasses.replace(llamagen.LLAMAGEN_CONFIGS[name], **changes)).eval().to(dtype)
     condition, mask = torch.arange(images) % 1000, None
     if captions:
         condition = torch.randn(images, 120, model.config.caption_width)
         mask = torch.ones(images, 120, dtype=torch.bool)
-    if bf16_weights:
-        model.to(torch.bfloat16)
     defaults = {"group_size": 1, "batch_size": 256}
-    with torch.autocast("cuda", torch.bfloat16, enabled=not bf16_weights), watch.steps():
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), watch.steps():
         generation.sample_groups(model, condition, condition_mask=mask, **(defaults | options))
+
+
+def operations(watch: Watch, dtype: torch.dtype) -> None:
+    """Each of `vapi_fast.ops` by itself, with all of its gradients, as its benchmark calls it."""
+    import run_once
+    import shapes
+
+    for operation in run_once.OPERATIONS:
+        run_once.run(operation, shapes.Source(DEVICE, dtype), shapes.XXL)
 
 
 @contextlib.contextmanager
@@ -99,13 +112,21 @@ SCENES: dict[str, Scene] = {
     "published recipe": partial(align, path="reference", batch_size=4),
     "both paths": partial(align, path="both", batch_size=4, steps=2),
     "sharded": sharded,
+    "align 3B": partial(align, model="3b"),
+    "align XL at 256²": partial(align, model="xl", image_size=256),
+    "operations in bf16": partial(operations, dtype=torch.bfloat16),
+    "operations in fp32": partial(operations, dtype=torch.float32),
     "generate": generate,
     "generate with guidance": partial(generate, cfg_scale=1.75),
     "generate in fp8": partial(generate, cfg_scale=2.0, kv_dtype="fp8", top_k=2000, top_p=0.9, return_entropies=True),
     "generate, guided at first": partial(generate, cfg_scale=2.0, cfg_interval=100),
-    "generate from bf16 weights": partial(generate, images=600, bf16_weights=True, cfg_scale=2.0, batch_size=None),
+    "generate from bf16 weights": partial(
+        generate, images=600, dtype=torch.bfloat16, autocast=False, cfg_scale=2.0, batch_size=None
+    ),
+    "generate in fp32": partial(generate, images=64, autocast=False),
+    "generate by 3B": partial(generate, images=64, name="3b", cfg_scale=2.0),
     "generate groups": partial(generate, images=16, group_size=8, batch_size=128),
-    "generate from captions": partial(generate, images=64, captions=True, cfg_scale=2.0),
+    "generate from captions": partial(generate, images=64, name="xl", captions=True, cfg_scale=2.0),
 }
 
 
@@ -126,6 +147,7 @@ def set_ups(watch: Watch) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name in ((generation, "checked_condition"), (Decoder, "__init__"), (Comparison, "gradients")):
             stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(run, "kernels_compiled", return_value=contextlib.nullcontext()))
         yield
 
 
