@@ -74,6 +74,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert compared["gradient_relative_error"] < 1e-5
     assert compared["advantages_cosine"] > 0.9999
     assert compared["tokens_equal"] == 1
+    assert compared["peak_memory"] == {"vapi_fast": None, "published_recipe": None}  # of one process's, on a CPU
     assert compared["speedup"]["backward"] == pytest.approx(
         compared["stages"]["published_recipe"]["backward"] / compared["stages"]["vapi_fast"]["backward"]
     )
