@@ -208,7 +208,6 @@ def test_our_peak_is_that_of_a_run_without_a_comparison(tiny_config: Make, tiny_
     device = torch.device("cuda")
     batch = tiny_batch.to(device)
     clock = StageClock(device)
-    warm_allocator()
 
     def loaded(path: str) -> Models:
         models = load_models(tiny_config(path=path), device)
