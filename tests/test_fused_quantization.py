@@ -241,7 +241,7 @@ def test_straight_through_lookup(shape: tuple[int, int, int], width: int, tau: f
 
 
 def test_straight_through_lookup_of_16384_codes() -> None:
-    logits, codebook = torch.randn(1, 1, 16384), F.normalize(torch.randn(16384, 8), dim=-1)
+    logits, codebook = torch.randn(1, 3, 16384), F.normalize(torch.randn(16384, 8), dim=-1)
     assert_straight_through_accurate(logits, codebook)
 
 
