@@ -34,7 +34,7 @@ setup(
         "nvidia-ml-py; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "scipy"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},

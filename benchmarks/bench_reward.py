@@ -28,7 +28,10 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def test_score(guard: Guard, step: Step) -> None:
     from reference_step import score
 
+    from vapi_fast.comparison import PublishedModels
+
     models, config = step.models, step.config
+    theirs = PublishedModels.of(models)
 
     def drawn(tokens: Tensor) -> Tensor:
         """Rollouts `[B,G,T]`: as close to the image as those of a good generator, three tokens in four its own."""
@@ -42,7 +45,7 @@ def test_score(guard: Guard, step: Step) -> None:
         rollouts, images = inputs
         repeated = images.repeat_interleave(config.group_size, 0)
         with ops.use_backend("reference"):
-            rewards = score(models, config, rollouts.flatten(0, 1), repeated, nullcontext)["reward"]
+            rewards = score(theirs, config, rollouts.flatten(0, 1), repeated, nullcontext)["reward"]
         return rewards.view(rollouts.shape[:2])
 
     inputs = [(drawn(models.reward.encode(batch.images)), batch.images) for batch in step.batches]

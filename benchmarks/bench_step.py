@@ -34,9 +34,10 @@ def test_gradients(guard: Guard, step: Step) -> None:
     from reference_step import CHUNK, encode, published_step
 
     from vapi_fast.alignment import accumulate_gradients
-    from vapi_fast.comparison import relative_error
+    from vapi_fast.comparison import PublishedModels, relative_error
 
     models, config = step.models, step.config
+    theirs = PublishedModels.of(models)
     parameters = list(models.generator.parameters())
 
     def ours(batch: ImageBatch) -> None:
@@ -45,18 +46,18 @@ def test_gradients(guard: Guard, step: Step) -> None:
 
     def published(batch: ImageBatch) -> None:
         models.generator.zero_grad(set_to_none=True)
-        published_step(models, config, batch, SEED)
+        published_step(theirs, config, batch, SEED)
 
     first = step.batches[0]
     models.generator.zero_grad(set_to_none=True)
     found = accumulate_gradients(models, config, first, SEED, nullcontext)
     gradients = [parameter.grad for parameter in parameters]
     models.generator.zero_grad(set_to_none=True)
-    published_step(models, config, first, SEED, tokens=found.tokens, drawn=found.rollouts)
+    published_step(theirs, config, first, SEED, tokens=found.tokens, drawn=found.rollouts)
     error = relative_error(gradients, [parameter.grad for parameter in parameters])
     del gradients
     with torch.no_grad(), ops.use_backend("reference"):
-        tokens = torch.cat([encode(models.tokenizer, images) for images in first.images.split(CHUNK)])
+        tokens = torch.cat([encode(theirs.tokenizer, images) for images in first.images.split(CHUNK)])
     rivals = {"published": Contestant(published), YARDSTICK: yardstick(guard.bench.device)}
     race = Race(ours, rivals, itertools.cycle(step.batches))
     race.warm_up()

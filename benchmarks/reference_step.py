@@ -4,20 +4,21 @@ It does what the released training script (Lil-Shake/VA-Pi, train_c2i_grpo.py) d
 without gradient; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in float32
 (TF32 products), with both images of every pair through the network; then a training forward and backward over the
 G-fold repeated batch, eight sequences at a time, with the frozen base model's forward that the script runs whether or
-not the KL term is used. Plain PyTorch throughout: none of our kernels.
+not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our kernels or layouts.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops, reference
-from vapi_fast.alignment import Models
 from vapi_fast.clock import Clock
+from vapi_fast.comparison import PublishedModels
 from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
 from vapi_fast.models import LlamaGen, VQTokenizer
@@ -26,7 +27,7 @@ CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
 
 
 def published_step(
-    models: Models,
+    models: PublishedModels,
     config: AlignConfig,
     batch: ImageBatch,
     seed: int,
@@ -44,7 +45,7 @@ def published_step(
             to compare with another implementation (its own are made all the same, and timed).
     """
     group_size = config.group_size
-    with ops.use_backend("reference"):
+    with ops.use_backend("reference"), released_precision():
         with clock("encode"), torch.no_grad():
             own_tokens = torch.cat([encode(models.tokenizer, images) for images in batch.images.split(CHUNK)])
             tokens = own_tokens if tokens is None else tokens
@@ -74,6 +75,19 @@ def published_step(
         return {"loss": train(models, config, rows, clock), **grouped}
 
 
+@contextmanager
+def released_precision() -> Iterator[None]:
+    """TF32 in float32's matrix products and convolutions, as the released script turns it on."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 def encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:
     """Tokens int64 `[N,T]`: the nearest code by ‖z‖² + ‖e‖² − 2 z·e, as LlamaGen's quantizer has it."""
     z, codebook = F.normalize(tokenizer.latents(images), dim=-1).flatten(0, 2), tokenizer.codebook()
@@ -81,7 +95,14 @@ def encode(tokenizer: VQTokenizer, images: Tensor) -> Tensor:
     return distances.argmin(1).unflatten(0, (len(images), -1))
 
 
-def context(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int) -> Tensor:
+def decode(tokenizer: VQTokenizer, tokens: Tensor) -> Tensor:
+    """Images `[N,3,H,W]` of tokens `[N,T]`, whose codes are put into an NCHW map, as LlamaGen's quantizer does."""
+    side = round(tokens.shape[1] ** 0.5)
+    codes = F.embedding(tokens, tokenizer.codebook()).unflatten(1, (side, side))
+    return tokenizer.decoder(tokenizer.post_quant_conv(codes.permute(0, 3, 1, 2).contiguous()))
+
+
+def context(models: PublishedModels, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int) -> Tensor:
     """The inputs `[B,T−1]`: the image's tokens, some replaced by noise."""
     if not config.noise_prob:
         return tokens[:, :-1]
@@ -129,20 +150,22 @@ def gathered(logits: Tensor, config: AlignConfig, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(models: Models, config: AlignConfig, sequences: Tensor, images: Tensor, clock: Clock) -> dict[str, Tensor]:
+def score(
+    models: PublishedModels, config: AlignConfig, sequences: Tensor, images: Tensor, clock: Clock
+) -> dict[str, Tensor]:
     """Reward, MSE and LPIPS `[N]` of sequences `[N,T]` for images `[N,3,H,W]`, eight at a time."""
     parts = []
     for drawn, target in zip(sequences.split(CHUNK), images.split(CHUNK), strict=True):
         with clock("decode"):
-            decoded = models.tokenizer.decode(drawn)
+            decoded = decode(models.tokenizer, drawn)
         with clock("lpips"):
             mse = (decoded - target).square().mean((1, 2, 3))
-            lpips = models.reward.lpips(decoded, target)
+            lpips = models.lpips(decoded, target)
             parts.append((-(config.mse_weight * mse + config.lpips_weight * lpips), mse, lpips))
     return dict(zip(("reward", "mse", "lpips"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def train(models: Models, config: AlignConfig, rows: dict[str, Tensor], clock: Clock) -> Tensor:
+def train(models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor], clock: Clock) -> Tensor:
     """Forward and backward over all N sequences, eight at a time; the mean loss."""
     count = len(rows["drawn"])
     total = torch.zeros((), device=rows["drawn"].device)

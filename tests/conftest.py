@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # read as torch is imported, here and in what tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(processes))))
+
 import torch
 
 if not torch.cuda.is_available():
@@ -23,6 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random numbers for a test and the fixtures made for it, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cublas_workspaces(request: pytest.FixtureRequest) -> None:
+    """Allocated by a process's first products, forward and backward: no test of memory is to count them."""
+    if request.node.get_closest_marker("gpu"):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(64, 64, dtype=dtype, device="cuda", requires_grad=True)
+            (x @ x).sum().backward()  # in a thread of its own, with a handle of its own
+        torch.cuda.synchronize()
 
 
 @pytest.fixture

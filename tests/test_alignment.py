@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
 from vapi_fast.alignment import METRICS, Models, NonFiniteError, accumulate_gradients, align_step, make_trainer
+from vapi_fast.comparison import PublishedModels
 from vapi_fast.data import ImageBatch
 from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
 
@@ -57,7 +58,8 @@ def test_shared_forward_equals_published_recipe(
     draw = {"seed": seed, "sample_ids": tiny_batch.sample_ids}
     drawn = roll_out(tiny_models.generator, tokens, tiny_batch.labels, config, **draw).tokens
     tiny_models.generator.zero_grad()
-    published_loss = published_step(tiny_models, config, tiny_batch, seed, tokens=tokens, drawn=drawn)["loss"].item()
+    theirs = PublishedModels.of(tiny_models)
+    published_loss = published_step(theirs, config, tiny_batch, seed, tokens=tokens, drawn=drawn)["loss"].item()
     # The policy term cancels: its parts are of order 1, in float32.
     assert loss == pytest.approx(published_loss, rel=1e-5, abs=3e-6)
     assert relative(ours, gradient(tiny_models)) < 1e-5

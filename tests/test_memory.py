@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vapi_fast import AlignConfig
 from vapi_fast.config import ConfigError
-from vapi_fast.memory import activation_bytes, check, chunks, plan, published_bytes
+from vapi_fast.memory import activation_bytes, check, chunks, frozen_parameters, plan, published_bytes
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
 
 XXL = LLAMAGEN_CONFIGS["xxl"]
@@ -97,7 +97,8 @@ def test_options_that_need_more_are_counted() -> None:
     assert divergence.parts["base model"] == 2 * PARAMETERS
     assert divergence.parts["loss"] - plain.parts["loss"] == 12 * 16 * 576 * 16384
     both = plan(config(path="both"), XXL, 200 * GB)
-    assert both.total - plain.total == (2 + 4) * PARAMETERS + published_bytes(XXL, 128) - sum(plain.step.values())
+    held = (2 + 4) * PARAMETERS + 4 * frozen_parameters("vq-16", "vgg16")
+    assert both.total - plain.total == held + published_bytes(XXL, 128) - sum(plain.step.values())
     assert plan(config(method="ste"), XXL, 200 * GB).parts["activations"] > 2 * plain.parts["activations"]
     quarter = plan(config(image_size=192), XXL, 200 * GB)
     assert quarter.parts["activations"] == plain.parts["activations"] / 4

@@ -670,7 +670,7 @@ def test_a_step_with_gradients_or_dropout_is_the_same(monkeypatch: pytest.Monkey
     patch_llamagen(model)
     runs = []
     monkeypatch.setattr(ops, "decode_attention", counted(ops.decode_attention, runs))
-    torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-5)
+    assert max(map(relative_l2, results(), expected)) < 1e-5  # no bound for single gradients, sums of many terms
     assert len(runs) == len(model.layers) * (1 + 2)  # the first step of three, and the second without gradients
 
 

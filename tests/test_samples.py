@@ -147,7 +147,7 @@ def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Pa
     arguments = [f"{flags} --format {form} --out {tmp_path / form}" for form in ("png", "npz")]
     arguments.append(f"--model tiny --samples {tmp_path / 'png'} --output {tmp_path / 'scores.json'}")
     finished = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *arguments], capture_output=True, text=True, timeout=300, check=False
+        [*command, str(tmp_path / "script.py"), *arguments], capture_output=True, text=True, timeout=900, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert contents(tmp_path / "png") == contents(png)

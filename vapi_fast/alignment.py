@@ -49,8 +49,9 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
     reward_chunk: rollouts to decode at once; None: by the image size.
     """
     generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
+    layout = torch.contiguous_format if config.path == "reference" else torch.channels_last
     for module in (tokenizer, lpips):
-        module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        module.eval().requires_grad_(False).to(device, memory_format=layout)
     if generator.config.caption_tokens:
         raise CheckpointError(
             f"{config.gpt_ckpt} is a text-conditioned generator, and the image data has class labels only: pass a "

@@ -1,31 +1,69 @@
-"""Our step beside the published recipe's, on the same weights and batches: time by stage, gradients, advantages."""
+"""Our step beside the published recipe's, on the same weights and batches: time by stage, memory, agreement."""
 
 from __future__ import annotations
 
+import copy
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.alignment import Gradients, Models, accumulate_gradients, mean_terms, non_finite
 from vapi_fast.clock import Clock, StageClock
 from vapi_fast.config import AlignConfig
 from vapi_fast.data import ImageBatch
+from vapi_fast.graphs import Pool, idle_bytes
+from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 
-# (models, config, batch, seed, clock, *, tokens=None, drawn=None) → terms `loss`, `reward`, `mse`, `lpips`; adds one
-# step's gradients. benchmarks/reference_step.py has the published one.
+# (PublishedModels, config, batch, seed, clock, *, tokens=None, drawn=None) → terms `loss`, `reward`, `mse`, `lpips`;
+# adds one step's gradients. benchmarks/reference_step.py has the published one.
 PublishedStep = Callable[..., dict[str, Tensor]]
+WARM_UP = 8  # sequences: one chunk of each of the published recipe's stages
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+
+class PublishedModels(NamedTuple):
+    """What the published recipe works with: our generator, and the frozen networks in plain layouts (NCHW)."""
+
+    generator: LlamaGen
+    tokenizer: VQTokenizer
+    lpips: LPIPS
+    base: LlamaGen | None
+
+    @classmethod
+    def of(cls, models: Models) -> PublishedModels:
+        tokenizer, lpips = in_plain_layout(models.tokenizer), in_plain_layout(models.reward.lpips)
+        return cls(models.generator, tokenizer, lpips, models.base)
+
+
+def in_plain_layout(module: M) -> M:
+    """The module, or a copy if a parameter lies otherwise than a new one.
+
+    Under channels-last weights, 1×1 ones among them, a convolution copies an NCHW input and gives an NHWC result.
+    """
+    if all(is_plain(parameter) for parameter in module.parameters()):
+        return module
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x has a new tensor's strides, in dimensions of size 1 as well: `is_contiguous` passes over those."""
+    return x.stride() == torch.empty(x.shape, device="meta").stride()
 
 
 def published_gradients(published_step: PublishedStep) -> Callable[..., Gradients]:
     """The published recipe in the place of `accumulate_gradients`."""
 
     def gradients(models: Models, config: AlignConfig, batch: ImageBatch, seed: int, clock: Clock) -> Gradients:
-        terms = published_step(models, config, batch, seed, clock)
+        terms = published_step(PublishedModels.of(models), config, batch, seed, clock)
         none = torch.empty(0, dtype=torch.int64, device=batch.images.device)
         return Gradients(mean_terms(terms), non_finite(terms, len(batch.images)), none, none, terms["reward"])
 
@@ -33,12 +71,21 @@ def published_gradients(published_step: PublishedStep) -> Callable[..., Gradient
 
 
 class Comparison:
-    """Takes the place of `accumulate_gradients` in a step: ours count, the published recipe's are measured."""
+    """Takes the place of `accumulate_gradients` in a step: ours count, the published recipe's are measured.
 
-    def __init__(self, published_step: PublishedStep, device: torch.device) -> None:
+    Each side's memory is the most that was allocated during its part of a step, without what only the other side keeps
+    there: the copies of tokenizer and LPIPS that it works with, its base model, the graphs of our reward, the gradients
+    that are put aside. What both use (weights, optimizer) counts for both; so does what the graphs of our reward hold
+    between replays for ours. On a CPU it is not measured.
+    """
+
+    def __init__(self, published_step: PublishedStep, models: Models, device: torch.device) -> None:
         self.published_step = published_step
+        self.published = PublishedModels.of(models)
+        self.device = device
         self.clock = StageClock(device)  # of the published recipe
         self.stages: dict[str, list[dict[str, float]]] = {"vapi_fast": [], "published_recipe": []}
+        self.peaks: dict[str, list[int]] = {"vapi_fast": [], "published_recipe": []}
         self.errors: list[dict[str, float]] = []
 
     def gradients(
@@ -46,12 +93,28 @@ class Comparison:
     ) -> Gradients:
         """Ours, after both were computed and compared; `clock` gets our time alone."""
         parameters = list(models.generator.parameters())
-        arguments = models, config, batch, seed
-        ours = self.timed("vapi_fast", clock, lambda: accumulate_gradients(*arguments, clock))
+        theirs = [self.published.tokenizer, self.published.lpips, models.base if config.prior != "kl" else None]
+        ours = self.measured(
+            "vapi_fast",
+            clock,
+            lambda: accumulate_gradients(models, config, batch, seed, clock),
+            others=theirs,
+            pool=models.reward.pool,
+        )
         kept = [parameter.grad for parameter in parameters]
         models.generator.zero_grad(set_to_none=True)
+        if not self.errors:  # a GPU's first calls load kernels and choose algorithms: ours did in the run's first step
+            images = max(1, WARM_UP // config.group_size)
+            first = ImageBatch(*(value[:images] for value in batch))
+            self.published_step(self.published, config, first, seed, self.clock)
+            models.generator.zero_grad(set_to_none=True)
         same = {"tokens": ours.tokens, "drawn": ours.rollouts}
-        terms = self.timed("published_recipe", self.clock, lambda: self.published_step(*arguments, self.clock, **same))
+        terms = self.measured(
+            "published_recipe",
+            self.clock,
+            lambda: self.published_step(self.published, config, batch, seed, self.clock, **same),
+            others=[models.reward, kept],
+        )
         published = [parameter.grad for parameter in parameters]
         advantages = [ops.group_advantages(rewards.float()).flatten() for rewards in (ours.rewards, terms["reward"])]
         self.errors.append(
@@ -65,15 +128,23 @@ class Comparison:
             parameter.grad = gradient
         return ours
 
-    def timed(self, name: str, clock: StageClock, run: Callable[[], Any]) -> Any:
+    def measured(
+        self, name: str, clock: StageClock, run: Callable[[], T], others: list[object], pool: Pool | None = None
+    ) -> T:
+        """`run`'s result. Notes seconds by stage, and memory: with what `pool` keeps, without what `others` do."""
         before = clock.seconds(wait=True)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         result = run()
         spent = {stage: seconds - before.get(stage, 0.0) for stage, seconds in clock.seconds(wait=True).items()}
         self.stages[name].append({stage: seconds for stage, seconds in spent.items() if seconds > 0})
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.peaks[name].append(peak + (idle_bytes(pool) if pool else 0) - held_bytes(others))
         return result
 
     def seconds(self) -> float:
-        """That the published recipe has taken so far."""
+        """That the published recipe has taken so far, its warm-up included."""
         return sum(self.clock.seconds().values())
 
     def record(self) -> dict[str, Any]:
@@ -94,6 +165,7 @@ class Comparison:
                 "gradient_relative_error": max(errors["gradient"] for errors in self.errors),
                 "advantages_cosine": min(errors["advantages_cosine"] for errors in self.errors),
                 "tokens_equal": min(errors["tokens_equal"] for errors in self.errors),
+                "peak_memory": {name: max(peaks, default=None) for name, peaks in self.peaks.items()},  # bytes
             },
         }
 
@@ -102,6 +174,28 @@ class Comparison:
 def plain_tokens(models: Models, batch: ImageBatch) -> Tensor:
     """The images' tokens by the plain tokenizer, an image at a time."""
     return torch.cat([models.tokenizer.encode(image) for image in batch.images.split(1)])
+
+
+def held_bytes(holders: Iterable[object]) -> int:
+    """Memory of the tensors in modules, containers and plain objects, however deep; shared memory counts once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    found = list(holders)
+    while found:
+        each = found.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(each, dict):
+            found += each.values()
+        elif isinstance(each, list | tuple):
+            found += each
+        elif hasattr(each, "__dict__"):
+            found.append(vars(each))
+    return sum(storages.values())
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -123,3 +123,9 @@ def graph_pool(device: torch.device) -> Pool | None:
     if device.type != "cuda":
         return None
     return Pool(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+def idle_bytes(pool: Pool) -> int:
+    """Memory of a pool in which graphs keep what they compute on the way: the allocator counts it as free."""
+    segments = [each for each in torch.cuda.memory_snapshot() if each["segment_pool_id"] == pool.handle]
+    return sum(each["total_size"] - each["allocated_size"] for each in segments)

@@ -144,7 +144,8 @@ def held_parts(
         "bf16 weights": BF16 * gathered,
         "base model": BF16 * count if config.prior == "kl" or config.path != "fast" else 0,
         "compared gradients": FP32 * count if config.path == "both" else 0,
-        "tokenizer and LPIPS": 2 * FP32 * frozen,  # as loaded, and the form that rewards are computed with
+        # As loaded, and the form that rewards are computed with; the published recipe's.
+        "tokenizer and LPIPS": (3 if config.path == "both" else 2) * FP32 * frozen,
         "images": 2 * FP32 * images,  # of this step and the next
         "workspaces": WORKSPACES,
     }

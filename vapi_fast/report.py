@@ -195,6 +195,8 @@ def comparison_table(record: dict[str, Any]) -> list[str]:
         f"same rollouts in both: gradients differ by {compared['gradient_relative_error']:.1e}, cosine of the "
         f"advantages {compared['advantages_cosine']:.5f}, image tokens equal {compared['tokens_equal']:.2%}"
     )
+    if None not in (peaks := compared["peak_memory"]).values():
+        lines.append("peak memory: " + ", ".join(f"{PATH_NAMES[name]} {peaks[name] / 1e9:.1f} GB" for name in peaks))
     return lines
 
 

@@ -58,10 +58,10 @@ class PixelReward:
         encoder_dtype = torch.promote_types(self.dtype, torch.float32)
         self.frozen_tokenizer = FrozenTokenizer(tokenizer, self.dtype, encoder_dtype)
         self.frozen_lpips = FrozenLPIPS(lpips, self.dtype)
-        pool = graph_pool(self.device)
-        self._encode = Replayed(self.frozen_tokenizer.encode, pool)
-        self._decode = Replayed(self.frozen_tokenizer.decode, pool)
-        self._distances = Replayed(self.distances, pool)
+        self.pool = graph_pool(self.device)
+        self._encode = Replayed(self.frozen_tokenizer.encode, self.pool)
+        self._decode = Replayed(self.frozen_tokenizer.decode, self.pool)
+        self._distances = Replayed(self.distances, self.pool)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[B,3,H,W]` in [−1, 1] → their tokens int64 `[B,T]`; no gradient."""

@@ -169,7 +169,7 @@ class Run:
         self.trainer = make_trainer(models, config, self.clock)
         self.snapshots = Snapshots(config.snapshots)
         self.published_step = published_step
-        self.comparison = Comparison(published_step, device) if config.path == "both" else None
+        self.comparison = Comparison(published_step, models, device) if config.path == "both" else None
         self.pictures: list[tuple[str, Tensor]] = []
         self.measured: dict[str, dict[str, Any]] = {}
         self.curves: dict[str, list[float]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,7 +55,8 @@ class AttentionBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H·W, C]
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)  # a view, channels-last
+        return x + self.proj_out(out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous())
 
 
 class Upsample(nn.Module):
