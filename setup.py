@@ -19,7 +19,11 @@ setup(
         "vapi_fast.kernels.tables",
     ],
     package_dir={"vapi_fast": "vapi_fast", "vapi_fast.kernels": "kernels"},
-    package_data={"vapi_fast.tiny": ["preset/*"], "vapi_fast.kernels.tables": ["*.json"]},
+    package_data={
+        "vapi_fast.tiny": ["preset/*"],
+        "vapi_fast.kernels": ["*.json"],
+        "vapi_fast.kernels.tables": ["*.json"],
+    },
     install_requires=[
         "torch>=2.8,<2.14",
         "triton; platform_system == 'Linux'",

@@ -1,22 +1,27 @@
-"""The kernels' machine code for Ampere, Hopper and Blackwell, compiled here, and what the check calls a problem."""
+"""The kernels' machine code for three architectures, what the check calls a problem, and the library that it leaves."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from vapi_fast.kernels import check
+import vapi_fast
+from vapi_fast.kernels import check, compile, launches
 from vapi_fast.kernels.tables import launch_settings, launch_table
 
 COMPILER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 GOOD = check.Report(
-    entry="rms_norm",
-    kernel="rms_norm_forward",
+    kernel="normalization.rms_norm_forward",
     architecture="sm_90",
     warps=4,
     registers=64,
@@ -25,21 +30,106 @@ GOOD = check.Report(
     dots=1,
     matrix_instruction="HGMMA",
     load_width=128,
+    specialised="bfloat16, bfloat16; BLOCK_D=2048",
 )
 
 
+def run(*arguments: str, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=COMPILER | variables, capture_output=True, text=True)
+
+
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vapi_fast.kernels.check", *arguments]
-    return subprocess.run(command, env=COMPILER, capture_output=True, text=True)
+    return run("-m", "vapi_fast.kernels.check", *arguments)
 
 
-def test_every_kernel_compiles_without_a_problem() -> None:
-    ended = run_check()
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The check of everything, and the library that it leaves."""
+    library = tmp_path_factory.mktemp("kernels")
+    return run_check("--output-dir", str(library)), library
+
+
+def test_every_launch_compiles_without_a_problem(checked: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    ended, _ = checked
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.splitlines()[-1].endswith(", 0 problems")
-    for kernel in launch_table():
-        for architecture in ("sm_80", "sm_90", "sm_100"):
-            assert any({kernel, architecture} <= set(line.split()) for line in ended.stdout.splitlines()), kernel
+    assert re.fullmatch(r"\d+ kernels in \d+ s, 0 problems", ended.stdout.splitlines()[-1])
+    rows = [line.split()[:2] for line in ended.stdout.splitlines()]
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        wanted = collections.Counter(each.kernel for each in compile.wanted(architecture))
+        assert wanted == collections.Counter(kernel for kernel, arch in rows[1:-1] if arch == architecture)
+    assert {each.kernel.split(".")[1] for each in launches.load()} == launch_table().keys()
+
+
+# Compiles one specialisation, if it has to.
+LAUNCH = """
+import sys
+from triton.compiler import ASTSource
+from vapi_fast.kernels import compile
+from vapi_fast.ops import fused  # as it is imported, a library is taken
+if sys.argv[1:] == ["never"]:
+    ASTSource.make_ir = None
+each = next(each for each in compile.wanted("sm_90") if each.kernel == "normalization.rms_norm_forward")
+print(len(compile.compiled(each, "sm_90").asm["cubin"]))
+"""
+
+
+def test_a_library_takes_the_compilers_place(
+    checked: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    _, library = checked
+    variables = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "VAPI_FAST_KERNELS": str(library)}
+    compiled = run("-c", LAUNCH, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert compiled.returncode == 0, compiled.stderr
+    shutil.rmtree(tmp_path / "cache")
+    without = run("-c", LAUNCH, "never", TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert "'NoneType' object is not callable" in without.stderr
+    taken = run("-c", LAUNCH, "never", **variables)
+    assert taken.returncode == 0, taken.stderr
+    assert taken.stdout == compiled.stdout
+
+    other = tmp_path / "other"
+    shutil.copytree(library, other)
+    record = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(record | {"versions": record["versions"] | {"triton": "2.0.0"}}))
+    passed_over = run("-c", LAUNCH, **variables | {"VAPI_FAST_KERNELS": str(other)})
+    assert "is for another version of triton: not used" in passed_over.stderr
+    assert passed_over.stdout == compiled.stdout
+
+
+def test_a_folder_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    ended = run("-c", "from vapi_fast import ops", VAPI_FAST_KERNELS=str(tmp_path))
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: VAPI_FAST_KERNELS={tmp_path}: no library of kernels")
+    assert "or unset the variable" in last
+
+
+# Fills an empty cache with two kernels, in the background, and looks whether there is more to do.
+BACKGROUND = """
+import json, pathlib, time
+from vapi_fast.kernels import compile
+for _ in range(2):
+    with compile.in_background("sm_90"):
+        pass
+print(compile.marker("sm_90").exists(), len(list(compile.marker("sm_90").parent.glob("*/*.cubin"))))
+"""
+
+
+def test_the_cache_is_filled_in_the_background_and_once(tmp_path: Path) -> None:
+    """By a copy of the package that launches two kernels only."""
+    package = tmp_path / "vapi_fast"
+    package.mkdir()
+    for source in Path(vapi_fast.__file__).parent.iterdir():
+        (package / source.name).symlink_to(source)
+    shutil.copytree(Path(launches.__file__).parent, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    two = dict(list(launches.load().items())[:2])
+    (package / "kernels" / "launches.json").write_text(launches.text(two), encoding="utf-8")
+    variables = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    ended = run("-c", BACKGROUND, folder=tmp_path, **variables)
+    assert ended.stdout.split() == ["True", "2"], ended.stderr
+    shutil.rmtree(next((tmp_path / "cache").glob("*/")))
+    again = run("-c", BACKGROUND, folder=tmp_path, **variables)
+    assert again.stdout.split() == ["True", "1"]  # the cache is marked as full
 
 
 @pytest.mark.parametrize(
@@ -58,13 +148,26 @@ def test_problems(change: dict[str, object], message: str) -> None:
 
 
 def test_load_width_reads_the_instructions() -> None:
-    assert check.load_width("  LDG.E.U16.CONSTANT R2, desc[UR4][R2.64] ;\n LDG.E R3, [R2] ;") == 32
-    assert check.load_width("  LDGSTS.E.BYPASS.128 [R5], desc[UR8][R2.64] ;") == 128
-    assert check.load_width("  STG.E.128 [R2], R4 ;") == 0
+    assert check.load_width("ld.global.u16 {%rs1}, [ %rd1 + 0 ];\n ld.global.b32 %r2, [%rd2];") == 32
+    assert check.load_width("@%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];") == 128
+    assert check.load_width("cp.async.cg.shared.global [ %r5 + 0 ], [ %rd6 + 0 ], 0x10, %r7;") == 128
+    assert check.load_width("st.global.v4.b32 [ %rd1 ], { %r1, %r2, %r3, %r4 };\n ld.shared.v4.u32 {}, [%r1];") == 0
+
+
+def test_an_integer_stands_for_all_of_its_class() -> None:
+    assert [launches.representative(n, False) for n in (1, 32, 7, 2**31 + 16, 2**31 + 1)] == [
+        *(1, 16, 3),
+        *(2**31 + 16, 2**31 + 3),
+    ]
+    assert [launches.representative(n, True) for n in (1, 32, 2**31)] == [3, 3, 2**31 + 3]
+    assert [launches.representative(value, False) for value in (True, None, 0.3)] == [True, None, 1.5]
+    x = torch.empty(9, dtype=torch.bfloat16)
+    assert launches.representative(x, False) == launches.Pointer("bfloat16", True)
+    assert launches.representative(x[1:], False) == launches.Pointer("bfloat16", False)
 
 
 def test_a_wrong_name_and_the_interpreter_are_refused() -> None:
-    assert "--only nothing: no such operation" in run_check("--only", "nothing").stderr
+    assert "--only nothing: no such kernel" in run_check("--only", "nothing").stderr
     interpreted = subprocess.run(
         [sys.executable, "-m", "vapi_fast.kernels.check"],
         env=COMPILER | {"TRITON_INTERPRET": "1"},

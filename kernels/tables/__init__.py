@@ -1,7 +1,7 @@
 """Launch tables: block sizes, warps and pipeline stages of every kernel, as data.
 
 `<family>.json` maps a kernel to its settings by architecture: `default`, and `sm_80`, `sm_90` or `sm_100` where
-another choice was measured to be faster. `python -m vapi_fast.kernels.tune` rewrites them on a GPU.
+another choice was measured to be faster.
 """
 
 from __future__ import annotations
