@@ -15,6 +15,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]  # a pytest that a test starts is no worker
 
 if TYPE_CHECKING:  # imported where they are used: tests of kernels run without the package `datasets`
     from vapi_fast import AlignConfig
@@ -31,8 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """The same random numbers for a test and the fixtures made for it, whatever ran before."""
+    """The same random numbers and precision for a test and the fixtures made for it, whatever ran before."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # a run leaves "high"
 
 
 @pytest.fixture(autouse=True)
