@@ -173,7 +173,12 @@ def stand_ins(host: Host) -> dict[str, Any]:
     answers = dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True)
     answers |= dict.fromkeys(("memory_reserved", "memory_allocated", "max_memory_reserved", "max_memory_allocated"), 0)
     answers |= {"current_device": 0, "device_count": 1, "get_device_capability": CAPABILITY, "get_device_name": NAME}
-    answers |= {"get_device_properties": properties, "mem_get_info": (FREE, MEMORY), "graph_pool_handle": (0, 1)}
+    answers |= {
+        "memory_snapshot": [],
+        "get_device_properties": properties,
+        "mem_get_info": (FREE, MEMORY),
+        "graph_pool_handle": (0, 1),
+    }
     replaced: dict[str, Any] = {
         name: lambda *_, value=value, **__: value for name, value in (nothing | answers).items()
     }

@@ -258,7 +258,8 @@ def decode_attention_forward(
     out = torch.empty_like(q)
     slots, block_d = k_cache.shape[2], max(next_power_of_2(head_dim), MIN_DOT)
     block = dict(settings("decode_attention", k_cache))
-    block_s = max(block.pop("BLOCK_ELEMENTS") // block_d, 1)
+    wide = max(k_cache.element_size() // 2, 1)  # a tile of fp32 takes the registers of two in 16 bits
+    block_s = max(block.pop("BLOCK_ELEMENTS") // (wide * block_d), 1)
     combine = settings("decode_attention_combine", q)
     splits = splits_of(triton.cdiv(slots, block_s), sequences * heads, q.device)
     common = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_S": block_s, "BLOCK_PIECES": combine["BLOCK_PIECES"]}
