@@ -21,7 +21,7 @@ from timing import clock
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.generation import Generation, sample_groups
+from vapi_fast.generation.sequences import Generation, sample_groups
 from vapi_fast.models import LlamaGen
 from vapi_fast.reference import generation as reference
 from vapi_fast.tiny import FILES

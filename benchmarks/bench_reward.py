@@ -28,7 +28,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def test_score(guard: Guard, step: Step) -> None:
     from reference_step import score
 
-    from vapi_fast.comparison import PublishedModels
+    from vapi_fast.alignment.comparison import PublishedModels
 
     models, config = step.models, step.config
     theirs = PublishedModels.of(models)

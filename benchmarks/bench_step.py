@@ -19,7 +19,7 @@ from vapi_fast import ops
 if TYPE_CHECKING:
     from conftest import Guard, Step
 
-    from vapi_fast.data import ImageBatch
+    from vapi_fast.data.dataset import ImageBatch
 
 SEED = 0
 # Of the gradient, relative L2 against the published step's on the same rollouts. In bf16 the rollouts' rewards round,
@@ -33,8 +33,8 @@ DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.5}
 def test_gradients(guard: Guard, step: Step) -> None:
     from reference_step import CHUNK, encode, published_step
 
-    from vapi_fast.alignment import accumulate_gradients
-    from vapi_fast.comparison import PublishedModels, relative_error
+    from vapi_fast.alignment.comparison import PublishedModels, relative_error
+    from vapi_fast.alignment.step import accumulate_gradients
 
     models, config = step.models, step.config
     theirs = PublishedModels.of(models)

@@ -16,12 +16,12 @@ from shapes import SMALL, XXL, Sizes
 from summary import ratios, table
 from timing import keep_freed_memory
 
-from vapi_fast import ceilings
+from vapi_fast.runtime import ceilings
 
 if TYPE_CHECKING:  # imported where they are used: operations are measured without the package `datasets`
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment import Models
-    from vapi_fast.data import ImageBatch
+    from vapi_fast.alignment.step import Models
+    from vapi_fast.data.dataset import ImageBatch
 
 ROWS = pytest.StashKey[list[Row]]()
 BASELINE = pytest.StashKey[Baseline]()
@@ -183,11 +183,11 @@ def guard(request: pytest.FixtureRequest, bench: Bench, benchmark: BenchmarkFixt
 @pytest.fixture(scope="module")
 def step(bench: Bench) -> Iterator[Step]:
     """Eight images × 8 rollouts: LlamaGen-XXL with random weights at 384² on a GPU, the tiny preset on a CPU."""
-    pytest.importorskip("datasets", reason="vapi_fast.alignment needs it")
+    pytest.importorskip("datasets", reason="vapi_fast.alignment.step needs it")
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment import load_models
-    from vapi_fast.data import ImageData
-    from vapi_fast.synthetic import SyntheticData
+    from vapi_fast.alignment.step import load_models
+    from vapi_fast.data.dataset import ImageData
+    from vapi_fast.data.synthetic import SyntheticData
 
     gpu = bench.device.type == "cuda"
     made_up = {"random_init": gpu, "synthetic_data": gpu}

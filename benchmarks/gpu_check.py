@@ -43,8 +43,8 @@ if torch.cuda.is_available():
     found |= {"name": properties.name, "capability": [properties.major, properties.minor]}
     found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
     found |= {"cache": properties.L2_cache_size, "free": torch.cuda.mem_get_info()[0]}
-    from vapi_fast import memory
-    from vapi_fast.config import AlignConfig
+    from vapi_fast.alignment import memory
+    from vapi_fast.alignment.config import AlignConfig
     from vapi_fast.models import LLAMAGEN_CONFIGS
     config = AlignConfig(model="xxl", random_init=True, synthetic_data=True, path="both")
     found["needed"] = int(memory.plan(config, LLAMAGEN_CONFIGS["xxl"], found["free"]).total / memory.USABLE)

@@ -36,10 +36,11 @@ from timing import host_seconds, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vapi_fast import ceilings, ops
-from vapi_fast.frozen import FrozenTokenizer, conv_relu
-from vapi_fast.graphs import Replayed
+from vapi_fast import ops
 from vapi_fast.models import VQTokenizer
+from vapi_fast.models.frozen import FrozenTokenizer, conv_relu
+from vapi_fast.runtime import ceilings
+from vapi_fast.runtime.graphs import Replayed
 
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
 IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil

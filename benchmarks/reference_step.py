@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops, reference
-from vapi_fast.clock import Clock
-from vapi_fast.comparison import PublishedModels
-from vapi_fast.config import AlignConfig
-from vapi_fast.data import ImageBatch
+from vapi_fast.alignment.comparison import PublishedModels
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import LlamaGen, VQTokenizer
+from vapi_fast.runtime.clock import Clock
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
 

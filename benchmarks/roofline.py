@@ -4,7 +4,7 @@
     python benchmarks/roofline.py run.json
 
 A stage's floor is the longer of its FLOPs at the matrix product's rate and its bytes at a copy's; both count what the
-mathematics needs (`vapi_fast.costs.step_costs`), not what a program happens to do.
+mathematics needs (`vapi_fast.alignment.costs.step_costs`), not what a program happens to do.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vapi_fast.ceilings import Ceilings, measure
-from vapi_fast.config import PAPER, TINY
-from vapi_fast.costs import Cost, config_costs, model_flop_utilisation, stage_table
+from vapi_fast.alignment.config import PAPER, TINY
+from vapi_fast.alignment.costs import Cost, config_costs, model_flop_utilisation, stage_table
 from vapi_fast.models import LLAMAGEN_CONFIGS
+from vapi_fast.runtime.ceilings import Ceilings, measure
 
 
 class Device(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from timing import synchronize
 
-from vapi_fast.decoding import Decoder
-from vapi_fast.generation import CACHE_DTYPES, guidance_scales
+from vapi_fast.generation.engine import Decoder
+from vapi_fast.generation.sequences import CACHE_DTYPES, guidance_scales
 from vapi_fast.models import LlamaGen, LlamaGenConfig
 
 DRAWS = 2  # after one that warms up

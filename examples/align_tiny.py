@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from vapi_fast import AlignConfig, generate
-from vapi_fast.alignment import align_step, load_models, make_trainer
-from vapi_fast.checkpoint import save_generator
-from vapi_fast.data import ImageData
-from vapi_fast.pictures import save_grid
+from vapi_fast.alignment.step import align_step, load_models, make_trainer
+from vapi_fast.data.dataset import ImageData
+from vapi_fast.data.pictures import save_grid
+from vapi_fast.runtime.checkpoint import save_generator
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=20)

@@ -20,8 +20,8 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
 
 if TYPE_CHECKING:  # imported where they are used: tests of kernels run without the package `datasets`
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment import Models
-    from vapi_fast.data import ImageBatch
+    from vapi_fast.alignment.step import Models
+    from vapi_fast.data.dataset import ImageBatch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,7 +62,7 @@ def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
 
 @pytest.fixture
 def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
-    from vapi_fast.alignment import load_models
+    from vapi_fast.alignment.step import load_models
 
     return load_models(tiny_config(path="both"), torch.device("cpu"))
 
@@ -77,8 +77,8 @@ def image_sets() -> None:
 def tiny_batch() -> ImageBatch:
     """The first four training images of seed 0; made-up ones where `datasets` is not installed."""
     from vapi_fast import AlignConfig
-    from vapi_fast.data import ImageData
-    from vapi_fast.synthetic import SyntheticData
+    from vapi_fast.data.dataset import ImageData
+    from vapi_fast.data.synthetic import SyntheticData
 
     config = AlignConfig(model="tiny")
     real = importlib.util.find_spec("datasets") is not None

@@ -11,7 +11,7 @@ import torch
 from accuracy import assert_accurate, relative_l2
 from torch import Tensor
 
-from vapi_fast.accelerators import (
+from vapi_fast.runtime.accelerators import (
     apex_fused_adam,
     attention_backend,
     attention_for,

@@ -13,10 +13,11 @@ from reference_step import published_step
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment import METRICS, Models, NonFiniteError, accumulate_gradients, align_step, make_trainer
-from vapi_fast.comparison import PublishedModels
-from vapi_fast.data import ImageBatch
-from vapi_fast.rollout import roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.alignment.comparison import PublishedModels
+from vapi_fast.alignment.rollout import roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.alignment.step import METRICS, Models, accumulate_gradients, align_step, make_trainer
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.runtime.errors import NonFiniteError
 
 Make = Callable[..., AlignConfig]
 

@@ -7,12 +7,12 @@ import torch
 from bench_generate import Setting, agreement, bytes_read, loop_without_cache, table, targets
 from race import OURS
 
-from vapi_fast.generation import sample_groups
+from vapi_fast.generation.sequences import sample_groups
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen
 
 
 def test_bytes_that_xxl_must_read() -> None:
-    """As in `vapi_fast.decoding`: 2.77 GB of weights a step, and 295 kB a sequence and slot."""
+    """As in `vapi_fast.generation.engine`: 2.77 GB of weights a step, and 295 kB a sequence and slot."""
     config = LLAMAGEN_CONFIGS["xxl"]
     weights = bytes_read(config, 0, 2, 2) / 575
     cache = bytes_read(config, 1, 0, 2) / sum(range(2, 577))

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vapi_fast.checkpoint import CheckpointError, load_into, load_state_dict, save_generator, write_atomically
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, LlamaGenConfig, VQTokenizer, VQTokenizerConfig
+from vapi_fast.runtime.checkpoint import load_into, load_state_dict, save_generator, write_atomically
+from vapi_fast.runtime.errors import CheckpointError
 
 WEIGHTS = {"norm.weight": torch.tensor([1.0, -2.0, 3.0]), "output.weight": torch.arange(6.0).view(2, 3)}
 

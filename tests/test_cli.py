@@ -13,10 +13,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vapi_fast import AlignConfig, cli, commands, tiny
-from vapi_fast.checkpoint import load_state_dict
+from vapi_fast.alignment.optimizer import make_optimizer
+from vapi_fast.alignment.snapshots import Snapshots
 from vapi_fast.models import LlamaGen
-from vapi_fast.optimization import make_optimizer
-from vapi_fast.snapshots import Snapshots
+from vapi_fast.runtime.checkpoint import load_state_dict
 
 PRESET = tiny.FILES
 
@@ -165,7 +165,7 @@ def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
 
 
 def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vapi_fast import run
+    from vapi_fast.alignment import run
 
     small = (
         "--model",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vapi_fast.clock import STAGES, StageClock
+from vapi_fast.runtime.clock import STAGES, StageClock
 
 
 class Stream:
@@ -55,7 +55,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
 def test_stages_add_up_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [5.0]
-    monkeypatch.setattr("vapi_fast.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("vapi_fast.runtime.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = StageClock("cpu")
     for seconds in (0.25, 0.5):
         with clock("decode"):

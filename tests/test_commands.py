@@ -14,9 +14,9 @@ import torch
 from torch.distributed.run import get_args_parser
 
 from vapi_fast import cli, commands
-from vapi_fast.graphs import CaptureError
-from vapi_fast.samples import GenerateConfig, Sampler
-from vapi_fast.scoring import EvaluateConfig
+from vapi_fast.evaluation.scoring import EvaluateConfig
+from vapi_fast.generation.folder import GenerateConfig, Sampler
+from vapi_fast.runtime.errors import CaptureError
 
 Run = Callable[..., int]
 

@@ -12,11 +12,12 @@ import torch
 from reference_step import published_step
 from torch import Tensor, nn
 
-from vapi_fast import AlignConfig, comparison, report
-from vapi_fast.alignment import Models, accumulate_gradients, load_models
-from vapi_fast.clock import StageClock
-from vapi_fast.comparison import Comparison, PublishedModels, held_bytes, is_plain, published_gradients
-from vapi_fast.data import ImageBatch
+from vapi_fast import AlignConfig
+from vapi_fast.alignment import comparison, report
+from vapi_fast.alignment.comparison import Comparison, PublishedModels, held_bytes, is_plain, published_gradients
+from vapi_fast.alignment.step import Models, accumulate_gradients, load_models
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.runtime.clock import StageClock
 
 Make = Callable[..., AlignConfig]
 CPU = torch.device("cpu")

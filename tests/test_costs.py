@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vapi_fast.ceilings import Ceilings, measure
-from vapi_fast.costs import (
+from vapi_fast.alignment.costs import (
     Cost,
     config_costs,
     decoder_cost,
@@ -25,6 +24,7 @@ from vapi_fast.costs import (
 )
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.runtime.ceilings import Ceilings, measure
 
 XXL = {
     "model": "xxl",

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vapi_fast.data import DataError, ImageBatch, ImageData, ahead, reader
+from vapi_fast.data.dataset import ImageBatch, ImageData, ahead, reader
+from vapi_fast.runtime.errors import DataError
 
 datasets = pytest.importorskip("datasets")
 

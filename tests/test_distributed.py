@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vapi_fast.checkpoint import load_state_dict
+from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.tiny import FILES
 
 E2E = Path(__file__).parents[1] / "benchmarks" / "e2e_align.py"
@@ -23,7 +23,7 @@ SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evalua
 def train(rank: int, world_size: int, port: int, output: Path) -> None:
     """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
     import vapi_fast
-    from vapi_fast import run
+    from vapi_fast.alignment import run
 
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
@@ -50,7 +50,7 @@ def runs(
 ) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
     """Number of processes → tokens and rollouts of every step in the order of the sample ids, and the final weights."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vapi_fast.run"])
+    context.set_forkserver_preload(["vapi_fast.alignment.run"])
     results = {}
     for world_size in (1, 2, 4):
         output = tmp_path_factory.mktemp("runs") / str(world_size)

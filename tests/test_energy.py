@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vapi_fast import accelerators
-from vapi_fast.energy import EnergyMeter
+from vapi_fast.runtime import accelerators
+from vapi_fast.runtime.energy import EnergyMeter
 
 UUIDS = ["6b1f7d2a-0000-1111-2222-333344445555", "0c9e4f00-aaaa-bbbb-cccc-ddddeeeeffff"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from vapi_fast import evaluation
+from vapi_fast.evaluation import metrics as evaluation
 
 
 def normal(samples: int, width: int, seed: int) -> Tensor:

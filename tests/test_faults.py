@@ -19,10 +19,10 @@ import pytest
 import torch
 from test_snapshots import truncate
 
-import vapi_fast.run
+import vapi_fast.alignment.run
 from vapi_fast import commands
-from vapi_fast.checkpoint import load_state_dict
-from vapi_fast.snapshots import saved_steps
+from vapi_fast.alignment.snapshots import saved_steps
+from vapi_fast.runtime.checkpoint import load_state_dict
 
 STEPS = 24
 SMALL = {"model": "tiny", "batch_size": 2, "group_size": 2, "steps": STEPS, "lr": 1e-3, "evaluate": False}
@@ -30,7 +30,8 @@ KILLS, TORN = 20, 3  # at least, and of them while a state was being written
 PATIENCE = 600  # seconds, for what hangs
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.run"])  # imported once for all
+# Imported once for all.
+forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.alignment.run"])
 
 
 def child(
@@ -47,7 +48,7 @@ def child(
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    align_step = vapi_fast.run.align_step
+    align_step = vapi_fast.alignment.run.align_step
 
     def held(trainer: Any, batch: Any, step: int, **options: Any) -> Any:
         if step == hold:
@@ -56,7 +57,7 @@ def child(
                 time.sleep(0.001)
         return align_step(trainer, batch, step, **options)
 
-    vapi_fast.run.align_step = held
+    vapi_fast.alignment.run.align_step = held
     flags = {"output_dir": output, "checkpoint_every": checkpoint_every} | ({"resume": True} if resume else {})
     sys.exit(commands.align_main(argparse.Namespace(**SMALL, **flags)))
 

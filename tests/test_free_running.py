@@ -14,11 +14,11 @@ from torch import Tensor
 
 import vapi_fast
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment import METRICS, Models, align_step, make_trainer
-from vapi_fast.config import ConfigError
-from vapi_fast.data import ImageBatch
-from vapi_fast.free_running import accumulate_free_gradients, draw
-from vapi_fast.generation import generate
+from vapi_fast.alignment.free_running import accumulate_free_gradients, draw
+from vapi_fast.alignment.step import METRICS, Models, align_step, make_trainer
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.generation.sequences import generate
+from vapi_fast.runtime.errors import ConfigError
 
 Make = Callable[..., AlignConfig]
 SEED = 11

@@ -9,9 +9,9 @@ from accuracy import relative_l2
 from torch import Tensor, nn
 
 from vapi_fast import ops, tiny
-from vapi_fast.data import ImageData
-from vapi_fast.frozen import FrozenLPIPS, FrozenTokenizer, conv_relu, phase_weight
+from vapi_fast.data.dataset import ImageData
 from vapi_fast.models import LPIPS, VQTokenizer, VQTokenizerConfig
+from vapi_fast.models.frozen import FrozenLPIPS, FrozenTokenizer, conv_relu, phase_weight
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 
 SMALL = VQTokenizerConfig(channels=16, multipliers=(1, 2), latent_channels=16, codebook_size=61, norm_groups=4)

@@ -17,12 +17,12 @@ from vapi_fast import ops
 
 if TYPE_CHECKING:
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment import Models
-    from vapi_fast.data import ImageBatch
+    from vapi_fast.alignment.step import Models
+    from vapi_fast.data.dataset import ImageBatch
 
 
 def figures_and_gradient(models: Models, config: AlignConfig, batch: ImageBatch) -> tuple[dict[str, float], Tensor]:
-    from vapi_fast.alignment import METRICS, accumulate_gradients
+    from vapi_fast.alignment.step import METRICS, accumulate_gradients
 
     models.generator.zero_grad()
     means = accumulate_gradients(models, config, batch, ops.fold_seed(config.seed, 3), nullcontext).means
@@ -35,9 +35,9 @@ def test_a_step_is_the_same_on_both_backends(
     tiny_config: Callable[..., AlignConfig], tiny_batch: ImageBatch, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 throughout: bf16 or TF32 would carry draws and gradients further apart than a wrong kernel."""
-    from vapi_fast import rollout
-    from vapi_fast.alignment import load_models
-    from vapi_fast.reward import PixelReward
+    from vapi_fast.alignment import rollout
+    from vapi_fast.alignment.reward import PixelReward
+    from vapi_fast.alignment.step import load_models
 
     monkeypatch.setattr(rollout, "AUTOCAST", set())
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -57,7 +57,7 @@ def test_a_step_is_the_same_on_both_backends(
 
 
 def test_generation_draws_the_same_tokens_on_both_backends(tiny_config: Callable[..., AlignConfig]) -> None:
-    from vapi_fast.generation import generate
+    from vapi_fast.generation.sequences import generate
     from vapi_fast.models import LlamaGen
 
     grid_size = 8 if DEVICE.type == "cuda" else 3  # the interpreter takes seconds a token

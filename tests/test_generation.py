@@ -13,8 +13,8 @@ from fused import DEVICE
 from torch import Tensor
 
 from vapi_fast import generate, ops
-from vapi_fast.decoding import Decoder
-from vapi_fast.generation import Generation, bytes_of_sequence, guidance_scales, sample_groups
+from vapi_fast.generation.engine import Decoder
+from vapi_fast.generation.sequences import Generation, bytes_of_sequence, guidance_scales, sample_groups
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen
 from vapi_fast.reference.generation import generate as reference_generate
 from vapi_fast.reference.sampling import filter_logits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vapi_fast.graphs import Replayed, graph_pool
+from vapi_fast.runtime.graphs import Replayed, graph_pool
 
 
 class Recorder:
@@ -106,7 +106,7 @@ def test_another_shape_is_another_recording() -> None:
 
 WAITS = """
 import torch
-from vapi_fast.graphs import Replayed
+from vapi_fast.runtime.graphs import Replayed
 
 def waits(x):
     return x * float(x.sum().item())

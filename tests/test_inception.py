@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vapi_fast import inception
-from vapi_fast.checkpoint import CheckpointError
-from vapi_fast.inception import InceptionV3, load_inception, resize_like_tensorflow
+from vapi_fast.evaluation import inception
+from vapi_fast.evaluation.inception import InceptionV3, load_inception, resize_like_tensorflow
+from vapi_fast.runtime.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vapi_fast import generate, ops
-from vapi_fast.accelerators import causal_attention
-from vapi_fast.generation import KVCache
+from vapi_fast.generation.sequences import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.models.llamagen import attention_mask
+from vapi_fast.runtime.accelerators import causal_attention
 
 TOLERANCE = 1e-5  # relative L2, float32
 SMALL = LlamaGenConfig(layers=2, heads=4, width=64, grid_size=4)  # of the golden files; the rest is read from them

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.checkpoint import CheckpointError
 from vapi_fast.models import LPIPS
 from vapi_fast.models.lpips import VGG16_URL
+from vapi_fast.runtime.errors import CheckpointError
 
 TOLERANCE = 1e-5  # relative L2, float32
 VGG16_CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512}

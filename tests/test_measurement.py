@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vapi_fast import AlignConfig, evaluation, measurement
-from vapi_fast.alignment import Models
-from vapi_fast.measurement import Evaluator
+from vapi_fast import AlignConfig
+from vapi_fast.alignment import measurement
+from vapi_fast.alignment.measurement import Evaluator
+from vapi_fast.alignment.step import Models
+from vapi_fast.evaluation import metrics as evaluation
 
 Make = Callable[..., AlignConfig]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vapi_fast import AlignConfig
-from vapi_fast.config import ConfigError
-from vapi_fast.memory import activation_bytes, check, chunks, frozen_parameters, plan, published_bytes
+from vapi_fast.alignment.memory import activation_bytes, check, chunks, frozen_parameters, plan, published_bytes
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
+from vapi_fast.runtime.errors import ConfigError
 
 XXL = LLAMAGEN_CONFIGS["xxl"]
 GB = 10**9
@@ -135,7 +135,7 @@ def test_activations_are_what_autograd_keeps(layers: int) -> None:
 
 def test_the_heads_buffers_are_those_of_the_kernels() -> None:
     head = pytest.importorskip("vapi_fast.ops.fused.head")
-    from vapi_fast import memory
+    from vapi_fast.alignment import memory
 
     assert memory.LOGITS == head.CHUNK_BYTES
 

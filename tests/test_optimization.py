@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from vapi_fast import optimization
-from vapi_fast.optimization import clip_gradients, make_optimizer, step_unless
+from vapi_fast.alignment import optimizer as optimization
+from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
 
 CONFIG = SimpleNamespace(lr=1e-2, weight_decay=0.1)
 OK, FAILED = torch.tensor(0.0), torch.tensor(1.0)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vapi_fast.charts import STAGE_COLOURS, _running_mean, save_reward_curve, save_stage_bars
-from vapi_fast.clock import STAGES
-from vapi_fast.pictures import BLOCK_GAP, GAP, MARGIN, save_grid
+from vapi_fast.alignment.charts import STAGE_COLOURS, _running_mean, save_reward_curve, save_stage_bars
+from vapi_fast.data.pictures import BLOCK_GAP, GAP, MARGIN, save_grid
+from vapi_fast.runtime.clock import STAGES
 
 LABELS = ("original", "reconstruction", "base sample", "aligned sample")
 

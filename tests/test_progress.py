@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tqdm import tqdm
 
-from vapi_fast import progress
-from vapi_fast.progress import ProgressLines, progress_bar
+from vapi_fast.runtime import progress
+from vapi_fast.runtime.progress import ProgressLines, progress_bar
 
 
 @pytest.fixture

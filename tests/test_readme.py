@@ -24,10 +24,10 @@ from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
 from vapi_fast import AlignConfig, cli, tiny
-from vapi_fast.checkpoint import load_state_dict
-from vapi_fast.data import ImageData
-from vapi_fast.samples import GenerateConfig
-from vapi_fast.scoring import EvaluateConfig
+from vapi_fast.data.dataset import ImageData
+from vapi_fast.evaluation.scoring import EvaluateConfig
+from vapi_fast.generation.folder import GenerateConfig
+from vapi_fast.runtime.checkpoint import load_state_dict
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops, tiny
-from vapi_fast.alignment import Models
-from vapi_fast.data import ImageBatch, ImageData
-from vapi_fast.reward import PixelReward, Reward
-from vapi_fast.rollout import roll_out
+from vapi_fast.alignment.reward import PixelReward, Reward
+from vapi_fast.alignment.rollout import roll_out
+from vapi_fast.alignment.step import Models
+from vapi_fast.data.dataset import ImageBatch, ImageData
 
 GROUP_SIZE = 8
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment import Models
-from vapi_fast.data import ImageBatch
-from vapi_fast.rollout import Rollout, roll_out, token_logprobs
+from vapi_fast.alignment.rollout import Rollout, roll_out, token_logprobs
+from vapi_fast.alignment.step import Models
+from vapi_fast.data.dataset import ImageBatch
 
 Make = Callable[..., AlignConfig]
 

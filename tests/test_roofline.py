@@ -10,7 +10,7 @@ import pytest
 import roofline
 
 from vapi_fast import AlignConfig
-from vapi_fast.ceilings import Ceilings
+from vapi_fast.runtime.ceilings import Ceilings
 
 STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
 

@@ -17,10 +17,13 @@ from reference_step import published_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vapi_fast
-from vapi_fast import AlignConfig, alignment, run
-from vapi_fast.alignment import NonFiniteError, StepResult, Trainer, align_step
-from vapi_fast.data import ImageBatch
+from vapi_fast import AlignConfig
+from vapi_fast.alignment import run
+from vapi_fast.alignment import step as alignment
+from vapi_fast.alignment.step import StepResult, Trainer, align_step
+from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import LlamaGen
+from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 
 Make = Callable[..., AlignConfig]
 SCORES = {"fid", "fid_se", "inception_score", "inception_score_se", "precision", "recall"}
@@ -154,7 +157,7 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
         patch.setattr(run, "align_step", interrupted_at(1))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(checkpoint_every=1))
-    with pytest.raises(vapi_fast.config.ConfigError, match=r"was started with --clip-range .*, now it is 0\.5"):
+    with pytest.raises(ConfigError, match=r"was started with --clip-range .*, now it is 0\.5"):
         vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, clip_range=0.5))
 
 
@@ -202,7 +205,7 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
         patch.setattr(run.Run, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**options))
-    with pytest.raises(vapi_fast.config.ConfigError, match="2 steps are done already; pass --steps 2 or more"):
+    with pytest.raises(ConfigError, match="2 steps are done already; pass --steps 2 or more"):
         vapi_fast.align(tiny_config(**options, resume=True, steps=1))
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "measure", lambda self, name: self.measured.update({name: {"fid": 2.0}}))
@@ -261,5 +264,5 @@ def test_the_published_recipe_alone_and_made_up_images(tiny_config: Make, tmp_pa
 
 
 def test_path_needs_one_process_and_the_recipe(tiny_config: Make) -> None:
-    with pytest.raises(vapi_fast.config.ConfigError, match="--path both needs the published recipe"):
+    with pytest.raises(ConfigError, match="--path both needs the published recipe"):
         vapi_fast.align(tiny_config(path="both"))

@@ -18,18 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi_fast import generate, sample_files, samples, tiny
-from vapi_fast.checkpoint import CheckpointError, save_generator
-from vapi_fast.conditions import parse_class_ids, read_captions
-from vapi_fast.config import ConfigError
-from vapi_fast.data import DataError
-from vapi_fast.frozen import FrozenTokenizer
-from vapi_fast.generation import bytes_of_sequence
-from vapi_fast.heatmaps import save_entropy_maps
-from vapi_fast.image_sets import open_image_set
+from vapi_fast import generate, tiny
+from vapi_fast.data import sample_files
+from vapi_fast.data.image_sets import open_image_set
+from vapi_fast.generation import folder as samples
+from vapi_fast.generation.conditions import parse_class_ids, read_captions
+from vapi_fast.generation.folder import GenerateConfig, Sampler, batch_that_fits, draw_samples, identity
+from vapi_fast.generation.heatmaps import save_entropy_maps
+from vapi_fast.generation.sequences import bytes_of_sequence
+from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import LlamaGen, VQTokenizer
-from vapi_fast.samples import GenerateConfig, Sampler, batch_that_fits, draw_samples, identity
-from vapi_fast.sheets import save_sheet
+from vapi_fast.models.frozen import FrozenTokenizer
+from vapi_fast.runtime.checkpoint import save_generator
+from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError
 
 
 def config(out: Path, **changes: object) -> GenerateConfig:
@@ -152,7 +153,7 @@ def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Pa
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert contents(tmp_path / "png") == contents(png)
     assert contents(tmp_path / "npz") == contents(npz)
-    from vapi_fast.scoring import EvaluateConfig, evaluate
+    from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 
     with pytest.warns(UserWarning, match="FID from 6 samples"):
         report = evaluate(EvaluateConfig(model="tiny", samples=png))

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from vapi_fast import evaluation, scoring, tiny
-from vapi_fast.config import ConfigError
-from vapi_fast.data import DataError, ImageData
-from vapi_fast.evaluation import EvaluationError
-from vapi_fast.image_sets import open_image_set, read_statistics
+from vapi_fast import tiny
+from vapi_fast.data.dataset import ImageData
+from vapi_fast.data.image_sets import open_image_set, read_statistics
+from vapi_fast.evaluation import metrics as evaluation
+from vapi_fast.evaluation import scoring
+from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 from vapi_fast.models import LPIPS
-from vapi_fast.scoring import EvaluateConfig, evaluate
+from vapi_fast.runtime.errors import ConfigError, DataError, EvaluationError
 
 
 @pytest.fixture(scope="module")

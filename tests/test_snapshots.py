@@ -23,14 +23,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vapi_fast import snapshots
-from vapi_fast.checkpoint import CheckpointError
+from vapi_fast.alignment import snapshots
+from vapi_fast.alignment.snapshots import Snapshots, saved_steps
 from vapi_fast.models import LlamaGen
-from vapi_fast.snapshots import Snapshots, saved_steps
+from vapi_fast.runtime.errors import CheckpointError
 
 EXTRA = {"config": {"lr": "1e-06"}, "curves": {"reward": [-0.1, float("nan")]}}
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.run"])  # imported once for all
+# Imported once for all.
+forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.alignment.run"])
 
 
 class StepInGroup(torch.optim.Optimizer):

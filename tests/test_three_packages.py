@@ -97,7 +97,8 @@ def test_the_functions(bare: Path, tmp_path: Path) -> None:
     script = f"""
 import importlib.util
 assert not [name for name in {NOT_THERE} if importlib.util.find_spec(name)]
-import vapi_fast.alignment, vapi_fast.data, vapi_fast.frozen, vapi_fast.generation, vapi_fast.patch, vapi_fast.reward
+import vapi_fast.alignment.reward, vapi_fast.alignment.step, vapi_fast.data.dataset, vapi_fast.models.frozen
+import vapi_fast.generation.sequences, vapi_fast.patch
 small = dict(steps=1, batch_size=2, group_size=2, output_dir="out")
 record = vapi_fast.align(vapi_fast.AlignConfig(model="tiny", random_init=True, synthetic_data=True, **small))
 assert record["images_per_second"] > 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vapi_fast import ops, tiny
-from vapi_fast.data import ImageData
+from vapi_fast.data.dataset import ImageData
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.tiny import images
 

@@ -5,15 +5,16 @@ Names are imported when they are first used: `vapi_fast.ops` needs nothing but P
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vapi_fast._lazy import offers
 
 if TYPE_CHECKING:
     from vapi_fast import evaluation, models, ops, patch, reference
-    from vapi_fast.config import AlignConfig
-    from vapi_fast.generation import generate
+    from vapi_fast.alignment.config import AlignConfig
+    from vapi_fast.alignment.run import align
+    from vapi_fast.generation.sequences import generate
     from vapi_fast.patch import patch_llamagen, patch_lpips, patch_tokenizer, unpatch
-    from vapi_fast.run import align
 
 __all__ = [
     "AlignConfig",
@@ -30,14 +31,13 @@ __all__ = [
     "unpatch",
 ]
 
-PATCHES = ("patch_llamagen", "patch_lpips", "patch_tokenizer", "unpatch")
-HOME = {"AlignConfig": "vapi_fast.config", "align": "vapi_fast.run", "generate": "vapi_fast.generation"}
-HOME |= dict.fromkeys(PATCHES, "vapi_fast.patch")
-
-
-def __getattr__(name: str) -> Any:
-    if name in HOME:
-        return getattr(importlib.import_module(HOME[name]), name)
-    if name in __all__:
-        return importlib.import_module(f"vapi_fast.{name}")
-    raise AttributeError(f"module 'vapi_fast' has no attribute {name!r}")
+_, __getattr__ = offers(
+    __name__,
+    {
+        "alignment.config": ["AlignConfig"],
+        "alignment.run": ["align"],
+        "generation.sequences": ["generate"],
+        "patch": ["patch_llamagen", "patch_lpips", "patch_tokenizer", "unpatch"],
+    },
+    modules=("evaluation", "models", "ops", "patch", "reference"),
+)

@@ -14,15 +14,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vapi_fast.alignment import NonFiniteError
-from vapi_fast.checkpoint import CheckpointError
-from vapi_fast.comparison import PublishedStep
-from vapi_fast.config import AlignConfig, ConfigError
-from vapi_fast.data import DataError
-from vapi_fast.evaluation import EvaluationError
-from vapi_fast.graphs import CaptureError
-from vapi_fast.packages import require
-from vapi_fast.run import StoppedError, align
+from vapi_fast.alignment.comparison import PublishedStep
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.run import align
+from vapi_fast.runtime.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EvaluationError,
+    NonFiniteError,
+    StoppedError,
+)
+from vapi_fast.runtime.packages import require
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -85,7 +89,7 @@ def generate_main(options: argparse.Namespace) -> int:
 
     def draw() -> None:
         require(ConfigError, "vapi-fast generate", "PIL", "safetensors")
-        from vapi_fast.samples import GenerateConfig, draw_samples
+        from vapi_fast.generation.folder import GenerateConfig, draw_samples
 
         draw_samples(GenerateConfig(**vars(options)))
 
@@ -97,7 +101,7 @@ def evaluate_main(options: argparse.Namespace) -> int:
 
     def score() -> None:
         require(ConfigError, "vapi-fast evaluate", "PIL")
-        from vapi_fast.scoring import EvaluateConfig, evaluate
+        from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.graphs import RecordedGraph
 from vapi_fast.kernels.normalization import rms_norm_forward
 from vapi_fast.ops.fused.launch import launch
+from vapi_fast.runtime.graphs import RecordedGraph
 
 from .watch import Watch
 

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vapi_fast import AlignConfig, generation, run
-from vapi_fast.comparison import Comparison
-from vapi_fast.decoding import Decoder
+from vapi_fast import AlignConfig
+from vapi_fast.alignment import run
+from vapi_fast.alignment.comparison import Comparison
+from vapi_fast.generation import sequences as generation
+from vapi_fast.generation.engine import Decoder
 from vapi_fast.models import LlamaGen, llamagen
 
 from .watch import Watch

@@ -19,10 +19,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vapi_fast.graphs import RecordedGraph
 from vapi_fast.kernels.launches import Specialisation, specialisation
 from vapi_fast.ops import fused
 from vapi_fast.ops.fused.launch import Launch, recorded
+from vapi_fast.runtime.graphs import RecordedGraph
 
 from .device import Host
 

@@ -1,15 +1,13 @@
 """The models that VA-π needs: generator, tokenizer and perceptual distance, in LlamaGen's file formats."""
 
-from vapi_fast.models.llamagen import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
-from vapi_fast.models.lpips import LPIPS
-from vapi_fast.models.tokenizer import VQ_CONFIGS, VQTokenizer, VQTokenizerConfig
+from vapi_fast._lazy import offers
 
-__all__ = [
-    "LLAMAGEN_CONFIGS",
-    "LPIPS",
-    "VQ_CONFIGS",
-    "LlamaGen",
-    "LlamaGenConfig",
-    "VQTokenizer",
-    "VQTokenizerConfig",
-]
+__all__, __getattr__ = offers(
+    __name__,
+    {
+        "sizes": ["LLAMAGEN_CONFIGS", "VQ_CONFIGS", "LlamaGenConfig", "VQTokenizerConfig"],
+        "llamagen": ["LlamaGen"],
+        "lpips": ["LPIPS"],
+        "tokenizer": ["VQTokenizer"],
+    },
+)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.accelerators import causal_attention
-from vapi_fast.checkpoint import CheckpointError, load_into, load_state_dict
-from vapi_fast.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig
+from vapi_fast.models.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig
+from vapi_fast.runtime.accelerators import causal_attention
+from vapi_fast.runtime.checkpoint import load_into, load_state_dict
+from vapi_fast.runtime.errors import CheckpointError
 
 from .recompute import norm_linear, rotated_heads, swiglu_linear
 
@@ -21,7 +22,7 @@ NORM_EPS = 1e-5
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions (see `vapi_fast.generation.KVCache`)."""
+    """Keys and values of earlier positions (see `vapi_fast.generation.sequences.KVCache`)."""
 
     length: int
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.checkpoint import CheckpointError, load_file_checked, load_into, load_state_dict
-from vapi_fast.packages import require
+from vapi_fast.runtime.checkpoint import load_file_checked, load_into, load_state_dict
+from vapi_fast.runtime.errors import CheckpointError
+from vapi_fast.runtime.packages import require
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 

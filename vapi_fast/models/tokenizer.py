@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.checkpoint import load_into, load_state_dict
-from vapi_fast.sizes import VQ_CONFIGS, VQTokenizerConfig
+from vapi_fast.models.sizes import VQ_CONFIGS, VQTokenizerConfig
+from vapi_fast.runtime.checkpoint import load_into, load_state_dict
 
 
 class GroupNorm(nn.GroupNorm):

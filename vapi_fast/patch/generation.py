@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vapi_fast.generation import guidance_scales, sample_groups
+from vapi_fast.generation.sequences import guidance_scales, sample_groups
 
 from .views import as_llamagen
 
@@ -53,7 +53,7 @@ def generate(
         int32 tokens `[B,max_new_tokens]`.
 
     Raises:
-        TypeError, ValueError: as of `as_llamagen` and of `vapi_fast.generation.sample_groups`.
+        TypeError, ValueError: as of `as_llamagen` and of `vapi_fast.generation.sequences.sample_groups`.
     """
     view = as_llamagen(model)
     captions, length = view.config.caption_tokens > 0, view.config.grid_size**2

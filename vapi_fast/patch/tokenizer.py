@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.frozen import phase_weight
+from vapi_fast.models.frozen import phase_weight
 from vapi_fast.reference.normalization import interleaved
 
 from .cases import LOUD, QUIET, Method

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from vapi_fast import ops
-from vapi_fast.checkpoint import write_atomically
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.tiny import CLASSES, FILES, IMAGE_SIZE, TinyFiles, tiny_files
 from vapi_fast.tiny.images import render_all
 

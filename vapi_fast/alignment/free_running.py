@@ -1,0 +1,126 @@
+"""Free-running GRPO: rollouts sampled from the class alone, as AR-GRPO does; the baseline to VA-π's teacher forcing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.rollout import teacher_forced_hidden
+from vapi_fast.alignment.step import (
+    Gradients,
+    Losses,
+    Models,
+    base_logprobs,
+    head_weight,
+    mean_terms,
+    non_finite,
+    ntp_loss,
+    score,
+)
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.generation.sequences import Generation, sample_groups
+from vapi_fast.runtime.clock import Clock
+from vapi_fast.runtime.distributed import reduce_at, whole_copy
+
+
+class Sequences(NamedTuple):
+    """N sampled sequences, each the context of its own training forward."""
+
+    tokens: Tensor  # int64 [N,T]
+    labels: Tensor  # int64 [N]
+    sample_ids: Tensor  # int64 [N]
+    advantages: Tensor  # [N]
+    logprobs: Tensor  # float32 [N,T], of the distribution drawn from
+
+
+def accumulate_free_gradients(
+    models: Models, config: AlignConfig, batch: ImageBatch, seed: int, clock: Clock
+) -> Gradients:
+    """In the place of `accumulate_gradients`: G sequences for each image's class, scored, and learned from.
+
+    A sequence's reward is `config.reward`'s, or its distance from the image whose class it was drawn for. The
+    cross-entropy prior is that of the images' own tokens, in a forward of their own.
+    """
+    with clock("encode"):
+        tokens = models.reward.encode(batch.images)
+    with clock("sample"):
+        drawn = draw(models, config, batch, seed)
+    scores = score(models, config, drawn.tokens, batch, clock)
+    of_groups = [values.repeat_interleave(config.group_size) for values in (batch.labels, batch.sample_ids)]
+    advantages = ops.group_advantages(scores["reward"]).flatten()
+    sequences = Sequences(drawn.tokens.flatten(0, 1), *of_groups, advantages, drawn.logprobs.flatten(0, 1))
+
+    micro_batches = [("policy", rows) for rows in split(len(sequences.tokens), config.micro_batch)]
+    if config.prior == "ce" and config.prior_weight:
+        micro_batches += [("prior", rows) for rows in split(len(tokens), config.micro_batch)]
+    sums = {name: torch.zeros((), device=tokens.device) for name in ("loss", "cross_entropy", "kl")}
+    for index, (term, rows) in enumerate(micro_batches):
+        reduce_at(models.generator, last=index + 1 == len(micro_batches))
+        if term == "policy":
+            losses = sequence_loss(models, config, Sequences(*(value[rows] for value in sequences)), seed, clock)
+            weight = share = (rows.stop - rows.start) / (config.batch_size * config.group_size)
+        else:
+            losses = ntp_loss(models, config, ImageBatch(*(value[rows] for value in batch)), tokens[rows], seed, clock)
+            share = (rows.stop - rows.start) / config.batch_size
+            weight = config.prior_weight * share
+        with clock("backward"):
+            (losses.terms["loss"] * weight).backward()
+        sums["loss"] += weight * losses.terms["loss"].detach()
+        for name in ("cross_entropy", "kl"):
+            if name in losses.terms:
+                sums[name] += share * losses.terms[name].detach()
+    share = len(tokens) / config.batch_size
+    means = mean_terms(sums | {name: share * value.mean() for name, value in scores.items()})
+    return Gradients(means, non_finite(sums | scores, len(tokens)), tokens, drawn.tokens, scores["reward"])
+
+
+@torch.no_grad()
+def draw(models: Models, config: AlignConfig, batch: ImageBatch, seed: int) -> Generation:
+    """`config.group_size` sequences for each image's class."""
+    generator = whole_copy(models.generator)
+    training = generator.training
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
+        drawn = sample_groups(
+            generator.eval(),
+            batch.labels,
+            group_size=config.group_size,
+            seed=seed,
+            sample_ids=batch.sample_ids,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+    generator.train(training)
+    return drawn
+
+
+def split(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def sequence_loss(models: Models, config: AlignConfig, sequences: Sequences, seed: int, clock: Clock) -> Losses:
+    """Clipped policy loss of sampled sequences, each in its own context, and the KL term."""
+    tokens, rollouts = sequences.tokens, sequences.tokens[:, None]
+    context = {"seed": seed, "sample_ids": sequences.sample_ids}
+    with clock("forward"):
+        hidden = teacher_forced_hidden(models.generator, tokens, sequences.labels, config, **context)
+    with clock("loss"):
+        filtered = config.top_k > 0 or config.top_p < 1
+        loss = ops.policy_loss(
+            hidden,
+            head_weight(models.generator, hidden),
+            rollouts,
+            sequences.advantages[:, None],
+            tokens,
+            old_logprobs=sequences.logprobs[:, None] if filtered else None,
+            base_logprobs=base_logprobs(models, config, tokens, sequences.labels, rollouts, **context),
+            clip_range=config.clip_range,
+            prior_weight=0.0,
+            kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
+            temperature=config.temperature,
+        )
+    return Losses({"loss": loss.loss, "kl": loss.kl}, rollouts)

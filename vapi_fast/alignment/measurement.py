@@ -1,0 +1,162 @@
+"""Measure a generator: draw samples at fixed seeds, score them against held-out images, and its rollouts' rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.rollout import roll_out
+from vapi_fast.alignment.step import Models
+from vapi_fast.data.dataset import ImageBatch, ImageData
+from vapi_fast.evaluation import metrics as evaluation
+from vapi_fast.evaluation.inception import load_inception
+from vapi_fast.generation.sequences import generate
+from vapi_fast.models import LlamaGen
+from vapi_fast.runtime.distributed import gather_rows, rank, world_size
+from vapi_fast.runtime.progress import progress_bar
+
+REWARD_IMAGES = 512  # at most so many held-out images are rolled out
+PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn at
+DECODED = 16  # images decoded at once
+BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
+SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
+
+
+FeatureNetwork = Callable[[Tensor], tuple[Tensor, Tensor]]  # images → pooled features, logits
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One generator's figures: scores of its samples without and with guidance, and its held-out rollouts' means."""
+
+    plain: evaluation.Scores
+    cfg: evaluation.Scores
+    reward: float
+    mse: float
+    lpips: float
+
+    def as_record(self) -> dict[str, Any]:
+        """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
+        rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
+        return dataclasses.asdict(self.plain) | {"cfg": dataclasses.asdict(self.cfg)} | rewards
+
+
+class Evaluator:
+    """Holds the held-out images and their features, so that base and aligned generator meet the same test."""
+
+    @torch.no_grad()
+    def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
+        self.config = config
+        self.models = models
+        self.device = device
+        classes = models.generator.config.num_classes
+        data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
+        self.features_and_logits, self.network_name = feature_network(config, models, device)
+        count = min(len(data), config.eval_samples)
+        features, labels, positions = [], [], []
+        for position, batch in shard_of(data, count, config.eval_batch):
+            features.append(self.features_and_logits(batch.images.to(device))[0].cpu())
+            labels.append(batch.labels)
+            positions.append(position)
+        order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
+        self.reference = gather_rows(torch.cat(features))[order].to(device)
+        self.labels = gather_rows(torch.cat(labels))[order]
+        self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
+
+    @torch.no_grad()
+    def measure(self, generator: LlamaGen, name: str) -> Measurement:
+        """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
+        scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
+        return Measurement(*scores, *self.rewards(generator))
+
+    def score(self, generator: LlamaGen, cfg_scale: float, name: str) -> evaluation.Scores:
+        features, logits = [], []
+        for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
+            parts = self.features_and_logits(images)
+            features.append(parts[0].cpu())
+            logits.append(parts[1].cpu())
+        return evaluation.score(
+            self.reference,
+            gather_rows(torch.cat(features)).to(self.device),
+            gather_rows(torch.cat(logits)).to(self.device),
+            feature_network=self.network_name,
+        )
+
+    def samples(self, generator: LlamaGen, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
+        """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
+        ids = torch.arange(rank(), count, world_size())
+        guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
+        with progress_bar(len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
+            batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
+            for part in ids.split(batches * self.config.eval_batch):
+                for tokens in self.draw(generator, part, cfg_scale).split(self.config.eval_batch):
+                    yield self.decode(tokens)
+                    progress.update(len(tokens))
+
+    def sample(self, generator: LlamaGen, sample_ids: Tensor) -> Tensor:
+        """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
+        return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
+
+    @torch.no_grad()
+    def draw(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float) -> Tensor:
+        """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
+        labels = self.labels[sample_ids % len(self.labels)].to(self.device)
+        options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
+        seed = ops.fold_seed(self.config.seed, SEED_STREAM)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, **options)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
+
+    def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:
+        """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
+        training = generator.training
+        generator.eval()
+        seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
+        rows = []
+        for batch in self.rewarded:
+            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+            tokens = self.models.reward.encode(images)
+            ids = batch.image_ids.to(self.device)
+            rollout = roll_out(generator, tokens, labels, self.config, seed=seed, sample_ids=ids)
+            reward = self.models.reward.score(rollout.tokens, images)
+            rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
+        generator.train(training)
+        return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
+
+
+def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
+    """This rank's part of the first `count` images of the data's own shuffled order: batches and their positions.
+
+    Of at least as many images as ranks, every rank gets some in the first batch.
+    """
+    size = max(1, min(batch_size, count // world_size())) * world_size()
+    steps = -(-count // size)
+    for step, batch in enumerate(data.batches(size, steps, seed=0, rank=rank(), world_size=world_size())):
+        positions = step * size + batch.sample_ids
+        wanted = positions < count
+        if wanted.any():
+            yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
+
+
+def feature_network(config: AlignConfig, models: Models, device: torch.device) -> tuple[FeatureNetwork, str]:
+    """The tiny preset scores with its own classifier; every other model with Inception at 256², as papers do."""
+    if config.lpips == "tiny":
+        return models.reward.lpips.features_and_logits, "tiny perceptual network"
+    inception = load_inception(config.inception_weights).to(device)
+
+    def features_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
+        side = [PAPER_SIDE, PAPER_SIDE]
+        return inception.features_and_logits(F.interpolate(images, side, mode="bicubic", antialias=False))
+
+    return features_and_logits, "Inception-v3"

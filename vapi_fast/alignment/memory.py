@@ -1,0 +1,217 @@
+"""Where a GPU's memory goes in an alignment, estimated before anything is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, largest_decoder_map, parameters
+from vapi_fast.models import LPIPS, VQ_CONFIGS, LlamaGenConfig, VQTokenizer
+from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.runtime.errors import ConfigError
+
+USABLE = 0.95  # of the free memory; the allocator's rounding and gaps take the rest
+WORKSPACES = 10**9  # of cuBLAS, cuDNN and NCCL
+LOGITS = 160 * 2**20  # that the fused head holds at once (`vapi_fast.ops.fused.head.CHUNK_BYTES`)
+LARGEST_CHUNK = 64  # rollouts decoded at once; more fill a GPU no better
+LIVE_MAPS = 5  # of the decoder: a convolution's result, the residual stream, their sum, its norm, and a workspace
+PUBLISHED_SEQUENCES = 8  # that the published recipe trains on at once
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one GPU's memory.
+
+    held: by part, all the time. step: by part, in forward and backward. others: each in place of all of `step`.
+    reward_chunk: rollouts to decode at once. reshard_after_forward: give gathered weights up between a block's forward
+    and backward (`vapi_fast.runtime.distributed.shard`). free: what there is.
+    """
+
+    held: dict[str, int]
+    step: dict[str, int]
+    others: dict[str, int]
+    reward_chunk: int
+    reshard_after_forward: bool
+    free: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What there is at the peak."""
+        name, size = max(self.others.items(), key=lambda item: item[1], default=("", 0))
+        return self.held | ({name: size} if size > sum(self.step.values()) else self.step)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= USABLE * self.free
+
+    def __str__(self) -> str:
+        parts = (f"{name} {size / 1e9:.1f}" for name, size in self.parts.items() if size >= 5e7)
+        return f"{self.total / 1e9:.1f} GB ({', '.join(parts)})"
+
+
+def plan(config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1) -> MemoryPlan:
+    """How a run would use `free` bytes of each of `world_size` GPUs, computing in bf16.
+
+    Rollouts are decoded in the largest chunk that fits: whole groups and a power of two of them, or a power of two of
+    rollouts. Gathered weights are kept between forward and backward if that leaves room for a whole group. The plan's
+    `fits` says whether there is any way; without one it is the plan that needs least.
+    """
+    return best_plan(config, generator, free, world_size, config.micro_batch, config.eval_batch)
+
+
+def check(config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1) -> MemoryPlan:
+    """`plan` if it fits. Raises ConfigError if not: the estimate by part, and which flag to lower and how far."""
+    found = plan(config, generator, free, world_size)
+    if found.fits:
+        return found
+
+    need = f"about {found} are needed, and {free / 1e9:.1f} GB of the GPU are free"
+    micro_batch = largest_fitting(config.micro_batch, lambda n: best_plan(config, generator, free, world_size, n, 0))
+    if not micro_batch:
+        other = "pass --path fast" if config.path != "fast" else "choose a smaller --model or --image-size"
+        raise ConfigError(
+            f"{need}: --micro-batch 1 does not fit either; share the weights over more GPUs (torchrun "
+            f"--nproc_per_node), or {other}"
+        )
+    lower = [f"--micro-batch {micro_batch}"] if micro_batch < config.micro_batch else []
+    if config.evaluate:
+        eval_batch = largest_fitting(
+            config.eval_batch, lambda n: best_plan(config, generator, free, world_size, micro_batch, n)
+        )
+        lower += [f"--eval-batch {eval_batch}" if eval_batch else "--no-eval"] * (eval_batch < config.eval_batch)
+    raise ConfigError(f"{need}: pass {' '.join(lower)}")
+
+
+def largest_fitting(most: int, planned: Callable[[int], MemoryPlan]) -> int:
+    """The greatest count up to `most` whose plan fits, 0 if none does."""
+    return max((count for count in range(1, most + 1) if planned(count).fits), default=0)
+
+
+def best_plan(
+    config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int, micro_batch: int, eval_batch: int
+) -> MemoryPlan:
+    """`plan` for these batch sizes; no evaluation if `eval_batch` is 0."""
+    generator = replace(generator, grid_size=config.grid_size)
+    step = step_parts(config, generator, micro_batch)
+    others = {}
+    if config.evaluate and eval_batch:
+        others["evaluation"] = evaluation_bytes(generator, eval_batch, world_size)
+    if config.path != "fast":
+        others["published recipe"] = published_bytes(generator, config.batch_size // world_size)
+    sizes = chunks(config.group_size)
+    ways = [(False, chunk) for chunk in sizes if world_size == 1 or chunk >= config.group_size]
+    if world_size > 1:  # gathering again costs less than decoding few rollouts at a time
+        ways += [(True, chunk) for chunk in sizes]
+    for reshard, chunk in ways:
+        held = held_parts(config, generator, micro_batch, world_size, reshard)
+        found = MemoryPlan(held | {"reward": reward_bytes(config, chunk)}, step, others, chunk, reshard, free)
+        if found.fits:
+            break
+    return found
+
+
+def chunks(group_size: int) -> list[int]:
+    """Numbers of rollouts to decode at once, from the greatest."""
+    powers = [2**n for n in range(7)]
+    groups = [group_size * n for n in powers if group_size * n <= LARGEST_CHUNK]
+    return sorted({*groups, *(n for n in powers if n < group_size)}, reverse=True)
+
+
+def held_parts(
+    config: AlignConfig, generator: LlamaGenConfig, micro_batch: int, world_size: int, reshard: bool
+) -> dict[str, int]:
+    count = parameters(generator)
+    passes = -(-config.batch_size // (world_size * micro_batch))
+    share = FP32 * count // world_size
+    gathered = count
+    if reshard:  # embeddings and head, the block at work and the next
+        blocks = count - 2 * generator.vocab_size * generator.width
+        gathered = count - blocks + 2 * blocks // generator.layers
+    frozen = frozen_parameters(config.tokenizer, config.lpips)
+    images = config.batch_size // world_size * 3 * config.image_size**2
+    return {
+        "weights": share,
+        # Until the last micro-batch of a step, each process sums up whole gradients.
+        "gradients": share + (FP32 * count if world_size > 1 and passes > 1 else 0),
+        "optimizer": 2 * share,
+        "bf16 weights": BF16 * gathered,
+        "base model": BF16 * count if config.prior == "kl" or config.path != "fast" else 0,
+        "compared gradients": FP32 * count if config.path == "both" else 0,
+        # As loaded, and the form that rewards are computed with; the published recipe's.
+        "tokenizer and LPIPS": (3 if config.path == "both" else 2) * FP32 * frozen,
+        "images": 2 * FP32 * images,  # of this step and the next
+        "workspaces": WORKSPACES,
+    }
+
+
+@functools.cache
+def frozen_parameters(tokenizer: str, lpips: str) -> int:
+    with torch.device("meta"):
+        modules = VQTokenizer(VQ_CONFIGS[tokenizer]), LPIPS(LPIPS_CONFIGS[lpips])
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def step_parts(config: AlignConfig, generator: LlamaGenConfig, micro_batch: int) -> dict[str, int]:
+    """Activations that the backward needs, the head's buffers, and what the backward has at work at once."""
+    width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
+    tokens = micro_batch * generator.grid_size**2
+    positions = tokens + micro_batch * (generator.prefix_len - 1)
+    loss = LOGITS + (BF16 + 2 * FP32) * vocab * width + BF16 * tokens * width  # head, its gradient twice, the hidden's
+    if config.prior == "kl":
+        loss += 3 * FP32 * tokens * vocab  # the base model's logits, scaled, and their log-softmax
+    activations = micro_batch * activation_bytes(generator)
+    if config.method == "ste":  # what convolutions and norms of decoder and LPIPS read, in fp32
+        tokenizer, lpips = VQ_CONFIGS[config.tokenizer], LPIPS_CONFIGS[config.lpips]
+        moved = decoder_cost(tokenizer, config.image_size) + feature_cost(lpips, config.image_size)
+        activations += micro_batch * int(moved.bytes / BF16 * FP32 / 2) + 2 * FP32 * tokens * vocab
+    return {
+        "activations": activations,
+        "loss": loss,
+        "backward": BF16 * positions * (8 * width + 6 * hidden) + FP32 * vocab * width,
+    }
+
+
+def activation_bytes(generator: LlamaGenConfig) -> int:
+    """What the forward of one image keeps for the backward.
+
+    A layer keeps its two norms' inputs, queries, keys, values and attention's output, 6·D numbers a position, gate and
+    up, 2·hidden, and the scores' logsumexp in fp32, one a head; it computes norms and SwiGLU again. After the last one
+    there are the final norm's input and output and the gradient to it.
+    """
+    width = generator.width
+    layer = BF16 * (6 * width + 2 * generator.hidden_width) + FP32 * generator.heads
+    positions = generator.grid_size**2 + generator.prefix_len - 1
+    return positions * (generator.layers * layer + BF16 * 3 * width)
+
+
+def reward_bytes(config: AlignConfig, chunk: int) -> int:
+    """What decoding `chunk` rollouts takes, or comparing them, whole groups at a time; one after the other, in bf16."""
+    decoding = LIVE_MAPS * largest_decoder_map(VQ_CONFIGS[config.tokenizer], config.image_size)
+    levels = [width * (config.image_size >> n) ** 2 for n, (width, _) in enumerate(LPIPS_CONFIGS[config.lpips].levels)]
+    comparing = sum(levels) + 2 * max(levels)
+    return BF16 * max(chunk * decoding, max(chunk, config.group_size) * comparing)
+
+
+def evaluation_bytes(generator: LlamaGenConfig, images: int, world_size: int) -> int:
+    """Keys and values in bf16 of as many images, each with and without condition; a whole copy of sharded weights."""
+    positions = generator.grid_size**2 + generator.prefix_len
+    caches = 2 * images * positions * generator.layers * 2 * BF16 * generator.width
+    return caches + (FP32 * parameters(generator) if world_size > 1 else 0)
+
+
+def published_bytes(generator: LlamaGenConfig, images: int) -> int:
+    """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
+    width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
+    length = generator.grid_size**2
+    sampling = 4 * FP32 * images * length * vocab  # logits, scaled, probabilities, the draw's exponentials
+    layer = 34 * width + 8 * hidden + FP32 * generator.heads  # bytes that its plain layers keep of a position
+    training = PUBLISHED_SEQUENCES * length * (generator.layers * layer + 24 * vocab)
+    return max(sampling, training)

@@ -1,0 +1,78 @@
+"""Teacher-forced rollouts: one forward an image, G token sequences drawn from it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from vapi_fast import ops
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.models import LlamaGen
+from vapi_fast.runtime.clock import Clock
+
+AUTOCAST = {"cuda"}  # devices that compute in bf16
+
+
+class Rollout(NamedTuple):
+    """`hidden` `[B,T,D]` keeps the graph of the forward that the tokens were drawn from."""
+
+    hidden: Tensor
+    tokens: Tensor  # int64 [B,G,T]
+    logprobs: Tensor  # float32 [B,G,T], of the distribution drawn from
+
+
+def teacher_forced_hidden(
+    model: LlamaGen, tokens: Tensor, condition: Tensor, config: AlignConfig, *, seed: int, sample_ids: Tensor
+) -> Tensor:
+    """Hidden states `[B,T,D]` that predict x_1…x_T from x̃*_{<t}: the image's own tokens, some replaced by noise."""
+    context = tokens[:, :-1]
+    if config.noise_prob:
+        context = ops.noisy_prefix(tokens, config.noise_prob, model.config.vocab_size, seed=seed, sample_ids=sample_ids)
+    # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
+    autocast = tokens.device.type in AUTOCAST and not isinstance(model, FSDPModule)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        return model(context, condition, return_hidden=True)
+
+
+def roll_out(
+    model: LlamaGen,
+    tokens: Tensor,
+    condition: Tensor,
+    config: AlignConfig,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    clock: Clock = nullcontext,
+) -> Rollout:
+    """Draw `config.group_size` sequences per image from q(x|I) = Π_t π_θ(x_t | x̃*_{<t}).
+
+    Args:
+        tokens: the image's tokens x*, int64 `[B,T]`.
+        condition: class ids `[B]` or caption features.
+        seed, sample_ids: with the position and the rollout's index they decide every draw.
+        clock: times the stages forward and sample.
+    """
+    with clock("forward"):
+        hidden = teacher_forced_hidden(model, tokens, condition, config, seed=seed, sample_ids=sample_ids)
+    with clock("sample"):
+        drawn, logprobs = ops.linear_group_sample(
+            hidden.detach(),
+            model.output.weight.detach().to(hidden.dtype),
+            config.group_size,
+            seed=seed,
+            sample_ids=sample_ids,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+    return Rollout(hidden, drawn, logprobs)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log π(x_t) `[B,G,T]` of given tokens `[B,G,T]` under hidden states `[B,T,D]` and LM head `[V,D]`."""
+    logprobs = ((hidden.float() @ weight.float().T) / temperature).log_softmax(-1)
+    return logprobs.gather(-1, tokens.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,8 @@
+"""Images and their labels: read, made up, written."""
+
+from vapi_fast._lazy import offers
+
+__all__, __getattr__ = offers(
+    __name__,
+    {"dataset": ["ImageBatch", "ImageData", "ahead"], "synthetic": ["SyntheticData"], "image_files": ["center_crop"]},
+)

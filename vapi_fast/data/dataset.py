@@ -1,0 +1,205 @@
+"""Labelled images on disk, in a seeded order that does not depend on the number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vapi_fast.runtime.errors import DataError
+from vapi_fast.runtime.packages import require
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+UNREADABLE_LIMIT = 0.01
+DECODE_THREADS = 4
+PREFETCH_STEPS = 2
+
+
+class ImageBatch(NamedTuple):
+    """One rank's part of a step: `b = batch_size / world_size` images."""
+
+    images: Tensor  # float32 [b, 3, H, W] in [-1, 1]
+    labels: Tensor  # int64 [b]
+    sample_ids: Tensor  # int64 [b]: slot of the image in its step, 0 .. batch_size - 1 over all ranks
+    image_ids: Tensor  # int64 [b]: row of the image in the data set
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """The same on `device`, from pinned memory without waiting for it."""
+        return ImageBatch(*(value.to(device, non_blocking=True) for value in self))
+
+
+class ImageData:
+    """A labelled image set: decoded, cropped to `image_size`² and served in batches; an image's id is its row.
+
+    `source` is a local path, read through Hugging Face `datasets`: a folder of class folders (labels follow the sorted
+    folder names), a folder written by `save_to_disk`, a `.parquet` file or a folder of them, a WebDataset `.tar` file
+    or a folder of them (`key.jpg` beside `key.cls`). `split` picks among splits where the source has them.
+    Parquet rows and tar indices are cached by `datasets`, keyed by the files' paths and modification times.
+
+    Raises `DataError` for a missing or unknown source, no rows, no image or label column, an absent label, a label
+    outside 0 .. num_classes - 1 (only negative ones when `num_classes` is None), or where `datasets` is not installed.
+    """
+
+    def __init__(
+        self, source: str | Path, image_size: int, *, num_classes: int | None = None, split: str = "train"
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        self.source = Path(source)
+        self.image_size = image_size
+        self._rows = reader().ImageRows(self.source, split)
+        self._labels = self._rows.labels(num_classes)
+        self.class_names: list[str] | None = self._rows.class_names
+        self._read = np.zeros(len(self), dtype=bool)
+        self._unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Paths (or row names) of the unreadable images met in batches so far, each once, in the order met."""
+        return list(self._unreadable.values())
+
+    def load(self, image_id: int) -> tuple[Tensor, int]:
+        """One image as float32 [3, H, W] in [-1, 1], and its label; raises `DataError` where it is unreadable."""
+        if not 0 <= image_id < len(self):
+            raise IndexError(f"image id {image_id} is outside 0..{len(self) - 1}")
+        try:
+            return torch.from_numpy(self._decode(image_id)).contiguous(), int(self._labels[image_id])
+        except Exception as error:
+            raise DataError(f"cannot read {self._rows.name(image_id)}: {error}") from error
+
+    def batches(
+        self, batch_size: int, steps: int, *, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[ImageBatch]:
+        """Batches of steps `start_step` .. `steps - 1`, decoded ahead in background threads.
+
+        The images form one endless stream, a fresh permutation of all ids per epoch drawn from (seed, epoch); slot k
+        of step s is its entry `s * batch_size + k`, and rank r serves the r-th of `world_size` equal runs of slots.
+        So neither the number of ranks nor a resumed start changes which image a slot holds.
+
+        An unreadable image's slot goes to the next readable id (wrapping at the end), with a warning that names the
+        file. The run stops with `DataError` once the distinct unreadable images pass 1 % of the distinct images read;
+        before enough are read to tell, 1 % of the data set (taken as 100 to 1000 images) is the least allowance.
+        Counts are the rank's own.
+        Raises `ValueError` for a batch that does not divide over the ranks and other impossible arguments.
+        """
+        if batch_size < 1 or world_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"start_step must be in 0..{steps} (steps), got {start_step}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        per_rank = batch_size // world_size
+        slots = np.arange(rank * per_rank, (rank + 1) * per_rank)
+        return self._batches(slots, batch_size, range(start_step, steps), seed)
+
+    def _batches(self, slots: np.ndarray, batch_size: int, steps: range, seed: int) -> Iterator[ImageBatch]:
+        pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="vapi-fast-decode")
+        in_flight = deque()
+        try:
+            for step in range(steps.start, steps.stop + PREFETCH_STEPS):
+                if step < steps.stop:
+                    image_ids = self._stream(step * batch_size + slots, seed)
+                    images = np.empty((len(slots), 3, self.image_size, self.image_size), dtype=np.float32)
+                    in_flight.append((images, pool.map(self._decode_into, images, image_ids)))
+                if step >= steps.start + PREFETCH_STEPS:
+                    yield self._collect(slots, *in_flight.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _stream(self, positions: np.ndarray, seed: int) -> list[int]:
+        """Image ids at the given positions of the endless stream of permutations."""
+        epochs, offsets = np.divmod(positions, len(self))
+        return [
+            int(_permutation(seed, int(epoch), len(self))[offset])
+            for epoch, offset in zip(epochs, offsets, strict=True)
+        ]
+
+    def _decode_into(self, out: np.ndarray, image_id: int) -> tuple[int | None, dict[int, str]]:
+        """Fill one slot from the first readable id at or after `image_id`; return that id and the failures before it.
+
+        The id is None after a run of failures that is over the limit on its own: more than 1 % of the whole data set.
+        """
+        failures: dict[int, str] = {}
+        for candidate in itertools.chain(range(image_id, len(self)), range(image_id)):
+            try:
+                out[:] = self._decode(candidate)
+            except Exception as error:  # a damaged file makes Pillow raise nearly anything, SyntaxError included
+                failures[candidate] = f"{type(error).__name__}: {error}"
+                if len(failures) > UNREADABLE_LIMIT * max(len(self), 100):
+                    break
+            else:
+                return candidate, failures
+        return None, failures
+
+    def _collect(self, slots: np.ndarray, images: np.ndarray, decoded: Iterator) -> ImageBatch:
+        image_ids = []
+        for image_id, failures in decoded:
+            for failed, reason in failures.items():
+                if failed not in self._unreadable:
+                    self._unreadable[failed] = self._rows.name(failed)
+                    warnings.warn(f"skipped unreadable image {self._unreadable[failed]} ({reason})", stacklevel=3)
+            self._read[[*failures, *([] if image_id is None else [image_id])]] = True
+            self._check_unreadable(none_left=image_id is None)
+            image_ids.append(image_id)
+        return ImageBatch(
+            torch.from_numpy(images),
+            torch.from_numpy(self._labels[image_ids]),
+            torch.from_numpy(slots.astype(np.int64)),
+            torch.tensor(image_ids, dtype=torch.int64),
+        )
+
+    def _check_unreadable(self, none_left: bool) -> None:
+        count, read = len(self._unreadable), int(self._read.sum())
+        if none_left or count > UNREADABLE_LIMIT * max(read, min(max(len(self), 100), 1000)):
+            raise DataError(
+                f"{count} of the {read} images read so far from {self.source} are unreadable ({count / read:.1%}, "
+                f"allowed {UNREADABLE_LIMIT:.0%}): {', '.join(self.skipped[:3])}{', …' if count > 3 else ''}"
+            )
+
+    def _decode(self, image_id: int) -> np.ndarray:
+        return self._rows.pixels(image_id, self.image_size)
+
+
+def reader() -> ModuleType:
+    """`vapi_fast.data.image_files`; raises `DataError` where a package that it needs is not installed."""
+    require(DataError, "reading images", "datasets", "PIL")
+    from vapi_fast.data import image_files
+
+    return image_files
+
+
+def ahead(batches: Iterator[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
+    """The same batches, the next one made in the background; pinned, so that a GPU can fetch it meanwhile."""
+    gpu = device.type == "cuda"
+
+    def following() -> ImageBatch | None:
+        batch = next(batches, None)
+        return ImageBatch(*(value.pin_memory() for value in batch)) if batch is not None and gpu else batch
+
+    # A thread starts on GPU 0, and pinning memory would take some of it.
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if gpu else {}
+    with ThreadPoolExecutor(1, thread_name_prefix="vapi-fast-data", **start) as thread:
+        coming = thread.submit(following)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(following)
+            yield batch
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)

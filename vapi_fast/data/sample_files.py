@@ -1,0 +1,173 @@
+"""Samples on disk: PNG files, or one `.npz` in the ADM evaluator's layout, each complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vapi_fast.alignment.config import SAMPLE_FORMATS
+from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages, pictures_in
+from vapi_fast.runtime.checkpoint import write_atomically
+from vapi_fast.runtime.errors import DataError
+
+WRITE_THREADS = 4
+PARTS_FOLDER = "parts"
+MERGE_ROWS = 256  # images held at once while the .npz is written
+
+
+class SampleFiles(Protocol):
+    """`count` samples in a folder that several processes fill."""
+
+    def missing(self) -> Tensor:
+        """Ids int64 of the samples that are not there."""
+
+    def add(self, ids: Sequence[int], pixels: Tensor) -> None:
+        """Write samples, uint8 `[n,3,H,W]`; perhaps in the background, until the next call."""
+
+    def flush(self) -> None:
+        """Wait until everything added is on disk."""
+
+    def finish(self) -> None:
+        """Called once, by one process, when all are there."""
+
+    def first(self, count: int) -> Tensor:
+        """The first samples of a finished set, uint8 `[count,3,H,W]`."""
+
+
+class PngFiles:
+    """`images/000000.png`, …"""
+
+    def __init__(self, out: Path, count: int) -> None:
+        self.folder = out / SAMPLES_FOLDER
+        self.count = count
+        self.pool = ThreadPoolExecutor(WRITE_THREADS)
+        self.pending: list[Future[None]] = []
+
+    def missing(self) -> Tensor:
+        present = {path.name for path in pictures_in(self.folder)} if self.folder.is_dir() else set()
+        return torch.tensor([i for i in range(self.count) if png_name(i) not in present], dtype=torch.int64)
+
+    def add(self, ids: Sequence[int], pixels: Tensor) -> None:
+        self.flush()
+        images = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        self.pending = [self.pool.submit(self._write, i, image) for i, image in zip(ids, images, strict=True)]
+
+    def flush(self) -> None:
+        for written in self.pending:
+            written.result()
+        self.pending = []
+
+    def finish(self) -> None:
+        self.flush()
+
+    def first(self, count: int) -> Tensor:
+        return next(FolderImages(self.folder).batches(0, count, count))
+
+    def _write(self, index: int, image: np.ndarray) -> None:
+        picture = Image.fromarray(image)
+        write_atomically(self.folder / png_name(index), lambda temporary: picture.save(temporary, format="PNG"))
+
+
+class NpzFiles:
+    """`samples.npz` with uint8 `arr_0` `[N,H,W,3]`, merged from `parts/` when all samples are there."""
+
+    def __init__(self, out: Path, count: int) -> None:
+        self.path = out / SAMPLES_FILE
+        self.folder = out / PARTS_FOLDER
+        self.count = count
+
+    def missing(self) -> Tensor:
+        if self.path.exists():
+            present = len(NpzImages(self.path))
+            if present != self.count:
+                raise DataError(f"{self.path} holds {present} images, expected {self.count}: choose another folder")
+            return torch.empty(0, dtype=torch.int64)
+        absent = torch.ones(self.count, dtype=torch.bool)
+        for part in self._parts():
+            absent[read_part(part, "ids")] = False
+        return absent.nonzero()[:, 0]
+
+    def add(self, ids: Sequence[int], pixels: Tensor) -> None:
+        part = {"ids": torch.tensor(ids), "images": pixels.permute(0, 2, 3, 1).contiguous()}
+        path = self.folder / f"{ids[0]:06d}.safetensors"
+        try:
+            write_atomically(path, lambda temporary: save_file(part, temporary))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} cannot be written ({error})") from error
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        if not self.path.exists():
+            write_atomically(self.path, self._merge)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def first(self, count: int) -> Tensor:
+        return next(NpzImages(self.path).batches(0, count, count))
+
+    def _parts(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("*.safetensors") if not p.name.startswith("."))
+
+    def _merge(self, temporary: Path) -> None:
+        """Write all parts in the order of their ids, without holding them in memory."""
+        parts = self._parts()
+        images = [open_images(part) for part in parts]
+        place = torch.empty(self.count, 2, dtype=torch.int64)  # part and row of each id
+        for number, part in enumerate(parts):
+            ids = read_part(part, "ids")
+            place[ids] = torch.stack([torch.full_like(ids, number), torch.arange(len(ids))], dim=1)
+        shape = (self.count, *images[0].get_shape()[1:])
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(zipfile.ZipInfo(f"{IMAGES_KEY}.npy"), "w", force_zip64=True) as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for rows in place.split(MERGE_ROWS):
+                member.write(torch.stack([images[part][row] for part, row in rows.tolist()]).numpy().tobytes())
+
+
+FORMATS: dict[str, type[SampleFiles]] = dict(zip(SAMPLE_FORMATS, (PngFiles, NpzFiles), strict=True))
+
+
+def png_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def read_part(path: Path, key: str) -> Tensor:
+    with damage_named(path), safe_open(path, framework="pt") as part:
+        return part.get_tensor(key)
+
+
+def open_images(path: Path) -> Any:
+    """The images uint8 `[n,H,W,3]` of a part, mapped: rows are read when they are taken."""
+    with damage_named(path):
+        return safe_open(path, framework="pt").get_slice("images")
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it, and run the same command again") from error
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote."""
+    for folder in (out, out / SAMPLES_FOLDER, out / PARTS_FOLDER):
+        for leftover in folder.glob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)

@@ -1,0 +1,12 @@
+"""Token sequences from a generator: the engine with its KV cache and graphs, groups and guidance, folders of images."""
+
+from vapi_fast._lazy import offers
+
+__all__, __getattr__ = offers(
+    __name__,
+    {
+        "engine": ["Decoder", "Generation", "KVCache"],
+        "sequences": ["generate", "guidance_scales", "sample_groups"],
+        "folder": ["GenerateConfig", "draw_samples"],
+    },
+)

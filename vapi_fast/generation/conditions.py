@@ -1,0 +1,90 @@
+"""What samples are drawn from: class ids, or caption features of a text encoder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vapi_fast.models import LlamaGen
+from vapi_fast.runtime.checkpoint import load_file_checked
+from vapi_fast.runtime.errors import ConfigError
+
+
+def parse_class_ids(text: str) -> tuple[int, ...]:
+    """Class ids from "0,7,20-29" (both ends included), in the order given; raises ConfigError for anything else."""
+    ids: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not found:
+            raise ConfigError(f"--class-ids {text}: expected numbers and ranges such as 0,7,20-29")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last - first > 10**6:
+            raise ConfigError(f"--class-ids {text}: {part.strip()} is not a range from low to high")
+        ids += range(first, last + 1)
+    return tuple(ids)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What each image is drawn from: image i has row i mod M of `rows`."""
+
+    rows: Tensor  # class ids int64 [M], or caption features [M, prefix_len, caption_width]
+    mask: Tensor | None = None  # bool [M, prefix_len], False at caption padding
+
+    def of(self, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        picked = ids % len(self.rows)
+        return self.rows[picked].to(device), None if self.mask is None else self.mask[picked].to(device)
+
+    def names(self, count: int) -> list[dict[str, int]]:
+        """The condition of images 0 … count − 1, for the manifest."""
+        captions = self.rows.ndim > 1
+        rows = range(len(self.rows)) if captions else self.rows.tolist()
+        return [{"caption" if captions else "class": rows[i % len(rows)]} for i in range(count)]
+
+
+def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, generator: LlamaGen) -> Conditions:
+    """Class ids (None: all) or a file of caption features, whichever `generator` takes; ConfigError if they misfit."""
+    shape = generator.config
+    if not shape.caption_tokens:
+        if captions is not None:
+            raise ConfigError("--caption-features: this checkpoint is conditioned on classes, pass --class-ids")
+        ids = torch.tensor(class_ids or range(shape.num_classes))
+        unknown = ids[ids >= shape.num_classes].tolist()
+        if unknown:
+            raise ConfigError(
+                f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has "
+                f"0-{shape.num_classes - 1}"
+            )
+        return Conditions(ids)
+    if captions is None:
+        raise ConfigError("--caption-features is required: this checkpoint is conditioned on captions, not on classes")
+    return read_captions(captions, shape.caption_tokens, shape.caption_width)
+
+
+def read_captions(path: Path, tokens: int, width: int) -> Conditions:
+    """Text-encoder features `[M,tokens,width]`: a `.npy` file, or a `.safetensors` file with `features` and, for
+    captions with padding, `mask` `[M,tokens]` (0 at padding)."""
+    if path.suffix == ".safetensors":
+        state = load_file_checked(path)
+        features, mask = state.get("features"), state.get("mask")
+        if features is None:
+            raise ConfigError(f"--caption-features {path}: has no tensor `features`, only {', '.join(state) or 'none'}")
+    else:
+        try:
+            features, mask = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
+        except (ValueError, TypeError, OSError, EOFError, AttributeError) as error:
+            raise ConfigError(f"--caption-features {path}: cannot be read as a .npy array ({error})") from error
+    if features.ndim != 3 or features.shape[1:] != (tokens, width) or not len(features):
+        raise ConfigError(
+            f"--caption-features {path}: is {list(features.shape)}, this checkpoint takes [N, {tokens}, {width}]"
+        )
+    if not features.is_floating_point() or not features.isfinite().all():
+        raise ConfigError(f"--caption-features {path}: expected finite floating-point numbers")
+    if mask is not None and mask.shape != features.shape[:2]:
+        raise ConfigError(f"--caption-features {path}: mask is {list(mask.shape)}, expected {list(features.shape[:2])}")
+    return Conditions(features.float(), None if mask is None else mask.bool())

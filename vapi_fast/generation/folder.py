@@ -1,0 +1,409 @@
+"""Draw any number of images from a checkpoint into a folder; what an interrupted run left there is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vapi_fast import tiny
+from vapi_fast.alignment.config import flag
+from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
+from vapi_fast.data.pictures import save_grid
+from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
+from vapi_fast.generation.conditions import Conditions, parse_class_ids, read_conditions
+from vapi_fast.generation.engine import Decoder, compute_dtype
+from vapi_fast.generation.sequences import (
+    CACHE_DTYPES,
+    CFG_SCHEDULES,
+    bytes_of_sequence,
+    check_engine,
+    guidance_scales,
+    rows_that_fit,
+    sample_groups,
+)
+from vapi_fast.generation.sheets import save_sheet
+from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, VQTokenizer
+from vapi_fast.models.frozen import FrozenTokenizer
+from vapi_fast.runtime.checkpoint import write_atomically
+from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.graphs import Replayed, graph_pool
+from vapi_fast.runtime.packages import require
+from vapi_fast.runtime.progress import progress_bar
+
+PAPER: dict[str, Any] = {"num": 50_000, "image_size": 384, "gpt_ckpt": None, "vq_ckpt": None}
+TINY: dict[str, Any] = {
+    "num": 1000,
+    "image_size": tiny.IMAGE_SIZE,
+    "gpt_ckpt": tiny.FILES.generator,
+    "vq_ckpt": tiny.FILES.tokenizer,
+}
+# Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
+FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features"}
+LARGEST_BATCH = 256
+DECODE_BATCH = 16  # images in the tokenizer at once
+# In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
+DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
+FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
+DRAW = "token t of image i takes its random bits from seed, i and t alone"
+SHEET_IMAGES = 64
+COMPARED_IMAGES = 24
+ENTROPY_IMAGES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One `vapi-fast generate`. Fields left at None take the paper's value, or the tiny preset's for `model="tiny"`.
+
+    Raises:
+        ConfigError: a field out of range, a missing file, or fields that contradict each other.
+    """
+
+    out: Path
+    model: str = "xxl"
+    gpt_ckpt: Path | None = None
+    vq_ckpt: Path | None = None
+    num: int | None = None
+    class_ids: tuple[int, ...] | str | None = None  # "0,7,20-29"; image i has the (i mod count)-th; None: all classes
+    caption_features: Path | None = None  # of a text-conditioned model
+    cfg_scale: float = 1.0
+    cfg_interval: int = -1  # guide tokens up to this one only; −1: all
+    cfg_schedule: str = "constant"
+    cfg_power: float = 1.0  # of the power-cosine schedule
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    kv_dtype: str | None = None  # "fp8": keys and values in 8 bits
+    batch_size: int | None = None  # images drawn at once on one rank; None: at most 256, as memory allows
+    image_size: int | None = None
+    save_size: int | None = None  # None: image_size
+    format: str = "png"
+    compare_ckpt: Path | None = None
+    entropy_maps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model.lower() not in LLAMAGEN_CONFIGS:
+            raise ConfigError(f"--model {self.model}: unknown, choose one of {', '.join(LLAMAGEN_CONFIGS)}")
+        if self.caption_features is not None and self.num is None:
+            raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
+        for name, value in (TINY if self.model.lower() == "tiny" else PAPER).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.save_size is None:
+            object.__setattr__(self, "save_size", self.image_size)
+        if isinstance(self.class_ids, str):
+            object.__setattr__(self, "class_ids", parse_class_ids(self.class_ids))
+        self.check_ranges()
+        self.check_files()
+
+    def check_ranges(self) -> None:
+        bounds = dict.fromkeys(("num", "batch_size", "image_size", "save_size", "cfg_scale"), 1)
+        for name, low in (bounds | {"top_k": 0, "seed": 0, "cfg_interval": -1}).items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**63:
+                bound = "finite and less than 2^63" if value >= 2**63 else f"at least {low}"
+                raise ConfigError(f"{flag(name)} must be {bound}, got {value}")
+        for name in ("temperature", "cfg_power"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{flag(name)} must be greater than 0 and finite, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
+        choices = {"format": tuple(FORMATS), "cfg_schedule": CFG_SCHEDULES, "kv_dtype": tuple(CACHE_DTYPES)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)}: choose one of {', '.join(filter(None, allowed))}"
+                )
+        downsample = VQ_CONFIGS[self.tokenizer].downsample
+        if self.image_size % downsample:
+            raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")
+        if self.class_ids is not None and self.caption_features is not None:
+            raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
+
+    def check_files(self) -> None:
+        for name in ("gpt_ckpt", "vq_ckpt"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
+        for name in ("gpt_ckpt", "vq_ckpt", "caption_features", "compare_ckpt"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{flag(name)} {path}: no such file")
+        if self.out.suffix == ".npz":
+            raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/{SAMPLES_FILE}: leave out the .npz")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a file: pass a folder")
+
+    @property
+    def tokenizer(self) -> str:
+        return "tiny" if self.model.lower() == "tiny" else "vq-16"
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // VQ_CONFIGS[self.tokenizer].downsample
+
+
+def draw_samples(config: GenerateConfig) -> None:
+    """Draw `config.num` images into `config.out`; under torchrun the ranks share them (id mod world size).
+
+    The folder then holds `images/` or `samples.npz`, `contact_sheet.png`, `manifest.json` (configuration, names and
+    fingerprints of the checkpoints, condition and seed of every image) and the pictures that were asked for.
+    An image depends on checkpoint, seed, condition and id alone. What an interrupted run left is kept; what is missing
+    is drawn.
+
+    Raises:
+        ConfigError: the condition does not fit the checkpoint, or the folder holds something else; nothing was written.
+        CheckpointError, DataError: a checkpoint or a file in the folder is damaged.
+    """
+    if config.entropy_maps:
+        require(ConfigError, "--entropy-maps", "matplotlib")
+    with process_group() as device:
+        sampler = Sampler.load(config, config.gpt_ckpt, device)
+        compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
+        manifest = make_manifest(config, sampler.conditions)
+        fresh = check_folder(config.out, manifest)
+        gather_objects(None)  # all ranks have looked before one writes
+        if rank() == 0:
+            remove_leftovers(config.out)
+            if fresh:
+                text = json.dumps(manifest, indent=1) + "\n"
+                write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            save_views(config, sampler, compared)
+        del compared  # its memory is for the draws
+        gather_objects(None)
+        files = FORMATS[config.format](config.out, config.num)
+        draw_missing(files, sampler)
+        gather_objects(None)
+        if rank() == 0:
+            files.finish()
+            shown = manifest["images"][:SHEET_IMAGES]
+            kind = "caption" if "caption" in shown[0] else "class"
+            captions = [f"{kind} {image[kind]}" for image in shown]
+            save_sheet(config.out / "contact_sheet.png", files.first(len(shown)), captions)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the engine refuses is a matter of the flags: its ValueError becomes a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class Sampler:
+    """Draws the images of given ids from one checkpoint."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        generator: LlamaGen,
+        tokenizer: VQTokenizer,
+        conditions: Conditions,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.generator = generator
+        frozen = FrozenTokenizer(tokenizer, torch.float32, torch.float32)  # bf16 would move a quarter of the pixels
+        self.decode_tokens = Replayed(frozen.decode, graph_pool(device))
+        self.conditions = conditions
+        self.device = device
+        limit = config.batch_size
+        if limit is None:
+            limit = batch_that_fits(config, generator, device)
+        self.batch_size = min(limit, config.num)
+        self.filters = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+        self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
+
+    @classmethod
+    def load(cls, config: GenerateConfig, checkpoint: Path, device: torch.device) -> Sampler:
+        """Read the checkpoints and the conditions, and see that they fit each other and the device."""
+        with refusals():
+            check_engine(device, 1, config.batch_size, config.kv_dtype)
+        generator = LlamaGen.from_checkpoint(checkpoint, config.model, grid_size=config.grid_size)
+        conditions = read_conditions(config.class_ids, config.caption_features, generator)
+        tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
+        for module in (generator, tokenizer):
+            module.eval().requires_grad_(False).to(device)
+        if device.type == "cuda":
+            for parameter in generator.parameters():  # the rotary table stays in fp32
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return cls(config, generator, tokenizer, conditions, device)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The engine for batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
+        return Decoder(
+            self.generator,
+            groups=self.batch_size,
+            rollouts=1,
+            scales=guidance_scales(self.config.grid_size**2, **self.guidance),
+            masked=self.conditions.mask is not None,
+            cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
+            **self.filters,
+        )
+
+    @refusals()
+    def draw(self, ids: Tensor) -> Tensor:
+        """Images uint8 `[n,3,S,S]`, on the CPU, of n ≤ batch_size ids."""
+        filled = fill_up(ids, self.batch_size)
+        condition, mask = self.conditions.of(filled, self.device)
+        drawn = self.decoder.draw(
+            condition,
+            condition_mask=mask,
+            sample_ids=filled.to(self.device),
+            first_rollout=0,
+            seed=self.config.seed,
+        )
+        return (self.decode(drawn.tokens[: len(ids), 0]) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+
+    @refusals()
+    def preview(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first images, in [−1, 1], and the entropy in bits of the distribution each token was drawn from."""
+        ids = torch.arange(count)
+        condition, mask = self.conditions.of(ids, self.device)
+        drawn = sample_groups(
+            self.generator,
+            condition,
+            group_size=1,
+            seed=self.config.seed,
+            sample_ids=ids.to(self.device),
+            condition_mask=mask,
+            kv_dtype=self.config.kv_dtype,
+            return_entropies=True,
+            **{f"cfg_{name}": value for name, value in self.guidance.items()},
+            **self.filters,
+        )
+        return self.decode(drawn.tokens[:, 0]), drawn.entropies[:, 0] / math.log(2)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images `[n,3,S,S]` in [−1, 1], S = save_size (bicubic, as LlamaGen's evaluation resizes)."""
+        size, images, chunk = self.config.save_size, [], min(DECODE_BATCH, self.batch_size)
+        for part in fill_up(tokens, chunk).split(chunk):
+            decoded = self.decode_tokens(part, chunk=chunk).float()
+            if size != decoded.shape[-1]:
+                decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
+            images.append(decoded.clamp(-1, 1))
+        return torch.cat(images)[: len(tokens)]
+
+
+def batch_that_fits(config: GenerateConfig, generator: LlamaGen, device: torch.device) -> int:
+    """Images drawn at once by default: what memory holds beside a batch in the tokenizer, at most LARGEST_BATCH."""
+    cache_dtype, guided = CACHE_DTYPES[config.kv_dtype], config.cfg_scale > 1
+    fitting = rows_that_fit(generator, cache_dtype, guided=guided)
+    if device.type == "cuda":
+        dtype = compute_dtype(generator)
+        one = bytes_of_sequence(generator.config, dtype, cache_dtype or dtype, guided=guided)
+        fitting -= math.ceil(DECODE_BATCH * DECODED_PIXEL_BYTES * config.image_size**2 / one)
+    return min(max(fitting, 1), LARGEST_BATCH)
+
+
+def fill_up(rows: Tensor, multiple: int) -> Tensor:
+    """`rows` with the last repeated up to a multiple: all batches of one size round alike, whatever is missing."""
+    return torch.cat([rows, rows[-1:].expand(-len(rows) % multiple, *rows.shape[1:])])
+
+
+def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
+    """This rank's share of the samples that are not on disk yet, with images/s and the time left."""
+    missing = files.missing()
+    mine = missing[missing % world_size() == rank()]
+    with progress_bar(
+        sampler.config.num,
+        initial=sampler.config.num - len(missing),
+        desc="samples",
+        unit="image",
+        disable=rank() > 0,
+    ) as progress:
+        try:
+            for ids in mine.split(sampler.batch_size) if len(mine) else ():
+                files.add(ids.tolist(), sampler.draw(ids))
+                progress.update(min(len(ids) * world_size(), progress.total - progress.n))  # other ranks keep pace
+        finally:
+            files.flush()
+
+
+def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, Any]:
+    """What decides the images, and what each of them is."""
+    used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": config.caption_features}
+    settings = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in FREE_FIELDS
+    }
+    if settings["class_ids"] is not None:
+        settings["class_ids"] = list(settings["class_ids"])
+    place = SAMPLES_FILE if config.format == "npz" else None
+    return {
+        "configuration": settings,
+        "files": {key: identity(path) for key, path in used.items() if path is not None},
+        "draw": DRAW,
+        "images": [
+            {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", **condition, "seed": config.seed}
+            for i, condition in enumerate(conditions.names(config.num))
+        ],
+    }
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """Name, size and fingerprint of an input file: of all of it, or of samples of it where it is large."""
+    size = path.stat().st_size
+    spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
+    spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
+    if size <= sum(length for _, length in spans):
+        spans = [(0, size)]
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        for start, length in spans:
+            file.seek(start)
+            digest.update(file.read(length))
+    return {"name": path.name, "bytes": size, "blake2b": digest.hexdigest()}
+
+
+def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether `out` is new or empty; raises ConfigError where it holds anything but a part of these samples."""
+    path = out / MANIFEST
+    if not path.exists():
+        # A run that was killed while it wrote the manifest leaves a temporary file.
+        if out.exists() and any(not found.name.startswith(f".{MANIFEST}.") for found in out.iterdir()):
+            raise ConfigError(f"--out {out} holds other files: choose another folder")
+        return True
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        there = {key: value for part in ("configuration", "files") for key, value in found[part].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--out {out}: its {MANIFEST} is damaged: choose another folder") from error
+    now = {key: value for part in ("configuration", "files") for key, value in manifest[part].items()}
+    for key in now | there:
+        if now.get(key) != there.get(key):
+            raise ConfigError(
+                f"--out {out} holds samples of another run ({key} is {there.get(key)} there, {now.get(key)} now): "
+                "choose another folder"
+            )
+    return False
+
+
+def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | None) -> None:
+    """The first images beside those of another checkpoint at the same seeds, and their entropies, where asked for."""
+    if compared is not None:
+        count = min(COMPARED_IMAGES, config.num)
+        before, _ = sampler.preview(count)
+        after, _ = compared.preview(count)
+        columns = [(config.gpt_ckpt.stem, before.cpu()), (config.compare_ckpt.stem, after.cpu())]
+        save_grid(config.out / "comparison.png", columns)
+    if config.entropy_maps:
+        from vapi_fast.generation.heatmaps import save_entropy_maps
+
+        save_entropy_maps(config.out / "entropy.png", *sampler.preview(min(ENTROPY_IMAGES, config.num)))

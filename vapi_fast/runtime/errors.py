@@ -1,0 +1,39 @@
+"""Errors for the person at the command line: each is one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """What a command expects to go wrong. exit_code: 2 for wrong arguments, 1 if the run failed."""
+
+    exit_code = 1
+
+
+class ConfigError(Error, ValueError):
+    """A value or a combination of values that cannot work; the message says what to pass instead."""
+
+    exit_code = 2
+
+
+class DataError(Error, ValueError):
+    """The image set cannot be used; the message says what is wrong with which file."""
+
+
+class CheckpointError(Error, ValueError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class EvaluationError(Error, RuntimeError):
+    """The samples cannot be scored; the message says why and what to pass instead."""
+
+
+class CaptureError(Error, RuntimeError):
+    """A function could not be recorded as a CUDA graph."""
+
+
+class NonFiniteError(Error, RuntimeError):
+    """A reward, loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are good."""
+
+
+class StoppedError(Error, RuntimeError):
+    """The run was asked to stop; its state is saved."""
