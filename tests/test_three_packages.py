@@ -80,7 +80,7 @@ def test_the_main_job(bare: Path, tmp_path: Path) -> None:
     lines = finished.stdout.splitlines()
     said = "not installed: tensorboard, matplotlib, tqdm: no curves, charts or progress bar"
     assert [line for line in lines if "not installed" in line] == [said]
-    assert lines[-1] == "results in out: aligned.pt, run.json"
+    assert lines[-1] == "results in out: aligned.pt, progress.jsonl, run.json"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert len(record["reward"]) == 3
     assert record["comparison"]["gradient_relative_error"] < 1e-2
@@ -105,7 +105,7 @@ assert record["images_per_second"] > 0
 """
     finished = python(bare, "-c", script, folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"aligned.pt", "run.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"aligned.pt", "progress.jsonl", "run.json"}
 
 
 MISSING = {

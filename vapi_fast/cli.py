@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vapi_fast.alignment.config import CFG_SCHEDULES, METHODS, PATHS, PRIORS, ROLLOUTS, SAMPLE_FORMATS, flag
+from vapi_fast.alignment.config import METHODS, PATHS, PRIORS, ROLLOUTS
 from vapi_fast.models.sizes import LLAMAGEN_CONFIGS
+from vapi_fast.runtime.flags import CFG_SCHEDULES, SAMPLE_FORMATS, flag
 
 # Flag → (type or choices, help). Defaults are AlignConfig's: the paper's recipe, or the tiny preset's own.
 FLAGS: dict[str, tuple[Any, str]] = {

@@ -17,19 +17,12 @@ import torch.distributed as dist
 from vapi_fast.alignment.comparison import PublishedStep
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.run import align
-from vapi_fast.runtime.errors import (
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    EvaluationError,
-    NonFiniteError,
-    StoppedError,
-)
+from vapi_fast.runtime.errors import CaptureError, ConfigError, Error
 from vapi_fast.runtime.packages import require
 
 USAGE_ERROR = 2
 FAILURE = 1
+LOWER_BATCH_SIZE = "out of GPU memory: lower --batch-size"
 OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
 
 
@@ -53,19 +46,14 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
 
 
 def align_status(options: argparse.Namespace, published_step: PublishedStep | None) -> int:
-    config = None
-    try:
+    config: AlignConfig | None = None
+
+    def run() -> None:
+        nonlocal config
         config = AlignConfig(**vars(options))
         align(config, published_step=published_step, started=process_start())
-    except ConfigError as error:
-        return fail(USAGE_ERROR, error)
-    except torch.OutOfMemoryError:
-        return fail(FAILURE, OUT_OF_MEMORY)
-    except (CaptureError, CheckpointError, DataError, EvaluationError, NonFiniteError, StoppedError, OSError) as error:
-        return fail(FAILURE, error)
-    except KeyboardInterrupt:
-        return fail(FAILURE, interrupted(config))
-    return 0
+
+    return run_command(run, lambda: interrupted(config), OUT_OF_MEMORY)
 
 
 def interrupted(config: AlignConfig | None) -> str:
@@ -93,7 +81,7 @@ def generate_main(options: argparse.Namespace) -> int:
 
         draw_samples(GenerateConfig(**vars(options)))
 
-    return run_command(draw, "interrupted; the same command goes on where it stopped")
+    return run_command(draw, lambda: "interrupted; the same command goes on where it stopped", LOWER_BATCH_SIZE)
 
 
 def evaluate_main(options: argparse.Namespace) -> int:
@@ -111,23 +99,23 @@ def evaluate_main(options: argparse.Namespace) -> int:
                 print(f"vapi-fast: warning: {warning.message}", file=sys.stderr)
             print(report)
 
-    return run_command(score, "interrupted")
+    return run_command(score, lambda: "interrupted", LOWER_BATCH_SIZE)
 
 
-def run_command(command: Callable[[], None], interrupted: str) -> int:
+def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     try:
         command()
-    except ConfigError as error:
-        return fail(USAGE_ERROR, error)
-    except torch.OutOfMemoryError:
-        return fail(FAILURE, "out of GPU memory: lower --batch-size")
     except CaptureError as error:
-        return fail(FAILURE, str(error).splitlines()[0])  # CUDA adds its advice on debugging
-    except (CheckpointError, DataError, EvaluationError, OSError) as error:
+        return fail(error.exit_code, str(error).splitlines()[0])  # CUDA adds its advice on debugging
+    except Error as error:
+        return fail(error.exit_code, error)
+    except torch.OutOfMemoryError:
+        return fail(FAILURE, out_of_memory)
+    except OSError as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
-        return fail(FAILURE, interrupted)
+        return fail(FAILURE, interrupted())
     return 0
 
 

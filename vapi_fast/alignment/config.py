@@ -14,13 +14,12 @@ from typing import Any
 from vapi_fast import tiny
 from vapi_fast.models.sizes import LLAMAGEN_CONFIGS, VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.flags import flag
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 PATHS = ("fast", "reference", "both")
 ROLLOUTS = ("teacher-forced", "free")
-CFG_SCHEDULES = ("constant", "power-cosine")
-SAMPLE_FORMATS = ("png", "npz")
 
 # The paper's recipe (PAPER: 384², 128 images × G 8 a step, 100 steps, AdamW lr 1e-6); every model but tiny.
 PAPER: dict[str, Any] = {
@@ -226,8 +225,3 @@ def reward_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"--reward {name}: not a function")
     return found
-
-
-def flag(field: str) -> str:
-    """The command line's name of a config field."""
-    return "--" + field.replace("_", "-")

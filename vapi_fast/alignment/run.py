@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.comparison import Comparison, PublishedStep, published_gradients
-from vapi_fast.alignment.config import AlignConfig, flag
+from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.measurement import Evaluator, Measurement
 from vapi_fast.alignment.snapshots import Snapshots
@@ -43,6 +43,7 @@ from vapi_fast.runtime.distributed import (
 )
 from vapi_fast.runtime.energy import EnergyMeter
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError, StoppedError
+from vapi_fast.runtime.flags import flag
 from vapi_fast.runtime.progress import progress_bar
 
 GRID_IMAGES = 24

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi_fast.alignment.config import SAMPLE_FORMATS
 from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages, pictures_in
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.errors import DataError
+from vapi_fast.runtime.flags import SAMPLE_FORMATS
 
 WRITE_THREADS = 4
 PARTS_FOLDER = "parts"

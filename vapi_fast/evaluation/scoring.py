@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vapi_fast import tiny
-from vapi_fast.alignment.config import flag
 from vapi_fast.data.image_sets import ImageSet, has_images, open_image_set, read_statistics
 from vapi_fast.evaluation.inception import ImageFeatures, load_inception
 from vapi_fast.evaluation.metrics import Gaussian, inception_score, precision_recall, standard_errors, warn_of_few
@@ -26,6 +25,7 @@ from vapi_fast.models import LLAMAGEN_CONFIGS, LPIPS
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_rows, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, EvaluationError
+from vapi_fast.runtime.flags import flag
 from vapi_fast.runtime.progress import progress_bar
 
 REFERENCE_SIZE = 256  # pixels a side that a labelled image set is cropped to: the ADM evaluator's ImageNet reference

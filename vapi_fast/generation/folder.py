@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import tiny
-from vapi_fast.alignment.config import flag
 from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
 from vapi_fast.data.pictures import save_grid
 from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
@@ -26,7 +25,6 @@ from vapi_fast.generation.conditions import Conditions, parse_class_ids, read_co
 from vapi_fast.generation.engine import Decoder, compute_dtype
 from vapi_fast.generation.sequences import (
     CACHE_DTYPES,
-    CFG_SCHEDULES,
     bytes_of_sequence,
     check_engine,
     guidance_scales,
@@ -39,6 +37,7 @@ from vapi_fast.models.frozen import FrozenTokenizer
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.flags import CFG_SCHEDULES, flag
 from vapi_fast.runtime.graphs import Replayed, graph_pool
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-
-from vapi_fast.models import LlamaGen
 
 TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws pictures and writes files
 
@@ -44,7 +42,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(generator: LlamaGen, *, reshard_after_forward: bool) -> None:
+def shard(generator: nn.Module, *, reshard_after_forward: bool) -> None:
     """Split weights, gradients and optimizer state over all ranks (ZeRO-3), block by block; one rank: nothing to do.
 
     fp32 master weights and fp32 sums of gradients; on GPUs the blocks compute in bf16. A gradient is the sum over
@@ -68,14 +66,14 @@ def shard(generator: LlamaGen, *, reshard_after_forward: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
 
 
-def reduce_at(generator: LlamaGen, last: bool) -> None:
+def reduce_at(generator: nn.Module, last: bool) -> None:
     """Gradients are summed over ranks by the backward of the `last` micro-batch of a step, and kept local before."""
     if isinstance(generator, FSDPModule):
         generator.set_requires_gradient_sync(last)
         generator.set_is_last_backward(last)
 
 
-def whole_state(generator: LlamaGen) -> dict[str, Tensor]:
+def whole_state(generator: nn.Module) -> dict[str, Tensor]:
     """The generator's weights, gathered one by one onto rank 0's CPU; all ranks must call it, others get nothing."""
     state = {}
     for name, value in generator.state_dict().items():
@@ -89,7 +87,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_copy(generator: LlamaGen) -> LlamaGen:
+def whole_copy(generator: nn.Module) -> nn.Module:
     """A generator that draws by itself: a copy with all weights if `generator` is sharded, otherwise `generator`.
 
     Drawing token by token from a sharded one would gather every block for every token.
@@ -98,7 +96,7 @@ def whole_copy(generator: LlamaGen) -> LlamaGen:
         return generator
     device = next(generator.parameters()).device
     with torch.device("meta"):
-        copy = LlamaGen(generator.config)
+        copy = type(generator)(generator.config)
     copy.rotary = generator.rotary
     copy.load_state_dict({name: whole(value).detach() for name, value in generator.state_dict().items()}, assign=True)
     return copy.to(device).requires_grad_(False)
