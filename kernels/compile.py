@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,10 +30,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from . import library
 from .launches import Pointer, Specialisation, load
-from .library import LIBRARY, versions
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+MOST_PROCESSES = 32  # at once; Triton's compiler takes half a gigabyte each
 FP8 = 89  # the compute capability from which GPUs have it
 
 
@@ -91,51 +94,78 @@ def needs_fp8(each: Specialisation) -> bool:
 
 def in_parallel(function: Any, work: Sequence[tuple[Any, ...]], processes: int | None) -> Iterator[Any]:
     """Results of `function(*arguments)` in the order of `work`, by forked processes: Triton is imported once."""
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=fork, initializer=end_with_parent) as pool:
         yield from pool.map(function, *zip(*work, strict=True))
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
 def in_background(architecture: str) -> Iterator[None]:
     """Fill Triton's cache by other processes during the `with` block, unless that was done before on this machine.
 
-    The block ends when they have. What they could not compile is left to the first launch.
+    The block ends when they have. What they could not compile is said in a line, and left to the first launch. A
+    library that serves the architecture takes their place.
     """
-    if os.environ.get(LIBRARY) or marker(architecture).exists():
+    if architecture in library.served() or marker(architecture).exists():
         yield
         return
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", __name__, "--arch", architecture]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(command, env=environment, **silent) as process:
         try:
             yield
         except BaseException:
             process.terminate()
             raise
+    if process.returncode:
+        print("not all kernels could be compiled ahead: the first launches will", file=sys.stderr)
 
 
 def marker(architecture: str) -> Path:
     """The file that says that Triton's cache holds everything."""
-    key = json.dumps([versions(), architecture])
+    key = json.dumps([library.versions(), architecture])
     return Path(triton.knobs.cache.dir) / f"vapi-fast-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def fill_cache(each: Specialisation, architecture: str) -> None:
-    compiled(each, architecture)
+def fill_cache(each: Specialisation, architecture: str) -> str | None:
+    """Compile one specialisation; what went wrong."""
+    try:
+        link_launcher(compiled(each, architecture))
+    except Exception as error:  # the others are to be compiled all the same
+        return f"{each.kernel} on {architecture}: {type(error).__name__}: {error}"
+    return None
+
+
+def link_launcher(kernel: Any) -> None:
+    """Build the C stub that Triton before 3.7 launches each signature through, where there is a driver to link with."""
+    from triton.backends.nvidia import driver as nvidia
+
+    if hasattr(nvidia, "make_launcher"):
+        with contextlib.suppress(AssertionError):  # no libcuda
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.compile", description="Fill Triton's cache.")
     parser.add_argument("--arch", default="sm_90", metavar="sm_90", help="architecture to compile for")
-    parser.add_argument("--processes", type=int, default=min(len(os.sched_getaffinity(0)), 32))
+    parser.add_argument("--processes", type=int, default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
     options = parser.parse_args()
+    end_with_parent()
     work = [(each, options.arch) for each in wanted(options.arch)]
-    for _ in in_parallel(fill_cache, work, options.processes):
-        pass
-    done = marker(options.arch)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.touch()
-    return 0
+    failures = [each for each in in_parallel(fill_cache, work, options.processes) if each]
+    print(*failures, sep="\n", file=sys.stderr)
+    if not failures:
+        done = marker(options.arch)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What production launches: the specialisations of every kernel, as `python -m rehearsal --record` has found them.
 
 A Triton kernel is compiled anew for each combination of argument types, of what its integers and pointers divide by,
-and of compile-time constants. `launches.json` has those that aligning and sampling LlamaGen-XXL at 384² ask for, each
-with the scenes of the rehearsal (`tests/rehearsal`) that ask for it.
+and of compile-time constants. `launches.json` has those that the scenes of the rehearsal (`tests/rehearsal`) ask for,
+LlamaGen-XXL at 384² foremost, each with these scenes.
 """
 
 from __future__ import annotations

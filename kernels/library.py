@@ -26,9 +26,9 @@ MANIFEST = "manifest.json"
 
 @functools.cache
 def sources() -> str:
-    """Digest of the device code."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    """Digest of the device code, its settings and its launches."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.json")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -71,21 +71,26 @@ class LibraryCache(FileCacheManager):
         return super().get_group(filename)
 
 
-def use_library(folder: Path) -> None:
-    """Take kernels from `folder` from now on; warns and compiles where it is for other versions.
+@functools.cache
+def served() -> frozenset[str]:
+    """Architectures whose kernels come from the library that VAPI_FAST_KERNELS names, from this call on.
 
-    Raises ValueError for a folder that holds no library.
+    Warns and serves none where the library is of other versions. Raises ValueError for a folder that holds none.
     """
+    name = os.environ.get(LIBRARY)
+    if not name:
+        return frozenset()
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["versions"]
+        manifest = json.loads((Path(name) / MANIFEST).read_text(encoding="utf-8"))
+        found, architectures = manifest["versions"], frozenset(manifest["architectures"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{LIBRARY}={folder}: no library of kernels ({error}); build one by cmake -B build && cmake --build build, "
+            f"{LIBRARY}={name}: no library of kernels ({error}); build one by cmake -B build && cmake --build build, "
             "or unset the variable"
         ) from error
-    other = [name for name, version in versions().items() if found.get(name) != version]
+    other = [part for part, version in versions().items() if found.get(part) != version]
     if other:
-        warnings.warn(f"{LIBRARY}={folder} is for another version of {' and '.join(other)}: not used", stacklevel=2)
-        return
-    manager = type("LibraryCache", (LibraryCache,), {"folder": folder})
-    triton.knobs.cache.manager_class = manager
+        warnings.warn(f"{LIBRARY}={name} is for another version of {' and '.join(other)}: not used", stacklevel=2)
+        return frozenset()
+    triton.knobs.cache.manager_class = type("LibraryCache", (LibraryCache,), {"folder": Path(name)})
+    return architectures

@@ -147,7 +147,7 @@ def through_norm(dunit, unit, scale, norm):
     return scale[:, None] * (dunit - unit * along[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "blocks", "splits", "rollouts"])
 def mse_forward(a_ptr, b_ptr, partial_ptr, N, G, blocks, splits, rollouts, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Σ (a − b)² / N over one block of an image's N elements, for `rollouts` of its G: fp32 `[B·G, blocks]`."""
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -164,7 +164,7 @@ def mse_forward(a_ptr, b_ptr, partial_ptr, N, G, blocks, splits, rollouts, BLOCK
         tl.store(partial_ptr + row * blocks + block, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "blocks", "splits", "rollouts"])
 def mse_backward(
     derror_ptr,
     a_ptr,

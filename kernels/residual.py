@@ -42,10 +42,9 @@ def add_group_norm_statistics(
     """sum = h + channel_bias + residual, and Σ(sum − k) and Σ(sum − k)² of every channel over one split of the pixels.
 
     k is the channel's first pixel and the sums are fp32 `[B, SPLITS, 2, C]`, as group_norm_statistics has them, of the
-    rounded sum, which the norm will be applied to. h_pixels: of one image of h, times its
-    phases. With PHASES h has half of the
-    rows and columns, and one more of each, with four phases of C channels: pixel (y, x) of the sum is in phase
-    2·(y mod 2) + x mod 2, row (y + 1) / 2 and column (x + 1) / 2, rounded down.
+    rounded sum, which the norm will be applied to. h_pixels: of one image of h, times its phases. With PHASES h has
+    half of the rows and columns, and one more of each, with four phases of C channels: pixel (y, x) of the sum is in
+    phase 2·(y mod 2) + x mod 2, row (y + 1) / 2 and column (x + 1) / 2, rounded down.
     """
     image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     channel = tl.arange(0, BLOCK_C)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vapi_fast.alignment import run
 from vapi_fast.alignment import step as alignment
 from vapi_fast.alignment.step import StepResult, Trainer, align_step
 from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.kernels import library
 from vapi_fast.models import LlamaGen
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 
@@ -266,3 +268,24 @@ def test_the_published_recipe_alone_and_made_up_images(tiny_config: Make, tmp_pa
 def test_path_needs_one_process_and_the_recipe(tiny_config: Make) -> None:
     with pytest.raises(ConfigError, match="--path both needs the published recipe"):
         vapi_fast.align(tiny_config(path="both"))
+
+
+def test_the_first_rank_of_a_machine_has_kernels_compiled(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("vapi_fast.kernels.compile.in_background", lambda arch: asked.append(arch) or nullcontext())
+    monkeypatch.setattr("vapi_fast.ops.fused.launch.device_architecture", lambda index: "sm_90")
+    gpu = torch.device("cuda", 0)
+    xxl = AlignConfig(model="xxl", random_init=True, synthetic_data=True)
+    for config, device, local_rank in ((xxl, gpu, "1"), (xxl, torch.device("cpu"), "0"), (tiny_config(), gpu, "0")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with run.kernels_compiled(config, device):
+            assert asked == []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with run.kernels_compiled(xxl, gpu):
+        assert asked == ["sm_90"]
+    library.served.cache_clear()
+    monkeypatch.setenv("VAPI_FAST_KERNELS", str(tmp_path))
+    with pytest.raises(ConfigError, match="no library of kernels"):
+        run.kernels_compiled(xxl, gpu)

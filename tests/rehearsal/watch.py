@@ -211,7 +211,7 @@ class Watch(TorchDispatchMode):
             if isinstance(each, torch.Tensor):
                 if not each.is_cuda:
                     self.note("kernel argument off the device", f"{name}: {describe(each)}")
-                if each.numel() >= LIMIT and name not in INDEXES_WIDE:
+                if each.numel() >= LIMIT:
                     self.note("2³¹ elements or more", f"argument of {name}: {describe(each)}")
             elif isinstance(each, int) and not -LIMIT <= each < LIMIT:
                 self.note("2³¹ elements or more", f"argument of {name}: {each}")
@@ -228,10 +228,6 @@ class Watch(TorchDispatchMode):
             if not storage.expired() and storage not in kept:
                 self.note("outlives its capture", *origin)
         self.captured.clear()
-
-
-# Kernels that count elements in 64 bits.
-INDEXES_WIDE: set[str] = set()
 
 
 def own_operators() -> Iterator[Any]:

@@ -123,10 +123,14 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
     """
     if device.type != "cuda" or config.model == "tiny" or os.environ.get("LOCAL_RANK", "0") != "0":
         return contextlib.nullcontext()
-    from vapi_fast.kernels.compile import in_background
+    from vapi_fast.kernels import compile, library
     from vapi_fast.ops.fused.launch import device_architecture
 
-    return in_background(device_architecture(device.index))
+    try:
+        library.served()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return compile.in_background(device_architecture(device.index))
 
 
 class Run:

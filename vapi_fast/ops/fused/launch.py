@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from vapi_fast.kernels.library import LIBRARY, use_library
+from vapi_fast.kernels import library
 from vapi_fast.kernels.tables import launch_settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,9 +37,6 @@ class Recording:
     describe: Callable[[Launch], Any]
     launches: list[Any] = field(default_factory=list)
 
-
-if os.environ.get(LIBRARY):
-    use_library(Path(os.environ[LIBRARY]))
 
 _recording: Recording | None = None
 _override: dict[str, dict[str, int]] = {}
@@ -108,6 +103,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
         return
     device = args[0].device
     if device.type == "cuda":
+        library.served()
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
     elif isinstance(kernel, triton.JITFunction):
