@@ -259,7 +259,7 @@ def test_what_cannot_be_filled_in(
 def literals() -> list[str]:
     """Every text of the package, with … in place of what is filled in."""
     texts = []
-    for path in (ROOT / "vapi_fast").rglob("*.py"):
+    for path in (*(ROOT / "vapi_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
