@@ -97,7 +97,7 @@ def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None
     (tmp_path / "breaks.py").write_text(
         f"import os, runpy, sys\n"
         f"sys.path.insert(0, {str(E2E.parent)!r})\n"
-        "from vapi_fast import run\n"
+        "from vapi_fast.alignment import run\n"
         "step = run.align_step\n"
         "def broken(*arguments, **options):\n"
         "    if os.environ['RANK'] == '1' and arguments[2] == 1:\n"
