@@ -26,6 +26,7 @@ now = time.monotonic
 class Part:
     """commands: run side by side in `folder`. bound: seconds after which nothing of them is left.
 
+    rest: it gets what is left of the check's time, if that is no less than the bound.
     needs: Python modules and programs, without which it is left out. compiled: folder of Triton's cache.
     figures, failures: what its output, and the files that it writes, say; read while it runs too.
     """
@@ -37,6 +38,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     compiled: Path | None = None
+    rest: bool = False
     figures: Callable[[str], Any] = lambda output: None
     failures: Callable[[str], list[str]] = lambda output: []
 
@@ -144,20 +146,35 @@ def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[
 
 
 def end_leftover(result: dict[str, Any]) -> None:
-    """Kill a part whose check was killed: unless it has ended, it still has the GPU."""
+    """Kill a part whose check was killed, and wait for its end: until then it still has the GPU."""
     if result["status"] == "running":
         result |= {"status": "killed", "seconds": 0.0}
         for pid, start in result.pop("processes"):
             if start is not None and start == start_of(pid):
                 os.killpg(pid, signal.SIGKILL)
+                end = now() + GRACE
+                while not gone(pid) and now() < end:
+                    time.sleep(0.05)
 
 
 def start_of(pid: int) -> int | None:
     """When a process began, in the kernel's ticks: with it a number that was given again is not taken for the same."""
+    fields = fields_of(pid)
+    return int(fields[19]) if fields else None
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    fields = fields_of(pid)
+    return not fields or fields[0] == "Z"
+
+
+def fields_of(pid: int) -> list[str]:
+    """What /proc says of a process behind its name, from its state on; none of one that is not there."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return []
 
 
 def tail_of(log: Path, size: int) -> str:

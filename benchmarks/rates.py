@@ -19,11 +19,13 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,7 @@ WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
 IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil
 GRAPH_ERROR = 1e-2  # between the decoder's replay and its kernels one by one: cuDNN may take another algorithm
 NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
+FAULT = re.compile(r"CUDA error|Error \[CUDA\]|cuDNN error")  # after which a process cannot use the GPU any more
 BACKENDS = {
     "default": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -65,7 +68,8 @@ ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and wha
 
 
 def report(name: str, **figures: Any) -> None:
-    print(json.dumps({"name": name, **figures}, ensure_ascii=False), flush=True)
+    sys.stdout.write(json.dumps({"name": name, **figures}, ensure_ascii=False) + "\n")  # whole: workers write there too
+    sys.stdout.flush()
 
 
 @dataclass
@@ -271,17 +275,58 @@ def operation_error(index: int, passes: str, device: str) -> dict[str, Any]:
     return {"error": error, "differing": differing, "ok": ok}
 
 
-def exactness(bench: Bench, pool: ProcessPoolExecutor) -> None:
-    """In parallel, as compiling them takes most of the time."""
+def worker() -> ProcessPoolExecutor:
+    """A process that imports PyTorch at once."""
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    pool.submit(os.getpid)
+    return pool
+
+
+def exactness(bench: Bench, workers: Sequence[ProcessPoolExecutor]) -> None:
+    """In parallel, as compiling them takes most of the time; a fault is that of its own case, and a new worker's turn.
+
+    The workers are shut down behind it.
+    """
     if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-    cases = {
-        pool.submit(operation_error, index, passes, bench.device.type): f"{operation.name} {passes}"
-        for index, operation in enumerate(OPERATIONS)
-        for passes in operation.passes
-    }
-    for case in as_completed(cases):
-        bench.attempt(cases[case], case.result)
+        with contextlib.suppress(RuntimeError):  # after a fault of this process's, which was reported
+            torch.cuda.empty_cache()
+    free: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+    for each in workers:
+        free.put(each)
+
+    def run(index: int, passes: str) -> dict[str, Any]:
+        taken = free.get()
+        try:
+            return taken.submit(operation_error, index, passes, bench.device.type).result()
+        except Exception as error:
+            if isinstance(error, BrokenProcessPool) or FAULT.search(str(error)):
+                taken.shutdown(wait=False)
+                taken = worker()
+            raise
+        finally:
+            free.put(taken)
+
+    with ThreadPoolExecutor(len(workers)) as threads:
+        cases = {
+            threads.submit(run, index, passes): f"{operation.name} {passes}"
+            for index, operation in enumerate(OPERATIONS)
+            for passes in operation.passes
+        }
+        for case in as_completed(cases):
+            bench.attempt(cases[case], case.result)
+    for _ in workers:
+        free.get().shutdown()
+
+
+def measure(bench: Bench) -> None:
+    """All that this process measures itself."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    for rates in (measure_ceilings, convolutions, attention, norms):
+        rates(bench)
+    bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
+    bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
+    bench.attempt("decoder as a CUDA graph", lambda: graph(bench))
 
 
 def main() -> int:
@@ -294,18 +339,9 @@ def main() -> int:
         bench = Bench(torch.device("cuda"))
     else:
         parser.error("no CUDA device; --cpu runs everything small")
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    workers = 1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in range(workers):
-            pool.submit(os.getpid)  # they import PyTorch meanwhile
-        for measure in (measure_ceilings, convolutions, attention, norms):
-            measure(bench)
-        bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
-        bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
-        bench.attempt("decoder as a CUDA graph", lambda: graph(bench))
-        exactness(bench, pool)
+    workers = [worker() for _ in range(1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1))]
+    measure(bench)
+    exactness(bench, workers)
     return 1 if bench.failed else 0
 
 

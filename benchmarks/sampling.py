@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -52,7 +53,8 @@ def random_model(device: torch.device) -> LlamaGen:
 
 
 def report(name: str, seconds: float, **figures: Any) -> None:
-    print(json.dumps({"name": name, "seconds": seconds, **figures}), flush=True)
+    sys.stdout.write(json.dumps({"name": name, "seconds": seconds, **figures}) + "\n")
+    sys.stdout.flush()
 
 
 @torch.no_grad()

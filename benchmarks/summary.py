@@ -70,17 +70,23 @@ def short_commit(record: dict[str, Any]) -> str:
 
 
 def headline(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The figures that matter most, as far as the parts of a `gpu_check` have them; bytes and seconds."""
+    """The figures that matter most, as far as the parts of a `gpu_check` have them; bytes and seconds.
+
+    `run_seconds` are of a hundred steps, all of which ended; `peak_memory` is that run's alone. Beside the published
+    recipe's copies of the frozen networks it is `peak_memory_beside_published`.
+    """
     both, whole = (parts.get(name, {}).get("figures") or {} for name in ("align_both", "align"))
-    rows = {row["name"]: row for name in ("rates", "sampling") for row in parts.get(name, {}).get("figures") or []}
+    rows = {row.get("name"): row for name in ("rates", "sampling") for row in parts.get(name, {}).get("figures") or []}
     ours, sampled = whole or both, rows.get("sampling", {})
     found = {
         "step_seconds": ours.get("step_seconds"),
         "published_step_seconds": both.get("seconds_per_step", {}).get("published_recipe"),
         "ratio": both.get("speedup_over_reference"),
         "images_per_second_aligned": ours.get("images_per_second"),
-        "run_seconds": whole.get("seconds", {}).get("total"),  # of a hundred steps
-        "peak_memory": ours.get("own_peak_memory"),
+        "run_seconds": whole.get("seconds", {}).get("total"),
+        "steps_done": whole.get("steps_done"),
+        "peak_memory": whole.get("own_peak_memory"),
+        "peak_memory_beside_published": both.get("own_peak_memory"),
         "images_per_second_sampled": sampled.get("images_per_second"),
         "seconds_per_token": sampled.get("seconds_per_token"),
         "sampling_setup_seconds": rows.get("sampling set-up", {}).get("seconds"),

@@ -219,7 +219,13 @@ def test_our_peak_is_that_of_a_run_without_a_comparison(tiny_config: Make, tiny_
 
     models = loaded("fast")
     compared = Comparison(published_step, models, device)
-    compared.measured("vapi_fast", clock, lambda: accumulate_gradients(models, tiny_config(), batch, 0, clock), [])
+    compared.measured(
+        "vapi_fast",
+        clock,
+        lambda: accumulate_gradients(models, tiny_config(), batch, 0, clock),
+        others=[],
+        pool=models.reward.pool,
+    )
     alone = compared.peaks["vapi_fast"][0] - held_bytes([compared.published.tokenizer, compared.published.lpips])
     models = compared = None
     gc.collect()

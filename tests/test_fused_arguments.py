@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, find, given, settings
-from hypothesis import strategies as st
 from test_fused_registration import OPERATIONS, TinyModel
 from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.ops.backends import BACKENDS
 from vapi_fast.ops.checks import MAX_VOCABULARY
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the values of tokens are not checked")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accuracy import RELATIVE_L2, relative_l2
 from fused import DEVICE, DTYPES, assert_fused_accurate, cast, misaligned, strided
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -327,6 +326,7 @@ def test_straight_through_of_a_codebook_with_nan_is_nan() -> None:
 
 
 def test_straight_through_draws_from_the_softmax() -> None:
+    stats = pytest.importorskip("scipy.stats")
     rows, logits = 2000, torch.randn(7, device=DEVICE)
     with ops.use_backend("triton"):
         repeated = logits.expand(4, rows // 4, 7)

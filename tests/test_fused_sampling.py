@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from accuracy import RELATIVE_L2
 from fused import DEVICE, DTYPES, cast, misaligned, strided
-from scipy import stats
 from torch import Tensor
 
 from vapi_fast import ops
@@ -183,6 +182,7 @@ def test_very_many_draws_from_a_large_vocabulary(scale: float) -> None:
 @pytest.mark.usefixtures("many_at_a_time")
 @pytest.mark.parametrize("filters", [{}, {"top_k": 7, "top_p": 0.9}])
 def test_frequencies_are_the_softmax(filters: dict[str, float]) -> None:
+    stats = pytest.importorskip("scipy.stats")
     logits, draws = torch.randn(1, 2, 12, generator=torch.Generator().manual_seed(1)), 20_000
     tokens, _ = draw(logits, draws, seed=11, **filters)
     probs = filter_logits(logits.double(), filters.get("top_k", 0), filters.get("top_p", 1.0)).softmax(-1)[0].numpy()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,6 @@ def wait_until(happened: Callable[[], object]) -> None:
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 # ---- parts
@@ -147,7 +140,7 @@ time.sleep(9e9)
     result = run(tmp_path, python("a", deaf, tmp_path))["a"]
     assert result["status"] == "timed out"
     assert "ready" in result["tail"]
-    wait_until(lambda: gone(int((tmp_path / "pid").read_text())))
+    wait_until(lambda: parts.gone(int((tmp_path / "pid").read_text())))
 
 
 def test_a_part_is_asked_before_it_is_killed(tmp_path: Path, leap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +238,7 @@ def test_figures_of_a_run_that_was_ended(tmp_path: Path) -> None:
     progress = tmp_path / "progress.jsonl"
     progress.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
     part = {"figures": gpu_check.aligned(tmp_path), "triton_cache": "cold"}
-    expected = {"step_seconds": 3.5, "images_per_second_aligned": 128 / 3.5, "peak_memory": 6}
+    expected = {"step_seconds": 3.5, "images_per_second_aligned": 128 / 3.5, "peak_memory_beside_published": 6}
     expected |= {"startup_seconds_cold": 9.0, "first_step_seconds_cold": 30.0}
     assert gpu_check.headline({"align_both": part}) == expected
 
@@ -256,18 +249,36 @@ def test_figures_of_a_run_that_was_ended(tmp_path: Path) -> None:
     assert gpu_check.headline({"align_both": part}) == expected | {"ratio": 8.0, "published_step_seconds": 28.0}
 
 
+def test_a_hundred_steps_of_which_some_were_done(tmp_path: Path) -> None:
+    line = {"seconds": {"startup": 9.0, "alignment": 30.0}, "step_seconds": 3.5, "peak_memory": 6}
+    lines = [json.dumps({"step": step, **line}) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "progress.jsonl").write_text("".join(lines))
+    found = gpu_check.headline({"align": {"figures": gpu_check.aligned(tmp_path), "triton_cache": "warm"}})
+    assert (found["steps_done"], found["step_seconds"], found["peak_memory"]) == (3, 3.5, 6)
+    assert "run_seconds" not in found
+    (tmp_path / "run.json").write_text(json.dumps(line | {"seconds": {"total": 50.0}}))
+    found = gpu_check.headline({"align": {"figures": gpu_check.aligned(tmp_path), "triton_cache": "warm"}})
+    assert (found["steps_done"], found["run_seconds"]) == (3, 50.0)
+
+
+def test_lines_that_are_not_json_lose_no_other() -> None:
+    output = 'warning\n{"name": "copy"}\n{not JSON}\n{"name": "matmul"}\n{"half'
+    assert gpu_check.json_lines(output) == [{"name": "copy"}, {"name": "matmul"}]
+
+
 def test_headline_of_all_parts() -> None:
     rows = [{"name": "copy", "rate": 3e12}, {"name": "matmul", "rate": 8e14}]
     drawn = [{"name": "sampling set-up", "seconds": 4.0}]
     drawn += [{"name": "sampling", "seconds": 6.0, "images_per_second": 42.0, "seconds_per_token": 0.01}] * 2
     whole = {"step_seconds": 3.0, "images_per_second": 43.0, "own_peak_memory": 7, "first_step_seconds": 5.0}
-    whole["seconds"] = {"startup": 8.0, "total": 320.0}
+    whole |= {"seconds": {"startup": 8.0, "total": 320.0}, "steps_done": 100}
     measured = {"rates": {"figures": rows}, "sampling": {"figures": drawn}, "align_both": {"figures": None}}
     measured["align"] = {"figures": whole, "triton_cache": "warm"}
     assert gpu_check.headline(measured) == {
         "step_seconds": 3.0,
         "images_per_second_aligned": 43.0,
         "run_seconds": 320.0,
+        "steps_done": 100,
         "peak_memory": 7,
         "images_per_second_sampled": 42.0,
         "seconds_per_token": 0.01,
@@ -305,7 +316,8 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
         code = gpu_check.main()
         assert not list((tmp_path / "out").glob("*.tmp"))
         record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-        return code, record, capsys.readouterr().out.splitlines()
+        captured = capsys.readouterr()
+        return code, record, [*captured.out.splitlines(), *captured.err.splitlines()]
 
     return call
 
@@ -376,12 +388,54 @@ def test_what_does_not_fit_is_left_out_and_done_by_the_next_call(check: Any, tmp
     assert check(*stages, minutes=0.01)[0] == 0  # nothing is missing
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    """kill -9 loses the part that was running, which the next call ends and runs again."""
+@pytest.mark.parametrize(("measured", "passed"), [('"speedup_over_reference": 8.0', True), ("", False)])
+def test_both_paths_that_ran_out_of_time(measured: str, passed: bool, check: Any, tmp_path: Path, leap: Any) -> None:
+    """With a published step measured they are done, though two of them may take too long; without one they are not."""
     script = f"""
-import sys
+import pathlib, time
+print(1, file=open("align_both-runs", "a"))
+print('{{{measured}}}', flush=True)
+pathlib.Path("ready").touch()
+time.sleep(9e9)
+"""
+    leap(tmp_path / "ready", HOUR)
+    both = python("align_both", script, tmp_path, figures=lambda text: gpu_check.json_lines(text)[-1])
+    code, record, _ = check([both])
+    assert record["parts"]["align_both"]["status"] == "timed out"
+    assert (code, record["passed"]) == (0 if passed else 1, passed)
+    (tmp_path / "ready").unlink()
+    check([both])
+    assert runs(tmp_path, "align_both") == (1 if passed else 2)
+
+
+def test_a_part_that_gets_the_rest(check: Any, tmp_path: Path) -> None:
+    _, record, _ = check([counting("align", tmp_path, bound=60, rest=True)], minutes=10)
+    assert 500 < record["parts"]["align"]["bound"] <= 600
+    _, record, _ = check([counting("rates", tmp_path, bound=60)], minutes=10)
+    assert record["parts"]["rates"]["bound"] == 60
+
+
+def test_minutes_in_which_nothing_missing_fits(check: Any, tmp_path: Path) -> None:
+    """The start takes seconds too."""
+    short, long = counting("short", tmp_path, bound=60), counting("long", tmp_path, bound=390)
+    absent = python("absent", "", tmp_path, bound=1, needs=("no_such_tool",))
+    stages = [absent, short], [long]
+    check(*stages, minutes=1.2)
+    assert (runs(tmp_path, "short"), runs(tmp_path, "long")) == (1, 0)
+    before = (tmp_path / "out" / "gpu_check.json").read_text()
+    for given, commit, needed in (("6.5", "abc", "long needs 6.7"), ("1", "def", "short needs 1.2")):
+        code, _, printed = check(*stages, minutes=float(given), commit=commit)
+        assert (code, printed[-1]) == (2, f"gpu_check.sh: --minutes {given} is too little for any part: {needed}")
+        assert (tmp_path / "out" / "gpu_check.json").read_text() == before
+
+
+@pytest.mark.parametrize("commit", ["abc", "def"])
+def test_killed_and_resumed(commit: str, tmp_path: Path) -> None:
+    """kill -9 loses the part that was running, which the next call, of any commit, ends before it looks at the GPU."""
+    script = f"""
+import os, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
-import gpu_check
+import gpu_check, parts
 from parts import Part
 
 first = "print(1, file=open('first-runs', 'a')); print('{{\\"name\\": \\"copy\\", \\"rate\\": 5.0}}')"
@@ -393,7 +447,11 @@ while not os.path.exists("go"): time.sleep(0.05)
 def part(name, script):
     return Part(name, 60, [[sys.executable, "-c", script]], {str(tmp_path)!r}, figures=gpu_check.json_lines)
 gpu_check.stages = lambda *_: [[part("rates", first)], [part("sampling", second)]]
-gpu_check.probe = lambda cpu: {{"cuda_available": False}}
+def probe(cpu):
+    if os.path.exists("{tmp_path}/orphan"):
+        assert parts.gone(int(open("{tmp_path}/orphan").read()))
+    return {{"cuda_available": False}}
+gpu_check.probe = probe
 sys.exit(gpu_check.main())
 """
     command = [sys.executable, "-c", script, str(tmp_path), "--cpu", "--commit", "abc", "--minutes", "600"]
@@ -413,15 +471,16 @@ sys.exit(gpu_check.main())
     assert left["headline"] == {"copy_bytes_per_second": 5.0, "images_per_second_sampled": 2.0}
     assert [result["status"] for result in left["parts"].values()] == ["passed", "running"]
     ((orphan, _),) = left["parts"]["sampling"]["processes"]
-    assert not gone(orphan)
+    assert not parts.gone(orphan)
 
-    resumed = subprocess.Popen(command)
-    wait_until(lambda: gone(orphan))  # ended before it is run again
+    (tmp_path / "orphan").write_text(str(orphan))
+    resumed = subprocess.Popen([commit if each == "abc" else each for each in command])
+    wait_until(lambda: parts.gone(orphan))  # ended before it is run again
     (tmp_path / "go").touch()
     assert resumed.wait() == 0
     assert [result["status"] for result in record()["parts"].values()] == ["passed", "passed"]
     assert record()["headline"] == left["headline"]
-    assert runs(tmp_path, "first") == 1
+    assert runs(tmp_path, "first") == (1 if commit == "abc" else 2)
 
 
 def sources() -> set[Path]:
@@ -449,10 +508,15 @@ def test_the_most_valuable_parts_without_a_gpu(
     assert list(record["parts"]) == ["rates", "align_both", "sampling"]
     assert next(iter(record)) == "headline"
     assert {"torch", "triton", "numpy", "python"} <= record["device"].keys()
-    shown = {"step_seconds", "ratio", "published_step_seconds", "images_per_second_aligned", "peak_memory"}
+    shown = {"step_seconds", "ratio", "published_step_seconds", "images_per_second_aligned"}
+    shown |= {"peak_memory_beside_published"}
     shown |= {"images_per_second_sampled", "seconds_per_token", "sampling_setup_seconds", "copy_bytes_per_second"}
     assert shown | {"startup_seconds_cold", "first_step_seconds_cold", "matmul_flops"} == record["headline"].keys()
-    assert record["headline"]["ratio"] > 1
+    own, published = (
+        record["parts"]["align_both"]["figures"]["seconds_per_step"][name] for name in ("vapi_fast", "published_recipe")
+    )
+    assert record["headline"]["published_step_seconds"] == published
+    assert record["headline"]["ratio"] == pytest.approx(published / own)
     names = [row["name"] for row in record["parts"]["rates"]["figures"]]
     assert names.index("convolution 3×3 bfloat16 128→128 384²") < names.index("policy_loss forward+backward")
     assert not any("failure" in row for row in record["parts"]["rates"]["figures"])
@@ -527,8 +591,39 @@ def test_too_few_minutes(
 ) -> None:
     code, line = said([str(tmp_path / "new"), "--minutes", minutes], monkeypatch, capsys)
     assert code == 2
-    assert line.endswith(f"--minutes {minutes} is too little for any part: rates alone is given 60 s")
+    assert line.endswith(f"--minutes {minutes} is too little for any part: rates needs 1.2")
     assert not (tmp_path / "new").exists()
+
+
+lost = False
+
+
+def faulty(index: int, passes: str, device: str) -> dict[str, Any]:
+    """In place of an operation beside float64: one loses the device for its process, one the process itself."""
+    global lost
+    lost |= index == 1
+    if lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if index == 3:
+        os._exit(9)
+    if index == 4:
+        raise ValueError("its own")
+    return {"error": 0.0, "ok": True}
+
+
+def test_a_fault_of_the_device_is_that_of_one_operation(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rates = importlib.import_module("rates")
+    monkeypatch.setattr(rates, "operation_error", faulty)
+    monkeypatch.setattr(rates, "OPERATIONS", [types.SimpleNamespace(name=f"{i}", passes=["forward"]) for i in range(8)])
+    bench = rates.Bench(rates.torch.device("cpu"))
+    rates.exactness(bench, [rates.worker(), rates.worker()])
+    found = {row["name"]: row.get("failure", "") for row in gpu_check.json_lines(capfd.readouterr().out)}
+    assert len(found) == 8
+    failed = {name[0]: failure.partition(":")[0] for name, failure in found.items() if failure}
+    assert failed == {"1": "RuntimeError", "3": "BrokenProcessPool", "4": "ValueError"}
+    assert bench.failed
 
 
 @pytest.mark.parametrize("script", ["rates", "sampling"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,41 @@ def operations(watch: Watch, dtype: torch.dtype) -> None:
         run_once.run(operation, shapes.Source(DEVICE, dtype), shapes.XXL)
 
 
+def rates(watch: Watch) -> None:
+    """All that the script measures in its own process; the operations beside float64 have processes of their own."""
+    import rates as script
+
+    poisoned = script.poisoned
+
+    def beside_float64(*arguments: Any) -> dict[str, Any]:
+        watch.channels_last = False  # cuDNN has no such convolution in float64
+        try:
+            return poisoned(*arguments)
+        finally:
+            watch.channels_last = True
+
+    bench, printed = script.Bench(DEVICE), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(mock.patch.object(script, "poisoned", beside_float64))
+        stack.enter_context(mock.patch.object(torch, "equal", return_value=False))  # of numbers that are not there
+        stack.enter_context(mock.patch.object(torch.cuda, "_sleep", create=True))
+        script.measure(bench)
+    if bench.failed:
+        failures = [line for line in printed.getvalue().splitlines() if "failure" in line or '"ok": false' in line]
+        raise RuntimeError(" ".join(failures))
+
+
+def sampling(watch: Watch) -> None:
+    import sampling as script
+
+    model = script.random_model(DEVICE)
+    synchronize = mock.patch.object(script, "synchronize", watch.waiting(script.synchronize))
+    with watch.steps(), synchronize, contextlib.redirect_stdout(io.StringIO()):
+        for cache in (None, "fp8"):
+            script.sample(model, 256, f"sampling, {cache}", cache)
+
+
 @contextlib.contextmanager
 def two_ranks() -> Iterator[None]:
     """This process is rank 0 of two, whose collectives do nothing; the other one has the same objects."""
@@ -118,6 +154,8 @@ SCENES: dict[str, Scene] = {
     "align XL at 256²": partial(align, model="xl", image_size=256),
     "operations in bf16": partial(operations, dtype=torch.bfloat16),
     "operations in fp32": partial(operations, dtype=torch.float32),
+    "rates": rates,
+    "sampling": sampling,
     "generate": generate,
     "generate with guidance": partial(generate, cfg_scale=1.75),
     "generate in fp8": partial(generate, cfg_scale=2.0, kv_dtype="fp8", top_k=2000, top_p=0.9, return_entropies=True),
