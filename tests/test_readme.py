@@ -55,7 +55,7 @@ REPLACED = {
 }
 # For a GPU, of many minutes, or no whole commands: what is added here, and the exit code and output then.
 STARTED = {
-    "bash benchmarks/tools/check_kernels.sh 3.4.0 3.6.0": (" --help-me", 1, "triton --help-me"),
+    "bash benchmarks/tools/check_kernels.sh 3.4.0 3.6.0": (" --help", 0, "VERSION ..., versions of triton"),
     "bash benchmarks/gpu_check.sh DIR": ("", 1, "no CUDA device: nothing was run"),
     "python benchmarks/readme.py benchmarks/results/NAME.json": ("", 1, "readme.py: error: benchmarks/results/NAME"),
     "python -m vapi_fast.tiny.build": (" --help", 0, "Rebuild the tiny preset from nothing"),

@@ -6,7 +6,10 @@
 # PYTHON names an interpreter with vapi-fast installed. Exit code 1 if a version has a problem; its report is in
 # kernels-<version>.log.
 set -euo pipefail
-[ $# -gt 0 ] || { echo "usage: $0 VERSION ..." >&2; exit 2; }
+case " $* " in
+    *" --help "*) echo "usage: $0 VERSION ..., versions of triton"; exit 0 ;;
+    "  ") echo "usage: $0 VERSION ..., versions of triton" >&2; exit 2 ;;
+esac
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
