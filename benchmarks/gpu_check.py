@@ -130,7 +130,7 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
     ]
     if cpu:  # one operation timed, one family's tests, and all operations interpreted, under no tool
         one = ["bench_ops.py", "-k", "mse and forward and not pairs and not backward"]
-        last = [tests(120, ["test_fused_normalization.py", "-k", "rms_norm"]), memcheck(120)]
+        last = [tests(120, ["ops/test_fused_normalization.py", "-k", "rms_norm"]), memcheck(120)]
         return [*first, [benchmarks(110, *one)], last]
     code = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture]
     last = [
@@ -146,9 +146,10 @@ def shards(processes: int) -> Iterator[tuple[str, list[str]]]:
 
     Files are dealt out by their size, which is near enough to their seconds.
     """
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
-    kernels = [path.name for path in files if path.name.startswith("test_fused_")]
-    marked = [path.name for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    tests = ROOT / "tests"
+    files = sorted(tests.rglob("test_*.py"), key=lambda path: -path.stat().st_size)
+    kernels = [f"ops/{path.name}" for path in files if path.parent == tests / "ops"]
+    marked = [str(path.relative_to(tests)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
     for marker, names, count in (("not gpu", kernels, processes), ("gpu", marked, 2)):
         yield from ((marker, names[index::count]) for index in range(min(count, len(names))))
 

@@ -197,9 +197,8 @@ def test_every_test_file_is_in_one_process() -> None:
     shards = list(gpu_check.shards(4))
     kernels = [name for marker, names in shards if marker == "not gpu" for name in names]
     marked = [name for marker, names in shards if marker == "gpu" for name in names]
-    folder = Path(__file__).parent
-    assert sorted(kernels) == sorted(path.name for path in folder.glob("test_fused_*.py"))
-    assert {"test_frozen.py", "test_graphs.py", "test_fused_losses.py"} <= set(marked)
+    assert sorted(kernels) == sorted(f"ops/{path.name}" for path in (BENCHMARKS.parent / "tests/ops").glob("test_*.py"))
+    assert {"models/test_frozen.py", "runtime/test_graphs.py", "ops/test_fused_losses.py"} <= set(marked)
     assert len(marked) == len(set(marked))
     assert [marker for marker, _ in shards] == ["not gpu"] * 4 + ["gpu"] * 2
 

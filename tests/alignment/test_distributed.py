@@ -16,7 +16,7 @@ from torch import Tensor
 from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.tiny import FILES
 
-E2E = Path(__file__).parents[1] / "benchmarks" / "e2e_align.py"
+E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
 SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
 
 

@@ -20,7 +20,7 @@ from operations import OPERATIONS
 from race import AGAIN, FEWEST_ROUNDS, Contestant, Race
 from summary import ratios
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def row(**changes: Any) -> dict[str, Any]:
