@@ -65,6 +65,7 @@ XXL = Sizes()
 SMALL = Sizes(8, 8, 64, 512, 192, 6, 32, 512, pixels=32, channels=32, norm_groups=8, sequences=64, prefix=12)
 # No multiples of a block, so that every mask is needed.
 ODD = Sizes(2, 3, 49, 1000, 72, 3, 20, 100, 6, 36, 24, norm_groups=8, sequences=6, prefix=7)
+SMALLEST = Sizes(2, 3, 4, 24, 16, 2, 8, 16, pixels=16, channels=8, norm_groups=4, sequences=6, prefix=2)
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ def logits(s: Sizes, new: Source) -> dict[str, Any]:
 
 def head(s: Sizes, new: Source) -> dict[str, Any]:
     """Hidden states and the head's weight, for logits of standard deviation 2."""
-    weight = new.normal(s.vocabulary, s.width, scale=2 * max(s.width, 1) ** -0.5)
-    return {"hidden": new.normal(s.images, s.tokens, s.width), "weight": weight}
+    hidden, scale = new.normal(s.images, s.tokens, s.width), 2 * max(s.width, 1) ** -0.5
+    return {"hidden": hidden, "weight": new.normal(s.vocabulary, s.width, scale=scale)}
 
 
 def targets(s: Sizes, new: Source) -> Tensor:
@@ -175,15 +176,17 @@ def targets(s: Sizes, new: Source) -> Tensor:
 
 
 def policy(s: Sizes, new: Source) -> dict[str, Any]:
-    tokens = new.integers(s.images, s.group, s.tokens, below=s.vocabulary)
-    advantages = new.normal(s.images, s.group, dtype=torch.float32)
-    return head(s, new) | {"tokens": tokens, "advantages": advantages, "targets": targets(s, new)}
+    return head(s, new) | {
+        "tokens": new.integers(s.images, s.group, s.tokens, below=s.vocabulary),
+        "advantages": new.normal(s.images, s.group, dtype=torch.float32),
+        "targets": targets(s, new),
+    }
 
 
 def off_policy(s: Sizes, new: Source) -> dict[str, Any]:
     shape, level = (s.images, s.group, s.tokens), math.log(max(s.vocabulary, 1)) + 2
-    old, base = (new.normal(*shape, scale=0.1, dtype=torch.float32) - level for _ in range(2))
-    return policy(s, new) | {"old_logprobs": old, "base_logprobs": base}
+    names = ("old_logprobs", "base_logprobs")
+    return policy(s, new) | {name: new.normal(*shape, scale=0.1, dtype=torch.float32) - level for name in names}
 
 
 def model(s: Sizes, new: Source) -> dict[str, Any]:
@@ -256,9 +259,9 @@ def one_slot(s: Sizes, new: Source) -> dict[str, Any]:
 
 def cache(s: Sizes, new: Source) -> dict[str, Any]:
     """As many own entries as tokens, one of them the condition's, and all of them valid."""
+    q, position = new.normal(s.sequences, s.heads, s.head_dim), torch.full((), s.tokens, device=new.device)
     keys, values = (new.normal(s.sequences, s.heads, s.tokens + 1, s.head_dim) for _ in range(2))
-    position = torch.full((), s.tokens, device=new.device)
-    return {"q": new.normal(s.sequences, s.heads, s.head_dim), "k_cache": keys, "v_cache": values, "position": position}
+    return {"q": q, "k_cache": keys, "v_cache": values, "position": position}
 
 
 def prefixed(s: Sizes, new: Source) -> dict[str, Any]:

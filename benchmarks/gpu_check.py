@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from parts import Part, gpu_reading, nvidia_smi, run_together
 from summary import headline, ratios, rows_of, table
@@ -93,22 +93,22 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
         return part(name, bound, [*command, "--output-dir", str(output)], **options)
 
     def pytest(name: str, bound: float, *runs: list[str], **options: Any) -> Part:
-        reports = [work / name / f"{index}.xml" for index in range(len(runs))]
-        commands = [[*PYTEST, f"--junitxml={report}", *run] for report, run in zip(reports, runs, strict=True)]
-        options = {"figures": lambda text: junit_counts(reports)} | options
-        return part(name, bound, *commands, failures=lambda text: junit_failures(reports), **options)
+        options = {
+            "figures": tests_said,
+            "failures": functools.partial(lines_with, words=("FAILED ", "ERROR ")),
+        } | options
+        return part(name, bound, *([*PYTEST, *run] for run in runs), **options)
 
     def tests(
         *runs: list[str], needs: tuple[str, ...] = ("pytest",)
     ) -> Part:  # not in ROOT: its vapi_fast lacks kernels
-        runs = [["--continue-on-collection-errors", *run] for run in runs]
+        runs = [["--continue-on-collection-errors", "--durations=5", *run] for run in runs]
         return pytest("tests", 120, *runs, cache="tests", folder=ROOT / "tests", needs=needs)
 
     def benchmarks(*arguments: str) -> Part:
-        rows = work / "benchmarks" / "rows.json"
+        rows, needs = work / "benchmarks" / "rows.json", ("pytest", "pytest_benchmark")
         options = ["--benchmark-only", f"--benchmark-json={rows}", "--compile-seconds=0"]
-        figures = {"needs": ("pytest", "pytest_benchmark"), "figures": lambda text: benchmark_rows(rows)}
-        return pytest("benchmarks", 110, [*arguments, *options], **figures)
+        return pytest("benchmarks", 110, [*arguments, *options], needs=needs, figures=lambda text: benchmark_rows(rows))
 
     def memcheck(*tool: str) -> Part:
         figures = {"figures": lambda text: {"operations": len(lines_with(text, (": ran",)))}}
@@ -171,34 +171,17 @@ def aligned(output: Path) -> dict[str, Any]:
     return found | first | {"steps_done": lines[-1]["step"], "own_peak_memory": alone[-1]}
 
 
-def junit_counts(reports: Sequence[Path]) -> dict[str, Any]:
-    """Tests, failures, errors and skipped ones of JUnit reports, and the slowest tests in seconds."""
-    roots = [ElementTree.parse(report).getroot() for report in reports if report.exists()]
-    suites = [suite for root in roots for suite in root.iter("testsuite")]
-    cases = sorted(
-        (case for root in roots for case in root.iter("testcase")), key=lambda case: -float(case.get("time", 0))
-    )
-    counts = {key: sum(int(each.get(key, 0)) for each in suites) for key in ("tests", "failures", "errors", "skipped")}
-    return counts | {"slowest": {case.get("name"): float(case.get("time", 0)) for case in cases[:5]}}
-
-
-def junit_failures(reports: Sequence[Path]) -> list[str]:
-    """Name of every test that failed, and the end of its message."""
-    return [
-        f"{case.get('classname')}::{case.get('name')}: {(outcome.text or outcome.get('message') or '')[-1500:]}"
-        for report in reports
-        for case in ElementTree.parse(report).getroot().iter("testcase")
-        for outcome in case
-        if outcome.tag in ("failure", "error")
-    ]
-
-
 def benchmark_rows(report: Path) -> list[dict[str, Any]]:
     """The rows of all benchmarks, each with pytest-benchmark's statistics of our own times."""
     measured = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
     statistics = ("min", "max", "mean", "stddev", "median", "iqr", "rounds")
     finished = [each for each in measured if each["extra_info"]]  # one that was stopped halfway has none
     return [each["extra_info"] | {"stats": {key: each["stats"][key] for key in statistics}} for each in finished]
+
+
+def tests_said(output: str) -> dict[str, str]:
+    """The last lines of pytest's processes: how many tests passed, failed and were skipped, in what time."""
+    return {"said": "; ".join(re.findall(r"^=* ?(\d+ \w+.* in [\d.]+s.*?) ?=*$", output, re.MULTILINE))}
 
 
 def last_line(output: str) -> dict[str, str]:
@@ -410,19 +393,12 @@ def report(record: dict[str, Any]) -> str:
         numbers = "".join(f", {value} {key}" for key, value in counts.items() if isinstance(value, int | str) and value)
         lines.append(f"{name:<12}{result['status']:<11}{result['seconds']:.0f} s{numbers}")
         failures = result.get("failures") or result.get("tail", "").splitlines()[-5:]
-        lines += [f"    {short(failure)}" for failure in failures[:6] if not done(name, result)]
+        lines += [f"    {failure[:200]}" for failure in failures[:6] if not done(name, result)]
     lines += [f"{name:<12}left out   {reason}" for name, reason in record["left_out"].items()]
     lines += [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in record["headline"].items()]
     device = record["device"].get("name", "no CUDA device")
     lines.append(f"{'passed' if record['passed'] else 'FAILED'}: {device}, commit {record['commit']}")
     return "\n".join(lines)
-
-
-def short(failure: str) -> str:
-    """A failure on one line: a test's name and the last line of its message."""
-    name, colon, message = failure.partition(": ")
-    raised = [line for line in message.splitlines() if line.startswith("E  ")] or message.strip().splitlines() or [""]
-    return f"{name}{colon}{raised[-1].removeprefix('E').strip()}"[:200]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 `bench_<stem>.py` has the operations of a stem, their rivals and bounds. On a GPU at XXL sizes in bf16 on Triton, held
 to the fastest of plain PyTorch's forms; on a CPU, where our own path is plain PyTorch too, at small sizes to the
-published G-fold form, and where there is none to what a user would write. Times are medians on the device's own clock, the
-contestants in turns; `extra_info` has all the figures.
+published G-fold form, and where there is none to what a user would write. Times are medians on the device's own clock,
+the contestants in turns; `extra_info` has all the figures.
 
 Exactness is that of one image of the batch that is timed, beside the plain form in float64 or, where the operation
 draws, a form with the same random words. These come from our generator, which the tests hold to its published answers.
