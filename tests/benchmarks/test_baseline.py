@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import timing
 from baseline import Baseline, BaselineError, comparison, problems, processor, setup
-from operations import OPERATIONS
+from operations import STEMS, every_operation
 from race import AGAIN, FEWEST_ROUNDS, Contestant, Race
 from summary import ratios
 
@@ -249,7 +250,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_the_shipped_file_has_a_ratio_for_each_benchmark() -> None:
-    names = {f"{each.name} {passes}" for each in OPERATIONS for passes in each.passes}
+    names = {f"{each.name} {passes}" for each in every_operation() for passes in each.passes}
     for kind, rows in Baseline(BENCHMARKS / "baseline.json").kinds.items():
         models = {"reward score", "alignment step", f"generate {'xxl 384²' if 'NVIDIA' in kind else 'tiny'}"}
         assert set(rows) == names | models
@@ -272,8 +273,10 @@ def benchmark(folder: Path, names: Sequence[str], *options: str, plugin: str = "
     """Exit code and output of the benchmarks of operations, in a process of its own that runs `plugin` first."""
     (folder / "meddling.py").write_text(plugin)
     variables = os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", *(f"bench_ops.py::test_operation[{name}]" for name in names)]
-    command += ["-p", "no:cacheprovider", "-p", "meddling", "--baseline", str(folder / "baseline.json"), *options]
+    stems = {each.name: stem for stem in STEMS for each in importlib.import_module(f"bench_{stem}").OPERATIONS}
+    tests = [f"bench_{stems[name.rpartition(' ')[0]]}.py::test_operation[{name}]" for name in names]
+    command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider", "-p", "meddling"]
+    command += ["--baseline", str(folder / "baseline.json"), *options]
     ended = subprocess.run(command, cwd=BENCHMARKS, env=variables, capture_output=True, text=True)
     return ended.returncode, ended.stdout + ended.stderr
 
@@ -335,13 +338,13 @@ def other_token(logits, group_size, **options):
     tokens.view(-1)[0] += 1
     return tokens, logprobs
 
-def other_values(qkv, table, keys, values, position):
-    query = append(qkv, table, keys, values, position)
-    values.mul_(1.001)
+def other_values(v_cache, **inputs):
+    query = append(v_cache=v_cache, **inputs)
+    v_cache.mul_(1.001)
     return query
 
 reference.mse, ops.group_sample, ops.append_to_cache = inexact, other_token, other_values
-ops.policy_loss = lambda *tensors: loss(*tensors)._replace(ratio=loss(*tensors).ratio + 0.001)
+ops.policy_loss = lambda **inputs: loss(**inputs)._replace(ratio=loss(**inputs).ratio + 0.001)
 """
 
 

@@ -7,50 +7,49 @@ from typing import Any
 
 import pytest
 import torch
-from exact import DRAWN, relative
-from operations import BOTH, FORWARD, OPERATIONS, Operation, differentiable
+from cases import BY_NAME, ODD, SMALL, XXL, Source, tensors
+from operations import BOTH, FORWARD, Operation, every_operation, relative, verdicts
 from published import PUBLISHED
-from shapes import ODD, SMALL, XXL, Source, tensors
 from summary import table
-from targets import TARGETS, verdicts
 
 from vapi_fast import ops, reference
 
+OPERATIONS = every_operation()
+NAMED = {each.name: each for each in OPERATIONS}
 WITHOUT_KERNEL = {"PolicyLoss", "fold_seed", "rotary_2d_table", "use_backend"}
 BOUND_BY_COPY = [each for each in OPERATIONS if not any(each.flops(SMALL))]
 CPU = Source(torch.device("cpu"), torch.float32)
 
 
 def test_every_public_operation_is_measured() -> None:
-    assert {each.name.split()[0] for each in OPERATIONS} == set(ops.__all__) - WITHOUT_KERNEL
-    assert len({each.name for each in OPERATIONS}) == len(OPERATIONS)
+    assert len(NAMED) == len(OPERATIONS)
+    assert NAMED.keys() == BY_NAME.keys() >= PUBLISHED.keys()
+    assert {each.case.operation for each in OPERATIONS} == set(ops.__all__) - WITHOUT_KERNEL
+    assert all(each.targets.keys() <= set(each.passes) for each in OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
 def test_operations_and_their_rivals_run_at_odd_sizes(operation: Operation) -> None:
     torch.manual_seed(0)
-    arguments, leaves = differentiable(operation, operation.inputs(ODD, CPU))
-    results = list(tensors(operation.call(reference, *arguments)))
+    inputs, leaves = operation.case.differentiable(operation.case.inputs(ODD, CPU))
+    results = list(tensors(operation.case.call(reference, inputs)))
     assert [each.requires_grad for each in results if each.requires_grad] == [True] * bool(leaves)
-    name, call = operation.plain
-    others = {name: call}
-    if operation.name in PUBLISHED:
-        others["published"] = PUBLISHED[operation.name]
-    for name, call in others.items():
-        peer = list(tensors(call(*arguments)))
+    forms = {"plain": operation.plain[1], "published": PUBLISHED.get(operation.name)}
+    for name, call in forms.items():
+        peer = list(tensors(call(*inputs.values()))) if call else []
         assert [each.shape for each in peer] == [each.shape for each in results][: len(peer)], name
-        if operation.name not in DRAWN:
+        if operation.drawn is None:
             torch.testing.assert_close(peer, results[: len(peer)], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("operation", BOUND_BY_COPY, ids=lambda each: each.name)
 def test_bytes_are_about_those_of_inputs_and_results(operation: Operation) -> None:
-    arguments = operation.inputs(SMALL, CPU)
-    results = operation.call(reference, *arguments)
-    held = sum({each.data_ptr(): each.nbytes for each in tensors([list(arguments), results])}.values())
+    inputs = operation.case.inputs(SMALL, CPU)
+    results = operation.case.call(reference, inputs)
+    held = sum({each.data_ptr(): each.nbytes for each in tensors([inputs, results])}.values())
     forward, backward = operation.bytes_moved(SMALL, 4)
     assert 0.8 * held < forward < 1.6 * held
-    assert (backward > 0) == bool(operation.gradients)
+    assert (backward > 0) == bool(operation.case.gradients)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +63,9 @@ def test_relative_error(mine: list[float], right: list[float], error: float) -> 
 
 
 def test_xxl_amounts() -> None:
-    by_name = {each.name: each for each in OPERATIONS}
-    assert by_name["policy_loss"].flops(XXL) == (2 * 9216 * 16384 * 1536, 4 * 9216 * 16384 * 1536)
-    assert by_name["group_sample"].bytes_moved(XXL, 2)[0] == pytest.approx(302e6, rel=0.01)
-    assert by_name["decode_attention"].bytes_moved(XXL, 2)[0] == pytest.approx(2 * 454e6, rel=0.01)
+    assert NAMED["policy_loss"].flops(XXL) == (2 * 9216 * 16384 * 1536, 4 * 9216 * 16384 * 1536)
+    assert NAMED["group_sample"].bytes_moved(XXL, 2)[0] == pytest.approx(302e6, rel=0.01)
+    assert NAMED["decode_attention"].bytes_moved(XXL, 2)[0] == pytest.approx(2 * 454e6, rel=0.01)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -86,12 +84,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "skipped": {"compiled": "its time was up"},
     }
     made |= changes
-    return made | {"targets": list(verdicts(made))}
-
-
-def test_targets_are_of_measured_passes() -> None:
-    cases = {(each.name, passes) for each in OPERATIONS for passes in each.passes}
-    assert set(TARGETS) <= cases
+    return made | {"targets": list(verdicts(made, NAMED[made["operation"]].targets.get(made["pass"], [])))}
 
 
 @pytest.mark.parametrize(
