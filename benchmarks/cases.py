@@ -65,7 +65,7 @@ XXL = Sizes()
 SMALL = Sizes(8, 8, 64, 512, 192, 6, 32, 512, pixels=32, channels=32, norm_groups=8, sequences=64, prefix=12)
 # No multiples of a block, so that every mask is needed.
 ODD = Sizes(2, 3, 49, 1000, 72, 3, 20, 100, 6, 36, 24, norm_groups=8, sequences=6, prefix=7)
-SMALLEST = Sizes(2, 3, 4, 24, 16, 2, 8, 16, pixels=16, channels=8, norm_groups=4, sequences=6, prefix=2)
+SMALLEST = Sizes(2, 3, 2, 24, 16, 2, 8, 16, pixels=16, channels=8, norm_groups=4, sequences=6, prefix=2)
 
 
 @dataclass(frozen=True)
