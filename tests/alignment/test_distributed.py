@@ -97,13 +97,13 @@ def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None
     (tmp_path / "breaks.py").write_text(
         f"import os, runpy, sys\n"
         f"sys.path.insert(0, {str(E2E.parent)!r})\n"
-        "from vapi_fast.alignment import run\n"
-        "step = run.align_step\n"
+        "from vapi_fast.alignment import loop\n"
+        "step = loop.align_step\n"
         "def broken(*arguments, **options):\n"
         "    if os.environ['RANK'] == '1' and arguments[2] == 1:\n"
         "        raise RuntimeError('the disk of rank 1 is on fire')\n"
         "    return step(*arguments, **options)\n"
-        "run.align_step = broken\n"
+        "loop.align_step = broken\n"
         f"sys.argv[0] = {str(E2E)!r}\n"
         f"runpy.run_path({str(E2E)!r}, run_name='__main__')\n"
     )
