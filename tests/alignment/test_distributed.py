@@ -23,20 +23,20 @@ SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evalua
 def train(rank: int, world_size: int, port: int, output: Path) -> None:
     """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
     import vapi_fast
-    from vapi_fast.alignment import run
+    from vapi_fast.alignment import loop
 
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
     drawn = []
-    compute = run.accumulate_gradients
+    compute = loop.accumulate_gradients
 
     def noted(*arguments: object) -> object:
         gradients = compute(*arguments)
         drawn.append((arguments[2].sample_ids, gradients.tokens, gradients.rollouts))
         return gradients
 
-    run.accumulate_gradients = noted
+    loop.accumulate_gradients = noted
     vapi_fast.align(vapi_fast.AlignConfig(model="tiny", output_dir=output, **SMALL))
     torch.save(
         [torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1) for parts in drawn],

@@ -47,7 +47,7 @@ def option(
         shown: the default in tables and --help, where the value itself would say less.
         flags: names of the flag, if not the field's own.
         kind: what the flag's text is made into, if not the field's type.
-        file: a path that must exist: "a file" or "a file or folder".
+        file: a path that must exist: "file" or "file or folder".
     """
     return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -148,8 +148,10 @@ def check_files(config: Any) -> None:
     """Raise ConfigError for the first field that must name a file and names none."""
     for field in dataclasses.fields(config):
         path, expected = getattr(config, field.name), field.metadata["file"]
-        if path is not None and expected and not (path.exists() if "folder" in expected else path.is_file()):
-            raise ConfigError(f"{flag(field.name)} {path}: no such {expected}")
+        if path is not None and expected == "file" and not path.is_file():
+            raise ConfigError(f"{flag(field.name)} {path}: no such file")
+        if path is not None and expected == "file or folder" and not path.exists():
+            raise ConfigError(f"{flag(field.name)} {path}: no such file or folder")
 
 
 def out_of_range(value: Any, limits: Mapping[str, Any]) -> str:
