@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import comparison, report
 from vapi_fast.alignment.comparison import Comparison, PublishedModels, held_bytes, is_plain, published_gradients
-from vapi_fast.alignment.step import Models, accumulate_gradients, load_models
+from vapi_fast.alignment.models import Models, load_models
+from vapi_fast.alignment.step import accumulate_gradients
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.clock import StageClock
 
@@ -224,7 +225,7 @@ def test_our_peak_is_that_of_a_run_without_a_comparison(tiny_config: Make, tiny_
         clock,
         lambda: accumulate_gradients(models, tiny_config(), batch, 0, clock),
         others=[],
-        pool=models.reward.pool,
+        pool=models.codec.pool,
     )
     alone = compared.peaks["vapi_fast"][0] - held_bytes([compared.published.tokenizer, compared.published.lpips])
     models = compared = None

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.step import Gradients, Models, accumulate_gradients, mean_terms, non_finite
+from vapi_fast.alignment.figures import mean_terms, non_finite
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.step import Gradients, accumulate_gradients
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, Generator, VQTokenizer
 from vapi_fast.runtime.clock import Clock, StageClock
 from vapi_fast.runtime.graphs import Pool, idle_bytes
 
@@ -30,10 +32,10 @@ T = TypeVar("T")
 class PublishedModels(NamedTuple):
     """What the published recipe works with: our generator, and the frozen networks in plain layouts (NCHW)."""
 
-    generator: LlamaGen
+    generator: Generator
     tokenizer: VQTokenizer
     lpips: LPIPS
-    base: LlamaGen | None
+    base: Generator | None
 
     @classmethod
     def of(cls, models: Models) -> PublishedModels:
@@ -99,7 +101,7 @@ class Comparison:
             clock,
             lambda: accumulate_gradients(models, config, batch, seed, clock),
             others=theirs,
-            pool=models.reward.pool,
+            pool=models.codec.pool,
         )
         kept = [parameter.grad for parameter in parameters]
         models.generator.zero_grad(set_to_none=True)

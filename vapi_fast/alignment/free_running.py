@@ -9,20 +9,14 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.figures import mean_terms, non_finite
+from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
+from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import teacher_forced_hidden
-from vapi_fast.alignment.step import (
-    Gradients,
-    Losses,
-    Models,
-    base_logprobs,
-    head_weight,
-    mean_terms,
-    non_finite,
-    ntp_loss,
-    score,
-)
+from vapi_fast.alignment.step import Gradients
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation.sequences import Generation, sample_groups
+from vapi_fast.models import Condition
 from vapi_fast.runtime.clock import Clock
 from vapi_fast.runtime.distributed import reduce_at, whole_copy
 
@@ -46,12 +40,12 @@ def accumulate_free_gradients(
     cross-entropy prior is that of the images' own tokens, in a forward of their own.
     """
     with clock("encode"):
-        tokens = models.reward.encode(batch.images)
+        tokens = models.codec.encode(batch.images)
     with clock("sample"):
         drawn = draw(models, config, batch, seed)
-    scores = score(models, config, drawn.tokens, batch, clock)
+    rewards = rewards_of(models, config, drawn.tokens, batch, clock)
     of_groups = [values.repeat_interleave(config.group_size) for values in (batch.labels, batch.sample_ids)]
-    advantages = ops.group_advantages(scores["reward"]).flatten()
+    advantages = ops.group_advantages(rewards["reward"]).flatten()
     sequences = Sequences(drawn.tokens.flatten(0, 1), *of_groups, advantages, drawn.logprobs.flatten(0, 1))
 
     micro_batches = [("policy", rows) for rows in split(len(sequences.tokens), config.micro_batch)]
@@ -74,8 +68,8 @@ def accumulate_free_gradients(
             if name in losses.terms:
                 sums[name] += share * losses.terms[name].detach()
     share = len(tokens) / config.batch_size
-    means = mean_terms(sums | {name: share * value.mean() for name, value in scores.items()})
-    return Gradients(means, non_finite(sums | scores, len(tokens)), tokens, drawn.tokens, scores["reward"])
+    means = mean_terms(sums | {name: share * value.mean() for name, value in rewards.items()})
+    return Gradients(means, non_finite(sums | rewards, len(tokens)), tokens, drawn.tokens, rewards["reward"])
 
 
 @torch.no_grad()
@@ -105,19 +99,18 @@ def split(count: int, size: int) -> list[slice]:
 def sequence_loss(models: Models, config: AlignConfig, sequences: Sequences, seed: int, clock: Clock) -> Losses:
     """Clipped policy loss of sampled sequences, each in its own context, and the KL term."""
     tokens, rollouts = sequences.tokens, sequences.tokens[:, None]
-    context = {"seed": seed, "sample_ids": sequences.sample_ids}
+    condition, context = Condition(sequences.labels), {"seed": seed, "sample_ids": sequences.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, sequences.labels, config, **context)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition, config, **context)
     with clock("loss"):
         filtered = config.top_k > 0 or config.top_p < 1
         loss = ops.policy_loss(
-            hidden,
-            head_weight(models.generator, hidden),
-            rollouts,
-            sequences.advantages[:, None],
-            tokens,
+            **models.generator.head.operands(hidden),
+            tokens=rollouts,
+            advantages=sequences.advantages[:, None],
+            targets=tokens,
             old_logprobs=sequences.logprobs[:, None] if filtered else None,
-            base_logprobs=base_logprobs(models, config, tokens, sequences.labels, rollouts, **context),
+            base_logprobs=base_logprobs(models, config, tokens, condition, rollouts, **context),
             clip_range=config.clip_range,
             prior_weight=0.0,
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,

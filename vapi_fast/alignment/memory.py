@@ -10,7 +10,7 @@ import torch
 
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, largest_decoder_map, parameters
-from vapi_fast.models import LPIPS, VQ_CONFIGS, LlamaGenConfig, VQTokenizer
+from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 
@@ -57,7 +57,7 @@ class MemoryPlan:
         return f"{self.total / 1e9:.1f} GB ({', '.join(parts)})"
 
 
-def plan(config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1) -> MemoryPlan:
+def plan(config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1) -> MemoryPlan:
     """How a run would use `free` bytes of each of `world_size` GPUs, computing in bf16.
 
     Rollouts are decoded in the largest chunk that fits: whole groups and a power of two of them, or a power of two of
@@ -67,7 +67,7 @@ def plan(config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: 
     return best_plan(config, generator, free, world_size, config.micro_batch, config.eval_batch)
 
 
-def check(config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1) -> MemoryPlan:
+def check(config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1) -> MemoryPlan:
     """`plan` if it fits. Raises ConfigError if not: the estimate by part, and which flag to lower and how far."""
     found = plan(config, generator, free, world_size)
     if found.fits:
@@ -96,7 +96,7 @@ def largest_fitting(most: int, planned: Callable[[int], MemoryPlan]) -> int:
 
 
 def best_plan(
-    config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int, micro_batch: int, eval_batch: int
+    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int, micro_batch: int, eval_batch: int
 ) -> MemoryPlan:
     """`plan` for these batch sizes; no evaluation if `eval_batch` is 0."""
     generator = replace(generator, grid_size=config.grid_size)
@@ -126,7 +126,7 @@ def chunks(group_size: int) -> list[int]:
 
 
 def held_parts(
-    config: AlignConfig, generator: LlamaGenConfig, micro_batch: int, world_size: int, reshard: bool
+    config: AlignConfig, generator: GeneratorConfig, micro_batch: int, world_size: int, reshard: bool
 ) -> dict[str, int]:
     count = parameters(generator)
     passes = -(-config.batch_size // (world_size * micro_batch))
@@ -159,7 +159,7 @@ def frozen_parameters(tokenizer: str, lpips: str) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def step_parts(config: AlignConfig, generator: LlamaGenConfig, micro_batch: int) -> dict[str, int]:
+def step_parts(config: AlignConfig, generator: GeneratorConfig, micro_batch: int) -> dict[str, int]:
     """Activations that the backward needs, the head's buffers, and what the backward has at work at once."""
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     tokens = micro_batch * generator.grid_size**2
@@ -179,7 +179,7 @@ def step_parts(config: AlignConfig, generator: LlamaGenConfig, micro_batch: int)
     }
 
 
-def activation_bytes(generator: LlamaGenConfig) -> int:
+def activation_bytes(generator: GeneratorConfig) -> int:
     """What the forward of one image keeps for the backward.
 
     A layer keeps its two norms' inputs, queries, keys, values and attention's output, 6·D numbers a position, gate and
@@ -200,14 +200,14 @@ def reward_bytes(config: AlignConfig, chunk: int) -> int:
     return BF16 * max(chunk * decoding, max(chunk, config.group_size) * comparing)
 
 
-def evaluation_bytes(generator: LlamaGenConfig, images: int, world_size: int) -> int:
+def evaluation_bytes(generator: GeneratorConfig, images: int, world_size: int) -> int:
     """Keys and values in bf16 of as many images, each with and without condition; a whole copy of sharded weights."""
     positions = generator.grid_size**2 + generator.prefix_len
     caches = 2 * images * positions * generator.layers * 2 * BF16 * generator.width
     return caches + (FP32 * parameters(generator) if world_size > 1 else 0)
 
 
-def published_bytes(generator: LlamaGenConfig, images: int) -> int:
+def published_bytes(generator: GeneratorConfig, images: int) -> int:
     """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     length = generator.grid_size**2

@@ -20,13 +20,15 @@ from torch import Tensor
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.comparison import Comparison, PublishedStep, published_gradients
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.figures import StepResult
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.measurement import Evaluator, Measurement
+from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.snapshots import Snapshots
-from vapi_fast.alignment.step import StepResult, accumulate_gradients, align_step, load_models, make_trainer
+from vapi_fast.alignment.step import accumulate_gradients, align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch, ImageData, ahead, reader
 from vapi_fast.data.synthetic import SyntheticData
-from vapi_fast.models.llamagen import llamagen_config
+from vapi_fast.models.families import generator_config
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
 from vapi_fast.runtime.ceilings import measure
@@ -113,7 +115,7 @@ def memory_plan(config: AlignConfig, device: torch.device) -> memory.MemoryPlan 
     if device.type != "cuda":
         return None
     free = min(gather_objects(torch.cuda.mem_get_info(device)[0]))
-    return memory.check(config, llamagen_config(config.model), free, world_size())
+    return memory.check(config, generator_config(config.model), free, world_size())
 
 
 def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:

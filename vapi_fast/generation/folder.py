@@ -22,7 +22,7 @@ from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
 from vapi_fast.data.pictures import save_grid
 from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
 from vapi_fast.generation.conditions import Conditions, parse_class_ids, read_conditions
-from vapi_fast.generation.engine import Decoder, compute_dtype
+from vapi_fast.generation.engine import Engine, compute_dtype
 from vapi_fast.generation.sequences import (
     CACHE_DTYPES,
     bytes_of_sequence,
@@ -33,12 +33,11 @@ from vapi_fast.generation.sequences import (
 )
 from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, VQTokenizer
-from vapi_fast.models.frozen import FrozenTokenizer
+from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.flags import CFG_SCHEDULES, flag
-from vapi_fast.runtime.graphs import Replayed, graph_pool
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
@@ -217,14 +216,14 @@ class Sampler:
     ) -> None:
         self.config = config
         self.generator = generator
-        frozen = FrozenTokenizer(tokenizer, torch.float32, torch.float32)  # bf16 would move a quarter of the pixels
-        self.decode_tokens = Replayed(frozen.decode, graph_pool(device))
         self.conditions = conditions
         self.device = device
         limit = config.batch_size
         if limit is None:
             limit = batch_that_fits(config, generator, device)
         self.batch_size = min(limit, config.num)
+        # In float32: bf16 would move a quarter of the pixels.
+        self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
         self.filters = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
         self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
 
@@ -244,9 +243,9 @@ class Sampler:
         return cls(config, generator, tokenizer, conditions, device)
 
     @cached_property
-    def decoder(self) -> Decoder:
-        """The engine for batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
-        return Decoder(
+    def engine(self) -> Engine:
+        """For batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
+        return Engine(
             self.generator,
             groups=self.batch_size,
             rollouts=1,
@@ -260,10 +259,8 @@ class Sampler:
     def draw(self, ids: Tensor) -> Tensor:
         """Images uint8 `[n,3,S,S]`, on the CPU, of n ≤ batch_size ids."""
         filled = fill_up(ids, self.batch_size)
-        condition, mask = self.conditions.of(filled, self.device)
-        drawn = self.decoder.draw(
-            condition,
-            condition_mask=mask,
+        drawn = self.engine.draw(
+            self.conditions.of(filled, self.device),
             sample_ids=filled.to(self.device),
             first_rollout=0,
             seed=self.config.seed,
@@ -292,9 +289,9 @@ class Sampler:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images `[n,3,S,S]` in [−1, 1], S = save_size (bicubic, as LlamaGen's evaluation resizes)."""
-        size, images, chunk = self.config.save_size, [], min(DECODE_BATCH, self.batch_size)
+        size, images, chunk = self.config.save_size, [], self.codec.chunk
         for part in fill_up(tokens, chunk).split(chunk):
-            decoded = self.decode_tokens(part, chunk=chunk).float()
+            decoded = self.codec.decode(part)
             if size != decoded.shape[-1]:
                 decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
             images.append(decoded.clamp(-1, 1))
