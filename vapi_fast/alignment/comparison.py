@@ -115,7 +115,7 @@ class Comparison:
             "published_recipe",
             self.clock,
             lambda: self.published_step(self.published, config, batch, seed, self.clock, **same),
-            others=[models.reward, kept],
+            others=[models.tokenizer, models.reward, kept],
         )
         published = [parameter.grad for parameter in parameters]
         advantages = [ops.group_advantages(rewards.float()).flatten() for rewards in (ours.rewards, terms["reward"])]

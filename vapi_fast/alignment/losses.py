@@ -11,7 +11,7 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, reward_function
 from vapi_fast.alignment.models import Models
-from vapi_fast.alignment.rollout import roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition
 from vapi_fast.runtime.clock import Clock
@@ -30,7 +30,7 @@ def vapi_loss(
 ) -> Losses:
     """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
-    condition = Condition(batch.labels)
+    condition = condition_of(batch)
     rollout = roll_out(models.generator, tokens, condition, config, clock=clock, **draw)
     rewards = rewards_of(models, config, rollout.tokens, batch, clock)
     with clock("loss"):
@@ -85,7 +85,7 @@ def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     """Straight-through baseline: MSE + LPIPS of a hard Gumbel-softmax draw, back-propagated to the logits."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, Condition(batch.labels), config, **draw)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
         head = models.generator.head.operands(hidden)
     with clock("sample"):
         logits = (head["hidden"] @ head["weight"].T).float() / config.temperature
@@ -105,7 +105,7 @@ def ntp_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     """Next-token prediction alone, on the same images: what the prior does without a reward."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, Condition(batch.labels), config, **draw)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
     with clock("loss"):
         loss = ops.linear_cross_entropy(**models.generator.head.operands(hidden), targets=tokens)
     return Losses({"loss": loss, "cross_entropy": loss}, tokens[:, :0])

@@ -14,12 +14,12 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.models import Models
-from vapi_fast.alignment.rollout import roll_out
+from vapi_fast.alignment.rollout import condition_of, roll_out
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.inception import load_inception
 from vapi_fast.generation.sequences import generate
-from vapi_fast.models import Condition, Generator
+from vapi_fast.models import Generator
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
 from vapi_fast.runtime.progress import progress_bar
 
@@ -125,11 +125,11 @@ class Evaluator:
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
-            images, condition = batch.images.to(self.device), Condition(batch.labels.to(self.device))
-            tokens = self.models.codec.encode(images)
-            ids = batch.image_ids.to(self.device)
-            rollout = roll_out(generator, tokens, condition, self.config, seed=seed, sample_ids=ids)
-            reward = self.models.reward.score(rollout.tokens, images)
+            batch = batch.to(self.device)
+            tokens = self.models.codec.encode(batch.images)
+            draw = {"seed": seed, "sample_ids": batch.image_ids}
+            rollout = roll_out(generator, tokens, condition_of(batch), self.config, **draw)
+            reward = self.models.reward.score(rollout.tokens, batch.images)
             rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
         generator.train(training)
         return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())

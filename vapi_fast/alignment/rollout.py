@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.transformer import Head
 from vapi_fast.runtime.clock import Clock
@@ -24,6 +25,11 @@ class Rollout(NamedTuple):
     hidden: Tensor
     tokens: Tensor  # int64 [B,G,T]
     logprobs: Tensor  # float32 [B,G,T], of the distribution drawn from
+
+
+def condition_of(batch: ImageBatch) -> Condition:
+    """What the images were drawn from: their classes."""
+    return Condition(batch.labels)
 
 
 def teacher_forced_hidden(

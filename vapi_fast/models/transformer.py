@@ -27,7 +27,7 @@ class Condition(NamedTuple):
     rows: Tensor  # as `GeneratorConfig.condition` says: class ids int64 [B], or caption features [B, prefix_len, ·]
     mask: Tensor | None = None  # bool [B, prefix_len], False at positions without content; None: there are none
 
-    def take(self, index: Tensor) -> Condition:
+    def take(self, index: Tensor | slice) -> Condition:
         return Condition(self.rows[index], None if self.mask is None else self.mask[index])
 
 
