@@ -46,7 +46,7 @@ def test_score(guard: Guard, step: Step) -> None:
             rewards = score(theirs, config, rollouts.flatten(0, 1), repeated, nullcontext)["reward"]
         return rewards.view(rollouts.shape[:2])
 
-    inputs = [(drawn(models.reward.encode(batch.images)), batch.images) for batch in step.batches]
+    inputs = [(drawn(models.codec.encode(batch.images)), batch.images) for batch in step.batches]
     expected = published(inputs[0])
     error = ((ours(inputs[0]) - expected) / expected).abs().max().item()
     rivals = {"published": Contestant(published), YARDSTICK: yardstick(guard.bench.device)}

@@ -17,11 +17,14 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import BF16, FP32, parameters
+from vapi_fast.alignment.figures import mean_terms, non_finite
 from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.memory import Beside, frozen_parameters
-from vapi_fast.alignment.step import Gradients, Models, accumulate_gradients, mean_terms, non_finite
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.step import Gradients, accumulate_gradients
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGenConfig
+from vapi_fast.models.families import generator_config
+from vapi_fast.models.sizes import GeneratorConfig
 from vapi_fast.runtime.clock import Clock, StageClock
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.graphs import Pool, idle_bytes
@@ -52,7 +55,7 @@ class PublishedRecipe(GradientSource):
             raise ConfigError(f"{name} needs one process, this is one of {processes}")
 
     def memory(self, config: AlignConfig, world_size: int) -> Beside:
-        generator = replace(LLAMAGEN_CONFIGS[config.model], grid_size=config.grid_size)
+        generator = replace(generator_config(config.model), grid_size=config.grid_size)
         held = {"tokenizer and LPIPS": FP32 * frozen_parameters(config.tokenizer, config.lpips)}
         if config.prior != "kl":  # else our own is one and the same
             held["base model"] = BF16 * parameters(generator)
@@ -93,7 +96,7 @@ class Comparison(PublishedRecipe):
 
     def memory(self, config: AlignConfig, world_size: int) -> Beside:
         found = super().memory(config, world_size)
-        generator = replace(LLAMAGEN_CONFIGS[config.model], grid_size=config.grid_size)
+        generator = replace(generator_config(config.model), grid_size=config.grid_size)
         return found._replace(held={**found.held, "compared gradients": FP32 * parameters(generator)})
 
     def prepare(self, models: Models, config: AlignConfig, device: torch.device) -> None:
@@ -127,7 +130,7 @@ class Comparison(PublishedRecipe):
             clock,
             lambda: accumulate_gradients(models, config, batch, seed, clock),
             others=theirs,
-            pool=models.reward.pool,
+            pool=models.codec.pool,
         )
         kept = [parameter.grad for parameter in parameters]
         models.generator.zero_grad(set_to_none=True)
@@ -141,7 +144,7 @@ class Comparison(PublishedRecipe):
             "published_recipe",
             self.clock,
             lambda: published_step(self.published, config, batch, seed, self.clock, **same),
-            others=[models.reward, kept],
+            others=[models.tokenizer, models.reward, kept],
         )
         published = [parameter.grad for parameter in parameters]
         advantages = [ops.group_advantages(rewards.float()).flatten() for rewards in (ours.rewards, terms["reward"])]
@@ -239,7 +242,7 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((difference / sum(b.double().square().sum() for b in theirs)).sqrt())
 
 
-def published_bytes(generator: LlamaGenConfig, images: int) -> int:
+def published_bytes(generator: GeneratorConfig, images: int) -> int:
     """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     length = generator.grid_size**2

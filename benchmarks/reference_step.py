@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops, reference
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.step import Models, frozen_copy
+from vapi_fast.alignment.models import Models, frozen_copy
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.runtime.clock import Clock

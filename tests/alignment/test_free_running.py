@@ -14,8 +14,10 @@ from torch import Tensor
 
 import vapi_fast
 from vapi_fast import AlignConfig, ops
+from vapi_fast.alignment.figures import METRICS
 from vapi_fast.alignment.free_running import accumulate_free_gradients, draw
-from vapi_fast.alignment.step import METRICS, Models, align_step, make_trainer
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.step import align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation.sequences import generate
 from vapi_fast.runtime.errors import ConfigError

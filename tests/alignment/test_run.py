@@ -21,7 +21,8 @@ import vapi_fast
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import loop, run
 from vapi_fast.alignment import step as alignment
-from vapi_fast.alignment.step import StepResult, Trainer, align_step
+from vapi_fast.alignment.figures import StepResult
+from vapi_fast.alignment.step import Trainer, align_step
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.kernels import library
 from vapi_fast.models import LlamaGen

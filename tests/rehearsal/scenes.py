@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import run
 from vapi_fast.generation import sequences as generation
-from vapi_fast.generation.engine import Decoder
+from vapi_fast.generation.engine import Engine
 from vapi_fast.models import LlamaGen, llamagen
 
 from .watch import Watch
@@ -186,7 +186,7 @@ def set_ups(watch: Watch) -> Iterator[None]:
     from comparison import Comparison
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((generation, "checked_condition"), (Decoder, "__init__"), (Comparison, "gradients")):
+        for owner, name in ((LlamaGen, "checked_condition"), (Engine, "__init__"), (Comparison, "gradients")):
             stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))
         stack.enter_context(mock.patch.object(run, "kernels_compiled", return_value=contextlib.nullcontext()))
         yield

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.figures import StepResult
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.memory import ALONE, Beside
+from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.report import curve_writer, peak_memory
-from vapi_fast.alignment.step import Models, StepResult, Trainer, accumulate_gradients, align_step
+from vapi_fast.alignment.step import Trainer, accumulate_gradients, align_step
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.distributed import rank
 from vapi_fast.runtime.errors import NonFiniteError, StoppedError

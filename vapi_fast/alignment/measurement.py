@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.rollout import roll_out
-from vapi_fast.alignment.step import Models
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.rollout import condition_of, roll_out
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
-from vapi_fast.models import LlamaGen
+from vapi_fast.models import Generator
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
 from vapi_fast.runtime.progress import progress_bar
 
@@ -72,12 +72,12 @@ class Evaluator:
         self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
 
     @torch.no_grad()
-    def measure(self, generator: LlamaGen, name: str) -> Measurement:
+    def measure(self, generator: Generator, name: str) -> Measurement:
         """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
         scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
         return Measurement(*scores, *self.rewards(generator))
 
-    def score(self, generator: LlamaGen, cfg_scale: float, name: str) -> evaluation.Scores:
+    def score(self, generator: Generator, cfg_scale: float, name: str) -> evaluation.Scores:
         features, logits = [], []
         for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
             found = self.network.features(images)
@@ -90,7 +90,7 @@ class Evaluator:
             feature_network=self.network.name,
         )
 
-    def samples(self, generator: LlamaGen, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
+    def samples(self, generator: Generator, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
         """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
@@ -101,12 +101,12 @@ class Evaluator:
                     yield self.decode(tokens)
                     progress.update(len(tokens))
 
-    def sample(self, generator: LlamaGen, sample_ids: Tensor) -> Tensor:
+    def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
         return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
 
     @torch.no_grad()
-    def draw(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float) -> Tensor:
+    def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float) -> Tensor:
         """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
         labels = self.labels[sample_ids % len(self.labels)].to(self.device)
         options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
@@ -118,18 +118,18 @@ class Evaluator:
     def decode(self, tokens: Tensor) -> Tensor:
         return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
 
-    def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:
+    def rewards(self, generator: Generator) -> tuple[float, float, float]:
         """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
         training = generator.training
         generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
-            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
-            tokens = self.models.reward.encode(images)
-            ids = batch.image_ids.to(self.device)
-            rollout = roll_out(generator, tokens, labels, self.config, seed=seed, sample_ids=ids)
-            reward = self.models.reward.score(rollout.tokens, images)
+            batch = batch.to(self.device)
+            tokens = self.models.codec.encode(batch.images)
+            draw = {"seed": seed, "sample_ids": batch.image_ids}
+            rollout = roll_out(generator, tokens, condition_of(batch), self.config, **draw)
+            reward = self.models.reward.score(rollout.tokens, batch.images)
             rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
         generator.train(training)
         return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())

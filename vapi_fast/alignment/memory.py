@@ -12,7 +12,7 @@ import torch
 
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, largest_decoder_map, parameters
-from vapi_fast.models import LPIPS, VQ_CONFIGS, LlamaGenConfig, VQTokenizer
+from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 
@@ -70,7 +70,7 @@ ALONE = Beside()
 
 
 def plan(
-    config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1, beside: Beside = ALONE
+    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1, beside: Beside = ALONE
 ) -> MemoryPlan:
     """How a run would use `free` bytes of each of `world_size` GPUs, computing in bf16.
 
@@ -82,7 +82,7 @@ def plan(
 
 
 def check(
-    config: AlignConfig, generator: LlamaGenConfig, free: int, world_size: int = 1, beside: Beside = ALONE
+    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1, beside: Beside = ALONE
 ) -> MemoryPlan:
     """`plan` if it fits. Raises ConfigError if not: the estimate by part, and which flag to lower and how far."""
     found = plan(config, generator, free, world_size, beside)
@@ -114,7 +114,7 @@ def largest_fitting(most: int, planned: Callable[[int], MemoryPlan]) -> int:
 
 def best_plan(
     config: AlignConfig,
-    generator: LlamaGenConfig,
+    generator: GeneratorConfig,
     free: int,
     world_size: int,
     micro_batch: int,
@@ -149,7 +149,7 @@ def chunks(group_size: int) -> list[int]:
 
 
 def held_parts(
-    config: AlignConfig, generator: LlamaGenConfig, micro_batch: int, world_size: int, reshard: bool
+    config: AlignConfig, generator: GeneratorConfig, micro_batch: int, world_size: int, reshard: bool
 ) -> dict[str, int]:
     count = parameters(generator)
     passes = -(-config.batch_size // (world_size * micro_batch))
@@ -180,7 +180,7 @@ def frozen_parameters(tokenizer: str, lpips: str) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def step_parts(config: AlignConfig, generator: LlamaGenConfig, micro_batch: int) -> dict[str, int]:
+def step_parts(config: AlignConfig, generator: GeneratorConfig, micro_batch: int) -> dict[str, int]:
     """Activations that the backward needs, the head's buffers, and what the backward has at work at once."""
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     tokens = micro_batch * generator.grid_size**2
@@ -200,7 +200,7 @@ def step_parts(config: AlignConfig, generator: LlamaGenConfig, micro_batch: int)
     }
 
 
-def activation_bytes(generator: LlamaGenConfig) -> int:
+def activation_bytes(generator: GeneratorConfig) -> int:
     """What the forward of one image keeps for the backward.
 
     A layer keeps its two norms' inputs, queries, keys, values and attention's output, 6·D numbers a position, gate and
@@ -221,7 +221,7 @@ def reward_bytes(config: AlignConfig, chunk: int) -> int:
     return BF16 * max(chunk * decoding, max(chunk, config.group_size) * comparing)
 
 
-def evaluation_bytes(generator: LlamaGenConfig, images: int, world_size: int) -> int:
+def evaluation_bytes(generator: GeneratorConfig, images: int, world_size: int) -> int:
     """Keys and values in bf16 of as many images, each with and without condition; a whole copy of sharded weights."""
     positions = generator.grid_size**2 + generator.prefix_len
     caches = 2 * images * positions * generator.layers * 2 * BF16 * generator.width

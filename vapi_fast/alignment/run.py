@@ -14,12 +14,13 @@ from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
+from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.snapshots import Snapshots
-from vapi_fast.alignment.step import load_models, make_trainer
+from vapi_fast.alignment.step import make_trainer
 from vapi_fast.data.dataset import ImageData, ahead, reader
 from vapi_fast.data.synthetic import SyntheticData
-from vapi_fast.models.llamagen import llamagen_config
+from vapi_fast.models.families import generator_config
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
 from vapi_fast.runtime.ceilings import measure
@@ -95,7 +96,7 @@ def memory_plan(config: AlignConfig, device: torch.device, source: GradientSourc
         return None
     free = min(gather_objects(torch.cuda.mem_get_info(device)[0]))
     beside = source.memory(config, world_size())
-    return memory.check(config, llamagen_config(config.model), free, world_size(), beside)
+    return memory.check(config, generator_config(config.model), free, world_size(), beside)
 
 
 def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from vapi_fast.data.pictures import save_grid
 from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
 from vapi_fast.generation.conditions import Conditions, read_conditions
 from vapi_fast.generation.config import LARGEST_BATCH, GenerateConfig
-from vapi_fast.generation.engine import Decoder, compute_dtype
+from vapi_fast.generation.engine import Engine, compute_dtype
 from vapi_fast.generation.sequences import (
     CACHE_DTYPES,
     bytes_of_sequence,
@@ -31,12 +31,12 @@ from vapi_fast.generation.sequences import (
     sample_groups,
 )
 from vapi_fast.generation.sheets import save_sheet
-from vapi_fast.models import LlamaGen, VQTokenizer
-from vapi_fast.models.frozen import FrozenTokenizer
+from vapi_fast.models import Generator, VQTokenizer
+from vapi_fast.models.families import load_generator
+from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.graphs import Replayed, graph_pool
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
@@ -107,21 +107,21 @@ class Sampler:
     def __init__(
         self,
         config: GenerateConfig,
-        generator: LlamaGen,
+        generator: Generator,
         tokenizer: VQTokenizer,
         conditions: Conditions,
         device: torch.device,
     ) -> None:
         self.config = config
         self.generator = generator
-        frozen = FrozenTokenizer(tokenizer, torch.float32, torch.float32)  # bf16 would move a quarter of the pixels
-        self.decode_tokens = Replayed(frozen.decode, graph_pool(device))
         self.conditions = conditions
         self.device = device
         limit = config.batch_size
         if limit is None:
             limit = batch_that_fits(config, generator, device)
         self.batch_size = min(limit, config.num)
+        # In float32: bf16 would move a quarter of the pixels.
+        self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
         self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
 
     @classmethod
@@ -129,7 +129,7 @@ class Sampler:
         """Read the checkpoints and the conditions, and see that they fit each other and the device."""
         with refusals():
             check_engine(device, 1, config.batch_size, config.kv_dtype)
-        generator = LlamaGen.from_checkpoint(checkpoint, config.model, grid_size=config.grid_size)
+        generator = load_generator(checkpoint, config.model, grid_size=config.grid_size)
         conditions = read_conditions(config.class_ids, config.caption_features, generator)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         for module in (generator, tokenizer):
@@ -140,9 +140,9 @@ class Sampler:
         return cls(config, generator, tokenizer, conditions, device)
 
     @cached_property
-    def decoder(self) -> Decoder:
-        """The engine for batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
-        return Decoder(
+    def engine(self) -> Engine:
+        """For batches of `batch_size`, made once: on a GPU it holds the cache and a token's CUDA graph."""
+        return Engine(
             self.generator,
             groups=self.batch_size,
             rollouts=1,
@@ -156,10 +156,8 @@ class Sampler:
     def draw(self, ids: Tensor) -> Tensor:
         """Images uint8 `[n,3,S,S]`, on the CPU, of n ≤ batch_size ids."""
         filled = fill_up(ids, self.batch_size)
-        condition, mask = self.conditions.of(filled, self.device)
-        drawn = self.decoder.draw(
-            condition,
-            condition_mask=mask,
+        drawn = self.engine.draw(
+            self.conditions.of(filled, self.device),
             sample_ids=filled.to(self.device),
             first_rollout=0,
             seed=self.config.seed,
@@ -188,16 +186,16 @@ class Sampler:
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images `[n,3,S,S]` in [−1, 1], S = save_size (bicubic, as LlamaGen's evaluation resizes)."""
-        size, images, chunk = self.config.save_size, [], min(DECODE_BATCH, self.batch_size)
+        size, images, chunk = self.config.save_size, [], self.codec.chunk
         for part in fill_up(tokens, chunk).split(chunk):
-            decoded = self.decode_tokens(part, chunk=chunk).float()
+            decoded = self.codec.decode(part)
             if size != decoded.shape[-1]:
                 decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
             images.append(decoded.clamp(-1, 1))
         return torch.cat(images)[: len(tokens)]
 
 
-def batch_that_fits(config: GenerateConfig, generator: LlamaGen, device: torch.device) -> int:
+def batch_that_fits(config: GenerateConfig, generator: Generator, device: torch.device) -> int:
     """Images drawn at once by default: what memory holds beside a batch in the tokenizer, at most LARGEST_BATCH."""
     cache_dtype, guided = CACHE_DTYPES[config.kv_dtype], config.cfg_scale > 1
     fitting = rows_that_fit(generator, cache_dtype, guided=guided)
