@@ -23,9 +23,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def test_score(guard: Guard, step: Step) -> None:
-    from reference_step import score
-
-    from vapi_fast.alignment.comparison import PublishedModels
+    from reference_step import PublishedModels, score
 
     models, config = step.models, step.config
     theirs = PublishedModels.of(models)
@@ -45,7 +43,7 @@ def test_score(guard: Guard, step: Step) -> None:
             rewards = score(theirs, config, rollouts.flatten(0, 1), repeated, nullcontext)["reward"]
         return rewards.view(rollouts.shape[:2])
 
-    inputs = [(drawn(models.reward.encode(batch.images)), batch.images) for batch in step.batches]
+    inputs = [(drawn(models.codec.encode(batch.images)), batch.images) for batch in step.batches]
     expected = published(inputs[0])
     error = ((ours(inputs[0]) - expected) / expected).abs().max().item()
     rivals = {"published": Contestant(published), YARDSTICK: yardstick(guard.bench.device)}

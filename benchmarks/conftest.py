@@ -20,7 +20,7 @@ from vapi_fast.runtime import ceilings
 
 if TYPE_CHECKING:  # imported where they are used: operations are measured without the package `datasets`
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment.step import Models
+    from vapi_fast.alignment.models import Models
     from vapi_fast.data.dataset import ImageBatch
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -196,13 +196,13 @@ def step(bench: Bench) -> Iterator[Step]:
     """Eight images × 8 rollouts: LlamaGen-XXL with random weights at 384² on a GPU, the tiny preset on a CPU."""
     pytest.importorskip("datasets", reason="vapi_fast.alignment.step needs it")
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment.step import load_models
+    from vapi_fast.alignment.models import load_models
     from vapi_fast.data.dataset import ImageData
     from vapi_fast.data.synthetic import SyntheticData
 
     gpu = bench.device.type == "cuda"
     made_up = {"random_init": gpu, "synthetic_data": gpu}
-    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, path="both", **made_up)
+    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, **made_up)
     data = SyntheticData(config.image_size, 1000) if gpu else ImageData(config.data, config.image_size)
     batches = list(data.batches(config.batch_size, BATCHES, seed=config.seed))
     precision = torch.get_float32_matmul_precision()

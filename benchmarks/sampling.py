@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from timing import synchronize
 
-from vapi_fast.generation.engine import Decoder
+from vapi_fast.generation.engine import Engine
 from vapi_fast.generation.sequences import CACHE_DTYPES, guidance_scales
-from vapi_fast.models import LlamaGen, LlamaGenConfig
+from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig
 
 DRAWS = 2  # after one that warms up
 FLOAT8 = (8, 9)  # compute capability
@@ -63,13 +63,13 @@ def sample(model: LlamaGen, images: int, name: str, kv_dtype: str | None) -> Non
     config, device = model.config, model.output.weight.device
     length, start = config.grid_size**2, time.perf_counter()
     filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "masked": False, "cache_dtype": CACHE_DTYPES[kv_dtype]}
-    decoder = Decoder(model, groups=images, rollouts=1, scales=guidance_scales(length, 1.0), **filters)
+    engine = Engine(model, groups=images, rollouts=1, scales=guidance_scales(length, 1.0), **filters)
     synchronize()
     report(f"{name} set-up", time.perf_counter() - start)
     labels, seconds = torch.arange(images, device=device) % config.num_classes, []
     for seed in range(1 + DRAWS):
         start = time.perf_counter()
-        decoder.draw(labels, condition_mask=None, sample_ids=labels, first_rollout=0, seed=seed)
+        engine.draw(Condition(labels), sample_ids=labels, first_rollout=0, seed=seed)
         synchronize()
         seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[1:] or seconds)

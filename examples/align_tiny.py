@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from vapi_fast import AlignConfig, generate
-from vapi_fast.alignment.step import align_step, load_models, make_trainer
+from vapi_fast.alignment.models import load_models
+from vapi_fast.alignment.step import align_step, make_trainer
 from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.pictures import save_grid
 from vapi_fast.runtime.checkpoint import save_generator

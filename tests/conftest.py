@@ -20,7 +20,7 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
 
 if TYPE_CHECKING:  # imported where they are used: tests of kernels run without the package `datasets`
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment.step import Models
+    from vapi_fast.alignment.models import Models
     from vapi_fast.data.dataset import ImageBatch
 
 
@@ -62,9 +62,9 @@ def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
 
 @pytest.fixture
 def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
-    from vapi_fast.alignment.step import load_models
+    from vapi_fast.alignment.models import load_models
 
-    return load_models(tiny_config(path="both"), torch.device("cpu"))
+    return load_models(tiny_config(prior="kl"), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference_step import published_step
+from reference_step import PublishedModels, published_step
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment.comparison import PublishedModels
+from vapi_fast.alignment.figures import METRICS
+from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import roll_out, teacher_forced_hidden, token_logprobs
-from vapi_fast.alignment.step import METRICS, Models, accumulate_gradients, align_step, make_trainer
+from vapi_fast.alignment.step import accumulate_gradients, align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.models import Condition
 from vapi_fast.runtime.errors import NonFiniteError
 
 Make = Callable[..., AlignConfig]
@@ -57,7 +59,7 @@ def test_shared_forward_equals_published_recipe(
     seed = ops.fold_seed(config.seed, 3)
     tokens = tiny_models.tokenizer.encode(tiny_batch.images)
     draw = {"seed": seed, "sample_ids": tiny_batch.sample_ids}
-    drawn = roll_out(tiny_models.generator, tokens, tiny_batch.labels, config, **draw).tokens
+    drawn = roll_out(tiny_models.generator, tokens, Condition(tiny_batch.labels), config, **draw).tokens
     tiny_models.generator.zero_grad()
     theirs = PublishedModels.of(tiny_models)
     published_loss = published_step(theirs, config, tiny_batch, seed, tokens=tokens, drawn=drawn)["loss"].item()
@@ -75,14 +77,14 @@ def test_published_recipe_draws_from_the_same_distribution(
     config = tiny_config(group_size=64)
     tokens = tiny_models.tokenizer.encode(tiny_batch.images)
     hidden = teacher_forced_hidden(
-        tiny_models.generator, tokens, tiny_batch.labels, config, seed=0, sample_ids=tiny_batch.sample_ids
+        tiny_models.generator, tokens, Condition(tiny_batch.labels), config, seed=0, sample_ids=tiny_batch.sample_ids
     )
-    weight = tiny_models.generator.output.weight
-    theirs = draw(hidden @ weight.T, 64, 1.0)
+    head = tiny_models.generator.head
+    theirs = draw(hidden @ head.weight.T, 64, 1.0)
     ours = roll_out(
-        tiny_models.generator, tokens, tiny_batch.labels, config, seed=0, sample_ids=tiny_batch.sample_ids
+        tiny_models.generator, tokens, Condition(tiny_batch.labels), config, seed=0, sample_ids=tiny_batch.sample_ids
     ).tokens
-    logprobs = [token_logprobs(hidden, weight, drawn, 1.0).detach().double() for drawn in (ours, theirs)]
+    logprobs = [token_logprobs(hidden, head, drawn, 1.0).detach().double() for drawn in (ours, theirs)]
     error = sum(x.var().item() / x.numel() for x in logprobs) ** 0.5
     assert abs(float(logprobs[0].mean() - logprobs[1].mean())) < 5 * error
 

@@ -17,12 +17,13 @@ from vapi_fast import ops
 
 if TYPE_CHECKING:
     from vapi_fast import AlignConfig
-    from vapi_fast.alignment.step import Models
+    from vapi_fast.alignment.models import Models
     from vapi_fast.data.dataset import ImageBatch
 
 
 def figures_and_gradient(models: Models, config: AlignConfig, batch: ImageBatch) -> tuple[dict[str, float], Tensor]:
-    from vapi_fast.alignment.step import METRICS, accumulate_gradients
+    from vapi_fast.alignment.figures import METRICS
+    from vapi_fast.alignment.step import accumulate_gradients
 
     models.generator.zero_grad()
     means = accumulate_gradients(models, config, batch, ops.fold_seed(config.seed, 3), nullcontext).means
@@ -36,8 +37,8 @@ def test_a_step_is_the_same_on_both_backends(
 ) -> None:
     """In float32 throughout: bf16 or TF32 would carry draws and gradients further apart than a wrong kernel."""
     from vapi_fast.alignment import rollout
+    from vapi_fast.alignment.models import load_models
     from vapi_fast.alignment.reward import PixelReward
-    from vapi_fast.alignment.step import load_models
 
     monkeypatch.setattr(rollout, "AUTOCAST", set())
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

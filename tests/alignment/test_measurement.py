@@ -10,7 +10,7 @@ import torch
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import measurement
 from vapi_fast.alignment.measurement import Evaluator
-from vapi_fast.alignment.step import Models
+from vapi_fast.alignment.models import Models
 from vapi_fast.evaluation import metrics as evaluation
 
 Make = Callable[..., AlignConfig]

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops, tiny
+from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.reward import PixelReward, Reward
 from vapi_fast.alignment.rollout import roll_out
-from vapi_fast.alignment.step import Models
 from vapi_fast.data.dataset import ImageBatch, ImageData
+from vapi_fast.models import Condition
 
 GROUP_SIZE = 8
 
@@ -46,27 +47,27 @@ def test_no_more_is_computed_at_once_than_the_chunk(
     """Sequences decoded, whole groups compared, and half as many images encoded, in float32."""
     reward = PixelReward(tiny_models.tokenizer, tiny_models.reward.lpips, chunk=chunk)
     rows: dict[str, set[int]] = {}
-    for name in ("_encode", "_decode", "_distances"):
-        replayed = getattr(reward, name)
+    for owner, name in ((reward.codec, "_encode"), (reward.codec, "_decode"), (reward, "_distances")):
+        replayed = getattr(owner, name)
 
         def noted(*inputs: Tensor, name: str = name, function: Callable[..., Tensor] = replayed.function) -> Tensor:
             rows.setdefault(name, set()).add(len(inputs[0]))
             return function(*inputs)
 
         replayed.function = noted
-    tokens = reward.encode(tiny_batch.images)
+    tokens = reward.codec.encode(tiny_batch.images)
     reward.score(tokens[:, None].repeat(1, GROUP_SIZE, 1), tiny_batch.images)
     assert rows == {"_encode": {min(4, chunk // 2)}, "_decode": {decoded}, "_distances": {images}}
 
 
 def test_chunk_by_image_size(tiny_models: Models) -> None:
-    assert tiny_models.reward.chunk_size(32 * 32) == 64
-    assert tiny_models.reward.chunk_size(384 * 384) == 14
-    assert tiny_models.reward.chunk_size(2048 * 2048) == 1
+    assert tiny_models.codec.chunk_size(32 * 32) == 64
+    assert tiny_models.codec.chunk_size(384 * 384) == 14
+    assert tiny_models.codec.chunk_size(2048 * 2048) == 1
 
 
 def test_the_images_own_tokens_score_best(tiny_models: Models, tiny_batch: ImageBatch) -> None:
-    own = tiny_models.reward.encode(tiny_batch.images)
+    own = tiny_models.codec.encode(tiny_batch.images)
     others = own.roll(1, 0)
     scored = tiny_models.reward.score(torch.stack([own, others], dim=1), tiny_batch.images)
     assert (scored.total[:, 0] > scored.total[:, 1] + 0.1).all()
@@ -141,10 +142,10 @@ def assert_same_advantages(models: Models, tokens: Tensor, images: Tensor) -> No
 def test_bf16_advantages_of_rollouts(tiny_config: Callable[..., AlignConfig], tiny_models: Models) -> None:
     config = tiny_config(group_size=GROUP_SIZE)
     batch = next(iter(ImageData(tiny.FILES.heldout_images, tiny.IMAGE_SIZE).batches(32, 1, seed=0)))
-    tokens = tiny_models.reward.encode(batch.images)
+    tokens = tiny_models.codec.encode(batch.images)
     with torch.no_grad():
         rollout = roll_out(
-            tiny_models.generator.eval(), tokens, batch.labels, config, seed=0, sample_ids=batch.sample_ids
+            tiny_models.generator.eval(), tokens, Condition(batch.labels), config, seed=0, sample_ids=batch.sample_ids
         )
     assert_same_advantages(tiny_models, rollout.tokens, batch.images)
 
@@ -153,13 +154,13 @@ def test_bf16_advantages_of_rollouts(tiny_config: Callable[..., AlignConfig], ti
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_bf16_advantages_on_photographs(tiny_models: Models, side: int, zoom: int, share: float) -> None:
     images = photographs(side, zoom)
-    assert_same_advantages(tiny_models, some_replaced(tiny_models.reward.encode(images), share), images)
+    assert_same_advantages(tiny_models, some_replaced(tiny_models.codec.encode(images), share), images)
 
 
 def test_bf16_rewards_leave_the_tokens_alone(tiny_models: Models) -> None:
     reward = PixelReward(tiny_models.tokenizer, tiny_models.reward.lpips, dtype=torch.bfloat16)
     for images in (photographs(64, 1), photographs(96, 4)):
-        assert torch.equal(reward.encode(images), tiny_models.tokenizer.encode(images))
+        assert torch.equal(reward.codec.encode(images), tiny_models.tokenizer.encode(images))
 
 
 # ---- on a GPU
@@ -174,7 +175,7 @@ def test_recorded_rewards_are_those_of_the_cpu(tiny_models: Models, tiny_batch: 
         module.cuda()
     reward = PixelReward(tiny_models.tokenizer, tiny_models.reward.lpips, chunk=GROUP_SIZE)
     images = tiny_batch.images.cuda()
-    own = reward.encode(images)
+    own = reward.codec.encode(images)
     for _ in range(2):  # recorded, then replayed
         scored = reward.score(tokens.cuda(), images)
         for ours, theirs in zip(scored, plain, strict=True):

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from vapi_fast import AlignConfig
+from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import Rollout, roll_out, token_logprobs
-from vapi_fast.alignment.step import Models
 from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.models import Condition
 
 Make = Callable[..., AlignConfig]
 
 
 def draw(models: Models, config: AlignConfig, tokens: Tensor, batch: ImageBatch, seed: int = 7) -> Rollout:
-    return roll_out(models.generator, tokens, batch.labels, config, seed=seed, sample_ids=batch.sample_ids)
+    return roll_out(models.generator, tokens, Condition(batch.labels), config, seed=seed, sample_ids=batch.sample_ids)
 
 
 def test_logprobs_are_those_of_the_training_forward(
@@ -29,8 +30,7 @@ def test_logprobs_are_those_of_the_training_forward(
     logits = tiny_models.generator(tokens[:, :-1], tiny_batch.labels)
     expected = (logits / 0.8).log_softmax(-1).gather(-1, rollout.tokens.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(rollout.logprobs, expected, rtol=1e-4, atol=1e-5)
-    weight = tiny_models.generator.output.weight
-    again = token_logprobs(rollout.hidden, weight, rollout.tokens, 0.8)
+    again = token_logprobs(rollout.hidden, tiny_models.generator.head, rollout.tokens, 0.8)
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -13,9 +13,9 @@ from fused import DEVICE
 from torch import Tensor
 
 from vapi_fast import generate, ops
-from vapi_fast.generation.engine import Decoder
+from vapi_fast.generation.engine import Engine
 from vapi_fast.generation.sequences import Generation, bytes_of_sequence, guidance_scales, sample_groups
-from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen
+from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, LlamaGen
 from vapi_fast.reference.generation import generate as reference_generate
 from vapi_fast.reference.sampling import filter_logits
 from vapi_fast.tiny import FILES
@@ -202,17 +202,17 @@ class Replay:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("caption_tokens", [0, 6])
 def test_steps_that_a_graph_replays_draw_the_same(caption_tokens: int, backend: str) -> None:
-    """With position and seed as data; two draws with one decoder, whose first step is one for warming up."""
+    """With position and seed as data; two draws with one engine, whose first step is one for warming up."""
     model, labels = make_model(caption_tokens, layers=1, grid_size=2), torch.tensor([4, 1])
     condition = captions() if caption_tokens else labels
     filters = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
     options = {"scales": guidance_scales(4, 2.0, 1), "masked": False, "entropies": True} | filters
-    decoder = Decoder(model, groups=2, rollouts=2, **options)
-    decoder.graphs = {guided: Replay(partial(decoder.step, guided=guided)) for guided in (True, False)}
-    draw = {"condition_mask": None, "sample_ids": labels, "first_rollout": 3}
+    engine = Engine(model, groups=2, rollouts=2, **options)
+    engine.graphs = {guided: Replay(partial(engine.step, guided=guided)) for guided in (True, False)}
+    draw = {"sample_ids": labels, "first_rollout": 3}
     with ops.use_backend(backend):
-        decoder.step(decoder.positions[-1], True)
-        drawn = [decoder.draw(condition, seed=seed, **draw) for seed in (torch.tensor(5), 6)]
+        engine.step(engine.positions[-1], True)
+        drawn = [engine.draw(Condition(condition), seed=seed, **draw) for seed in (torch.tensor(5), 6)]
     for seed, found in zip((5, 6), drawn, strict=True):
         expected = without_cache(
             model, condition, group_size=5, scales=options["scales"], sample_ids=labels, seed=seed, **filters
@@ -228,8 +228,8 @@ def test_one_token_and_one_rollout() -> None:
 
 def test_unconditional_half_is_left_out_where_the_scale_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    block = Decoder.block
-    monkeypatch.setattr(Decoder, "block", lambda self, h, *rest: rows.append(len(h)) or block(self, h, *rest))
+    block = Engine.block
+    monkeypatch.setattr(Engine, "block", lambda self, h, *rest: rows.append(len(h)) or block(self, h, *rest))
     generate(make_model(), classes(1, 2, 3), cfg_scale=2.0, cfg_interval=4)
     if DEVICE.type == "cpu":  # token 0 comes from the prefill; a graph's blocks run when it is captured
         assert rows == [6] * 2 * 5 + [3] * 2 * 10
@@ -301,9 +301,9 @@ def test_fp8_cache_agrees_with_the_exact_one() -> None:
 
 def test_cache_is_fp8_if_asked_for() -> None:
     options = {"groups": 2, "rollouts": 3, "scales": [1.0] * 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    decoder = Decoder(make_model(), **options, masked=False, cache_dtype=torch.float8_e4m3fn)
-    assert {x.dtype for x in decoder.keys + decoder.values} == {torch.float8_e4m3fn}
-    assert decoder.keys[0].shape == (6, 2, 16, 32)
+    engine = Engine(make_model(), **options, masked=False, cache_dtype=torch.float8_e4m3fn)
+    assert {x.dtype for x in engine.keys + engine.values} == {torch.float8_e4m3fn}
+    assert engine.keys[0].shape == (6, 2, 16, 32)
 
 
 def test_values_beyond_fp8_are_clamped() -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from vapi_fast import generate, ops
 from vapi_fast.generation.sequences import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
-from vapi_fast.models.llamagen import attention_mask
+from vapi_fast.models.transformer import attention_mask
 from vapi_fast.runtime.accelerators import causal_attention
 
 TOLERANCE = 1e-5  # relative L2, float32
@@ -379,7 +379,7 @@ def test_attention_without_mask_or_cache_is_the_fast_one(
         calls.append([list(x.shape) for x in heads])
         return causal_attention(*heads)
 
-    monkeypatch.setattr("vapi_fast.models.llamagen.causal_attention", counted)
+    monkeypatch.setattr("vapi_fast.models.transformer.causal_attention", counted)
     public = golden.read("class_generator")
     class_model(public["tokens"], public["labels"])
     assert calls == [[[3, 17, 4, 16]] * 3] * 2

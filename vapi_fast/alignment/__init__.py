@@ -7,7 +7,8 @@ __all__, __getattr__ = offers(
     {
         "config": ["AlignConfig"],
         "run": ["align"],
-        "step": ["Models", "Trainer", "align_step", "load_models", "make_trainer"],
+        "models": ["Models", "load_models"],
+        "step": ["Trainer", "align_step", "make_trainer"],
         "rollout": ["Rollout", "roll_out"],
         "reward": ["PixelReward", "Reward"],
         "measurement": ["Evaluator", "Measurement"],

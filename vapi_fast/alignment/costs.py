@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapi_fast import ops
-from vapi_fast.models import LLAMAGEN_CONFIGS, LPIPS, VQ_CONFIGS, LlamaGen, LlamaGenConfig, VQTokenizer
+from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
+from vapi_fast.models.families import generator_config, random_generator
 from vapi_fast.models.lpips import LPIPS_CONFIGS, LPIPSConfig
 from vapi_fast.models.tokenizer import VQTokenizerConfig
 from vapi_fast.runtime.ceilings import Ceilings
@@ -48,7 +49,7 @@ class Cost:
 
 
 def step_costs(
-    generator: LlamaGenConfig,
+    generator: GeneratorConfig,
     tokenizer: VQTokenizerConfig,
     lpips: LPIPSConfig,
     *,
@@ -104,7 +105,7 @@ def config_costs(config: Mapping[str, Any], *, processes: int = 1) -> dict[str, 
     if config.get("rollouts") == "free":  # how much their sampling has to move depends on how many are drawn at once
         return {}
     return step_costs(
-        LLAMAGEN_CONFIGS[config["model"].lower()],
+        generator_config(config["model"]),
         VQ_CONFIGS[config["tokenizer"].lower()],
         LPIPS_CONFIGS[config["lpips"]],
         image_size=config["image_size"],
@@ -150,13 +151,13 @@ def model_flop_utilisation(costs: Mapping[str, Cost], seconds: float, ceilings: 
 
 
 @functools.cache
-def parameters(config: LlamaGenConfig) -> int:
+def parameters(config: GeneratorConfig) -> int:
     """Number of weights of a generator."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LlamaGen(config).parameters())
+        return sum(parameter.numel() for parameter in random_generator(config).parameters())
 
 
-def transformer_costs(config: LlamaGenConfig, images: int, passes: int) -> tuple[Cost, Cost]:
+def transformer_costs(config: GeneratorConfig, images: int, passes: int) -> tuple[Cost, Cost]:
     """Forward and backward of the blocks, without the head, over `images` in `passes` micro-batches.
 
     A layer's products have 4·D² + 3·D·H weights: 2 FLOPs each and position forward, 4 backward. Attention takes
@@ -182,7 +183,7 @@ def transformer_costs(config: LlamaGenConfig, images: int, passes: int) -> tuple
     return forward, backward
 
 
-def head_costs(config: LlamaGenConfig, tokens: int, passes: int) -> tuple[Cost, Cost]:
+def head_costs(config: GeneratorConfig, tokens: int, passes: int) -> tuple[Cost, Cost]:
     """The head's logits, and its gradients to hidden states and weight, of which the logits never reach memory."""
     weights = config.vocab_size * config.width
     states = BF16 * tokens * config.width

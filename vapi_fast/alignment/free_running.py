@@ -9,20 +9,14 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.rollout import teacher_forced_hidden
-from vapi_fast.alignment.step import (
-    Gradients,
-    Losses,
-    Models,
-    base_logprobs,
-    head_weight,
-    mean_terms,
-    non_finite,
-    ntp_loss,
-    score,
-)
+from vapi_fast.alignment.figures import mean_terms, non_finite
+from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.rollout import condition_of, teacher_forced_hidden
+from vapi_fast.alignment.step import Gradients
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation.sequences import Generation, sample_groups
+from vapi_fast.models import Condition
 from vapi_fast.runtime.clock import Clock
 from vapi_fast.runtime.distributed import reduce_at, whole_copy
 
@@ -31,7 +25,6 @@ class Sequences(NamedTuple):
     """N sampled sequences, each the context of its own training forward."""
 
     tokens: Tensor  # int64 [N,T]
-    labels: Tensor  # int64 [N]
     sample_ids: Tensor  # int64 [N]
     advantages: Tensor  # [N]
     logprobs: Tensor  # float32 [N,T], of the distribution drawn from
@@ -46,13 +39,14 @@ def accumulate_free_gradients(
     cross-entropy prior is that of the images' own tokens, in a forward of their own.
     """
     with clock("encode"):
-        tokens = models.reward.encode(batch.images)
+        tokens = models.codec.encode(batch.images)
     with clock("sample"):
         drawn = draw(models, config, batch, seed)
-    scores = score(models, config, drawn.tokens, batch, clock)
-    of_groups = [values.repeat_interleave(config.group_size) for values in (batch.labels, batch.sample_ids)]
-    advantages = ops.group_advantages(scores["reward"]).flatten()
-    sequences = Sequences(drawn.tokens.flatten(0, 1), *of_groups, advantages, drawn.logprobs.flatten(0, 1))
+    rewards = rewards_of(models, config, drawn.tokens, batch, clock)
+    image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(config.group_size)
+    condition = condition_of(batch).take(image)
+    advantages = ops.group_advantages(rewards["reward"]).flatten()
+    sequences = Sequences(drawn.tokens.flatten(0, 1), batch.sample_ids[image], advantages, drawn.logprobs.flatten(0, 1))
 
     micro_batches = [("policy", rows) for rows in split(len(sequences.tokens), config.micro_batch)]
     if config.prior == "ce" and config.prior_weight:
@@ -61,7 +55,8 @@ def accumulate_free_gradients(
     for index, (term, rows) in enumerate(micro_batches):
         reduce_at(models.generator, last=index + 1 == len(micro_batches))
         if term == "policy":
-            losses = sequence_loss(models, config, Sequences(*(value[rows] for value in sequences)), seed, clock)
+            part = Sequences(*(value[rows] for value in sequences))
+            losses = sequence_loss(models, config, part, condition.take(rows), seed, clock)
             weight = share = (rows.stop - rows.start) / (config.batch_size * config.group_size)
         else:
             losses = ntp_loss(models, config, ImageBatch(*(value[rows] for value in batch)), tokens[rows], seed, clock)
@@ -74,19 +69,20 @@ def accumulate_free_gradients(
             if name in losses.terms:
                 sums[name] += share * losses.terms[name].detach()
     share = len(tokens) / config.batch_size
-    means = mean_terms(sums | {name: share * value.mean() for name, value in scores.items()})
-    return Gradients(means, non_finite(sums | scores, len(tokens)), tokens, drawn.tokens, scores["reward"])
+    means = mean_terms(sums | {name: share * value.mean() for name, value in rewards.items()})
+    return Gradients(means, non_finite(sums | rewards, len(tokens)), tokens, drawn.tokens, rewards["reward"])
 
 
 @torch.no_grad()
 def draw(models: Models, config: AlignConfig, batch: ImageBatch, seed: int) -> Generation:
     """`config.group_size` sequences for each image's class."""
-    generator = whole_copy(models.generator)
+    generator, condition = whole_copy(models.generator), condition_of(batch)
     training = generator.training
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
         drawn = sample_groups(
             generator.eval(),
-            batch.labels,
+            condition.rows,
+            condition_mask=condition.mask,
             group_size=config.group_size,
             seed=seed,
             sample_ids=batch.sample_ids,
@@ -102,22 +98,23 @@ def split(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def sequence_loss(models: Models, config: AlignConfig, sequences: Sequences, seed: int, clock: Clock) -> Losses:
+def sequence_loss(
+    models: Models, config: AlignConfig, sequences: Sequences, condition: Condition, seed: int, clock: Clock
+) -> Losses:
     """Clipped policy loss of sampled sequences, each in its own context, and the KL term."""
     tokens, rollouts = sequences.tokens, sequences.tokens[:, None]
     context = {"seed": seed, "sample_ids": sequences.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, sequences.labels, config, **context)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition, config, **context)
     with clock("loss"):
         filtered = config.top_k > 0 or config.top_p < 1
         loss = ops.policy_loss(
-            hidden,
-            head_weight(models.generator, hidden),
-            rollouts,
-            sequences.advantages[:, None],
-            tokens,
+            **models.generator.head.operands(hidden),
+            tokens=rollouts,
+            advantages=sequences.advantages[:, None],
+            targets=tokens,
             old_logprobs=sequences.logprobs[:, None] if filtered else None,
-            base_logprobs=base_logprobs(models, config, tokens, sequences.labels, rollouts, **context),
+            base_logprobs=base_logprobs(models, config, tokens, condition, rollouts, **context),
             clip_range=config.clip_range,
             prior_weight=0.0,
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.rollout import roll_out
-from vapi_fast.alignment.step import Models
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.rollout import condition_of, roll_out
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
-from vapi_fast.evaluation.inception import load_inception
+from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
-from vapi_fast.models import LlamaGen
+from vapi_fast.models import Generator
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
 from vapi_fast.runtime.progress import progress_bar
 
@@ -28,9 +27,6 @@ PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn
 DECODED = 16  # images decoded at once
 BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
-
-
-FeatureNetwork = Callable[[Tensor], tuple[Tensor, Tensor]]  # images → pooled features, logits
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,11 @@ class Measurement:
     def as_record(self) -> dict[str, Any]:
         """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
         rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
-        return dataclasses.asdict(self.plain) | {"cfg": dataclasses.asdict(self.cfg)} | rewards
+        plain, guided = (
+            {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
+            for scores in (self.plain, self.cfg)
+        )
+        return plain | {"cfg": guided} | rewards
 
 
 class Evaluator:
@@ -59,11 +59,11 @@ class Evaluator:
         self.device = device
         classes = models.generator.config.num_classes
         data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
-        self.features_and_logits, self.network_name = feature_network(config, models, device)
+        self.network = feature_network(config, models, device)
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(data, count, config.eval_batch):
-            features.append(self.features_and_logits(batch.images.to(device))[0].cpu())
+            features.append(self.network.features(batch.images.to(device)).pooled.cpu())
             labels.append(batch.labels)
             positions.append(position)
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
@@ -72,25 +72,25 @@ class Evaluator:
         self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
 
     @torch.no_grad()
-    def measure(self, generator: LlamaGen, name: str) -> Measurement:
+    def measure(self, generator: Generator, name: str) -> Measurement:
         """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
         scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
         return Measurement(*scores, *self.rewards(generator))
 
-    def score(self, generator: LlamaGen, cfg_scale: float, name: str) -> evaluation.Scores:
+    def score(self, generator: Generator, cfg_scale: float, name: str) -> evaluation.Scores:
         features, logits = [], []
         for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
-            parts = self.features_and_logits(images)
-            features.append(parts[0].cpu())
-            logits.append(parts[1].cpu())
+            found = self.network.features(images)
+            features.append(found.pooled.cpu())
+            logits.append(found.logits.cpu())
         return evaluation.score(
             self.reference,
             gather_rows(torch.cat(features)).to(self.device),
             gather_rows(torch.cat(logits)).to(self.device),
-            feature_network=self.network_name,
+            feature_network=self.network.name,
         )
 
-    def samples(self, generator: LlamaGen, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
+    def samples(self, generator: Generator, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
         """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
@@ -101,12 +101,12 @@ class Evaluator:
                     yield self.decode(tokens)
                     progress.update(len(tokens))
 
-    def sample(self, generator: LlamaGen, sample_ids: Tensor) -> Tensor:
+    def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
         return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
 
     @torch.no_grad()
-    def draw(self, generator: LlamaGen, sample_ids: Tensor, cfg_scale: float) -> Tensor:
+    def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float) -> Tensor:
         """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
         labels = self.labels[sample_ids % len(self.labels)].to(self.device)
         options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
@@ -118,18 +118,18 @@ class Evaluator:
     def decode(self, tokens: Tensor) -> Tensor:
         return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
 
-    def rewards(self, generator: LlamaGen) -> tuple[float, float, float]:
+    def rewards(self, generator: Generator) -> tuple[float, float, float]:
         """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
         training = generator.training
         generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
-            images, labels = batch.images.to(self.device), batch.labels.to(self.device)
-            tokens = self.models.reward.encode(images)
-            ids = batch.image_ids.to(self.device)
-            rollout = roll_out(generator, tokens, labels, self.config, seed=seed, sample_ids=ids)
-            reward = self.models.reward.score(rollout.tokens, images)
+            batch = batch.to(self.device)
+            tokens = self.models.codec.encode(batch.images)
+            draw = {"seed": seed, "sample_ids": batch.image_ids}
+            rollout = roll_out(generator, tokens, condition_of(batch), self.config, **draw)
+            reward = self.models.reward.score(rollout.tokens, batch.images)
             rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
         generator.train(training)
         return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
@@ -149,14 +149,8 @@ def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Ten
             yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
 
 
-def feature_network(config: AlignConfig, models: Models, device: torch.device) -> tuple[FeatureNetwork, str]:
+def feature_network(config: AlignConfig, models: Models, device: torch.device) -> FeatureNetwork:
     """The tiny preset scores with its own classifier; every other model with Inception at 256², as papers do."""
     if config.lpips == "tiny":
-        return models.reward.lpips.features_and_logits, "tiny perceptual network"
-    inception = load_inception(config.inception_weights).to(device)
-
-    def features_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
-        side = [PAPER_SIDE, PAPER_SIDE]
-        return inception.features_and_logits(F.interpolate(images, side, mode="bicubic", antialias=False))
-
-    return features_and_logits, "Inception-v3"
+        return tiny_network(models.reward.lpips)
+    return inception_network(config.inception_weights, device, side=PAPER_SIDE)

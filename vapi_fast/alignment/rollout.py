@@ -11,7 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.models import LlamaGen
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.models import Condition, Generator
+from vapi_fast.models.transformer import Head
 from vapi_fast.runtime.clock import Clock
 
 AUTOCAST = {"cuda"}  # devices that compute in bf16
@@ -25,8 +27,13 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # float32 [B,G,T], of the distribution drawn from
 
 
+def condition_of(batch: ImageBatch) -> Condition:
+    """What the images were drawn from: their classes."""
+    return Condition(batch.labels)
+
+
 def teacher_forced_hidden(
-    model: LlamaGen, tokens: Tensor, condition: Tensor, config: AlignConfig, *, seed: int, sample_ids: Tensor
+    model: Generator, tokens: Tensor, condition: Condition, config: AlignConfig, *, seed: int, sample_ids: Tensor
 ) -> Tensor:
     """Hidden states `[B,T,D]` that predict x_1…x_T from x̃*_{<t}: the image's own tokens, some replaced by noise."""
     context = tokens[:, :-1]
@@ -35,13 +42,13 @@ def teacher_forced_hidden(
     # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
     autocast = tokens.device.type in AUTOCAST and not isinstance(model, FSDPModule)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        return model(context, condition, return_hidden=True)
+        return model.hidden(context, condition)
 
 
 def roll_out(
-    model: LlamaGen,
+    model: Generator,
     tokens: Tensor,
-    condition: Tensor,
+    condition: Condition,
     config: AlignConfig,
     *,
     seed: int,
@@ -52,17 +59,17 @@ def roll_out(
 
     Args:
         tokens: the image's tokens x*, int64 `[B,T]`.
-        condition: class ids `[B]` or caption features.
+        condition: of the images, B rows.
         seed, sample_ids: with the position and the rollout's index they decide every draw.
         clock: times the stages forward and sample.
     """
     with clock("forward"):
         hidden = teacher_forced_hidden(model, tokens, condition, config, seed=seed, sample_ids=sample_ids)
     with clock("sample"):
+        head = {name: operand.detach() for name, operand in model.head.operands(hidden).items()}
         drawn, logprobs = ops.linear_group_sample(
-            hidden.detach(),
-            model.output.weight.detach().to(hidden.dtype),
-            config.group_size,
+            **head,
+            group_size=config.group_size,
             seed=seed,
             sample_ids=sample_ids,
             temperature=config.temperature,
@@ -72,7 +79,10 @@ def roll_out(
     return Rollout(hidden, drawn, logprobs)
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log π(x_t) `[B,G,T]` of given tokens `[B,G,T]` under hidden states `[B,T,D]` and LM head `[V,D]`."""
-    logprobs = ((hidden.float() @ weight.float().T) / temperature).log_softmax(-1)
+def token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: float) -> Tensor:
+    """log π(x_t) `[B,G,T]` of given tokens `[B,G,T]` under the states `[B,T,D]` that the head takes."""
+    logits = hidden.float() @ head.weight.float().T
+    if head.bias is not None:
+        logits += head.bias
+    logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(-1, tokens.transpose(1, 2)).transpose(1, 2)

@@ -5,8 +5,9 @@ from vapi_fast._lazy import offers
 __all__, __getattr__ = offers(
     __name__,
     {
-        "engine": ["Decoder", "Generation", "KVCache"],
+        "engine": ["Engine", "Generation", "KVCache"],
         "sequences": ["generate", "guidance_scales", "sample_groups"],
-        "folder": ["GenerateConfig", "draw_samples"],
+        "config": ["GenerateConfig"],
+        "folder": ["draw_samples"],
     },
 )

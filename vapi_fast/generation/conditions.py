@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,35 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi_fast.models import LlamaGen
+from vapi_fast.models import Condition, Generator
+from vapi_fast.models.sizes import Classes
 from vapi_fast.runtime.checkpoint import load_file_checked
 from vapi_fast.runtime.errors import ConfigError
 
 
-def parse_class_ids(text: str) -> tuple[int, ...]:
-    """Class ids from "0,7,20-29" (both ends included), in the order given; raises ConfigError for anything else."""
-    ids: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not found:
-            raise ConfigError(f"--class-ids {text}: expected numbers and ranges such as 0,7,20-29")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first or last - first > 10**6:
-            raise ConfigError(f"--class-ids {text}: {part.strip()} is not a range from low to high")
-        ids += range(first, last + 1)
-    return tuple(ids)
-
-
 @dataclass(frozen=True)
 class Conditions:
-    """What each image is drawn from: image i has row i mod M of `rows`."""
+    """What each image is drawn from: image i has row i mod M of `rows`, as `Condition` says."""
 
-    rows: Tensor  # class ids int64 [M], or caption features [M, prefix_len, caption_width]
-    mask: Tensor | None = None  # bool [M, prefix_len], False at caption padding
+    rows: Tensor
+    mask: Tensor | None = None
 
-    def of(self, ids: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def of(self, ids: Tensor, device: torch.device) -> Condition:
         picked = ids % len(self.rows)
-        return self.rows[picked].to(device), None if self.mask is None else self.mask[picked].to(device)
+        return Condition(self.rows[picked].to(device), None if self.mask is None else self.mask[picked].to(device))
 
     def names(self, count: int) -> list[dict[str, int]]:
         """The condition of images 0 … count − 1, for the manifest."""
@@ -47,23 +33,24 @@ class Conditions:
         return [{"caption" if captions else "class": rows[i % len(rows)]} for i in range(count)]
 
 
-def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, generator: LlamaGen) -> Conditions:
+def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, generator: Generator) -> Conditions:
     """Class ids (None: all) or a file of caption features, whichever `generator` takes; ConfigError if they misfit."""
-    shape = generator.config
-    if not shape.caption_tokens:
-        if captions is not None:
-            raise ConfigError("--caption-features: this checkpoint is conditioned on classes, pass --class-ids")
-        ids = torch.tensor(class_ids or range(shape.num_classes))
-        unknown = ids[ids >= shape.num_classes].tolist()
-        if unknown:
+    taken = generator.config.condition
+    if not isinstance(taken, Classes):
+        if captions is None:
             raise ConfigError(
-                f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has "
-                f"0-{shape.num_classes - 1}"
+                "--caption-features is required: this checkpoint is conditioned on captions, not on classes"
             )
-        return Conditions(ids)
-    if captions is None:
-        raise ConfigError("--caption-features is required: this checkpoint is conditioned on captions, not on classes")
-    return read_captions(captions, shape.caption_tokens, shape.caption_width)
+        return read_captions(captions, *taken)
+    if captions is not None:
+        raise ConfigError("--caption-features: this checkpoint is conditioned on classes, pass --class-ids")
+    ids = torch.tensor(class_ids or range(taken.count))
+    unknown = ids[ids >= taken.count].tolist()
+    if unknown:
+        raise ConfigError(
+            f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has 0-{taken.count - 1}"
+        )
+    return Conditions(ids)
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:

@@ -12,16 +12,18 @@ head is linear, and so runs for half of the rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.models import LlamaGen
+from vapi_fast.models import Condition, Generator
+from vapi_fast.models.transformer import Head
 from vapi_fast.ops.backends import implementation
 from vapi_fast.reference.precision import accumulation_dtype, head_logits
 from vapi_fast.reference.sampling import filter_logits
@@ -39,10 +41,10 @@ class Generation(NamedTuple):
 class KVCache:
     """Keys and values of all layers, `[layers, B, heads, max_length, head_dim]`, filled up to `length`."""
 
-    def __init__(self, model: LlamaGen, batch: int, max_length: int) -> None:
+    def __init__(self, model: Generator, batch: int, max_length: int) -> None:
         config = model.config
-        shape = (config.layers, batch, config.heads, max_length, config.width // config.heads)
-        self.keys = torch.empty(shape, dtype=compute_dtype(model), device=model.output.weight.device)
+        shape = (config.layers, batch, config.heads, max_length, config.head_width)
+        self.keys = torch.empty(shape, dtype=compute_dtype(model), device=model.head.weight.device)
         self.values = torch.empty_like(self.keys)
         self.length = 0  # the model moves it on once all layers have written
 
@@ -54,9 +56,9 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def compute_dtype(model: LlamaGen) -> torch.dtype:
+def compute_dtype(model: Generator) -> torch.dtype:
     """The dtype of autocast inside of one, else that of the weights."""
-    weight = model.output.weight
+    weight = model.head.weight
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
@@ -74,15 +76,17 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A generator's weights in one dtype; those that have it already are not copied, w13 excepted."""
+    """A generator's weights in one dtype; those of a width's square and more that have it already are not copied, w13
+    excepted."""
 
-    embeddings: Tensor
+    embeddings: Tensor  # [V,D], of each token
     layers: list[Layer]
     norm: Tensor
-    head: Tensor
+    readout: nn.Module
+    head: Head
 
 
-def weights_of(model: LlamaGen, dtype: torch.dtype) -> Weights:
+def weights_of(model: Generator, dtype: torch.dtype) -> Weights:
     def cast(weight: Tensor) -> Tensor:
         return weight.detach().to(dtype)
 
@@ -97,7 +101,9 @@ def weights_of(model: LlamaGen, dtype: torch.dtype) -> Weights:
         )
         for block in model.layers
     ]
-    return Weights(cast(model.tok_embeddings.weight), layers, cast(model.norm.weight), cast(model.output.weight))
+    head = Head(*(None if part is None else cast(part) for part in model.head))
+    readout = copy.deepcopy(model.readout).to(dtype)
+    return Weights(cast(model.token_table()), layers, cast(model.norm.weight), readout, head)
 
 
 class Prefix(NamedTuple):
@@ -108,7 +114,7 @@ class Prefix(NamedTuple):
     mask: Tensor  # bool [groups, prefix_len]
 
 
-class Decoder:
+class Engine:
     """Draws `rollouts` sequences for each of `groups` conditions at a time, any number of times.
 
     The rows of all buffers are the groups' sequences, group by group; with guidance the unconditional ones follow. A
@@ -118,7 +124,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: LlamaGen,
+        model: Generator,
         *,
         groups: int,
         rollouts: int,
@@ -138,11 +144,12 @@ class Decoder:
             cache_dtype: of keys and values, default that of the computation.
             entropies: also give the entropies.
         """
-        config, device = model.config, model.output.weight.device
+        config, device = model.config, model.head.weight.device
         self.model, self.dtype = model, compute_dtype(model)
         self.weights = weights_of(model, self.dtype)
         self.groups, self.rollouts, self.count, self.length = groups, rollouts, groups * rollouts, config.grid_size**2
-        self.heads, self.filters = config.heads, {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.heads, self.eps = config.heads, config.norm_eps
+        self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.guided = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)  # tokens that need both
         halves = 2 if self.guided else 1
         wide = accumulation_dtype(self.weights.norm)
@@ -151,13 +158,12 @@ class Decoder:
         self.apart = int(config.prefix_len > 1)  # 1 if the condition has a cache of its own, else it takes a slot
         slots = max(self.length - self.apart, 1)
         self.rotary = model.rotary[config.prefix_len - 1 + self.apart :][:slots].contiguous()
-        head_dim = config.width // config.heads
-        shape = (2, halves * self.count, config.heads, slots, head_dim)
+        shape = (2, halves * self.count, config.heads, slots, config.head_width)
         caches = [torch.empty(shape, dtype=cache_dtype or self.dtype, device=device) for _ in model.layers]
         self.keys, self.values = [cache[0] for cache in caches], [cache[1] for cache in caches]
         self.prefixes = []
         for members in (groups, groups if masked else 1)[:halves] if self.apart else ():
-            shape = (2, config.layers, members, config.heads, config.prefix_len, head_dim)
+            shape = (2, config.layers, members, config.heads, config.prefix_len, config.head_width)
             mask = torch.ones(members, config.prefix_len, dtype=torch.bool, device=device)
             self.prefixes.append(Prefix(*torch.empty(shape, dtype=self.dtype, device=device), mask))
 
@@ -176,22 +182,21 @@ class Decoder:
     @torch.no_grad()
     def draw(
         self,
-        condition: Tensor,
+        condition: Condition,
         *,
-        condition_mask: Tensor | None,
         sample_ids: Tensor,
         first_rollout: int,
         seed: Tensor | int,
     ) -> Generation:
         """Draw rollouts first_rollout… of each condition; nothing waits for the GPU.
 
-        condition: class ids `[groups]` or captions `[groups,prefix_len,width]`; sample_ids: int64 `[groups]`.
+        condition: of `groups` rows; sample_ids: int64 `[groups]`.
         """
         rollouts = torch.arange(first_rollout, first_rollout + self.rollouts, device=self.tokens.device)
         self.sample_ids.copy_(sample_ids.repeat_interleave(self.rollouts))
         self.first_rollouts.copy_(rollouts.repeat(self.groups))
         self.seed.copy_(seed) if isinstance(seed, Tensor) else self.seed.fill_(seed)
-        hidden = self.prefill(condition, condition_mask)
+        hidden = self.prefill(condition)
         with torch.autocast(hidden.device.type, enabled=False):
             self.draw_token(hidden, self.positions[0] if self.graphs else 0, self.guided > 0)
             for t in range(1, self.length):
@@ -207,35 +212,35 @@ class Decoder:
             return None
         return buffer.T.clone(memory_format=torch.contiguous_format).unflatten(0, (self.groups, self.rollouts))
 
-    def prefill(self, condition: Tensor, condition_mask: Tensor | None) -> Tensor:
+    def prefill(self, condition: Condition) -> Tensor:
         """Fill the caches with the condition, once a group; hidden states `[rows, D]` that predict the first token."""
-        conditions = [condition]
-        if self.guided:  # the mask is the caption's in both halves, as in LlamaGen
-            conditions.append(self.model.unconditional(condition if condition_mask is not None else condition[:1]))
+        halves, mask = [condition.rows], condition.mask
+        if self.guided:  # the mask is the condition's in both halves, as in LlamaGen
+            halves.append(self.model.unconditional(condition.rows if mask is not None else condition.rows[:1]))
         training, hidden = self.model.training, []
         self.model.eval()
-        for half, rows in enumerate(conditions):
+        for half, rows in enumerate(halves):
             cache = KVCache(self.model, len(rows), self.model.config.prefix_len)
-            with torch.autocast(condition.device.type, self.dtype, self.has_autocast(), cache_enabled=False):
-                last = self.model(None, rows, condition_mask=condition_mask, cache=cache, return_hidden=True)[:, -1]
+            with torch.autocast(rows.device.type, self.dtype, self.has_autocast(), cache_enabled=False):
+                last = self.model(None, rows, condition_mask=mask, cache=cache, return_hidden=True)[:, -1]
             repeats = self.count // len(rows)
             hidden.append(last.to(self.dtype).repeat_interleave(repeats, dim=0))
-            self.keep(cache, half, repeats, condition_mask)
+            self.keep(cache, half, repeats, mask)
         self.model.train(training)
         return torch.cat(hidden)
 
     def has_autocast(self) -> bool:
         """Whether the model computes in another dtype than its weights'."""
-        return self.dtype != self.model.output.weight.dtype
+        return self.dtype != self.model.head.weight.dtype
 
-    def keep(self, cache: KVCache, half: int, repeats: int, condition_mask: Tensor | None) -> None:
+    def keep(self, cache: KVCache, half: int, repeats: int, mask: Tensor | None) -> None:
         """Put one half's condition where the steps look for it."""
         if self.apart:
             prefix = self.prefixes[half]
             prefix.keys.copy_(cache.keys)
             prefix.values.copy_(cache.values)
-            if condition_mask is not None:
-                prefix.mask.copy_(condition_mask)
+            if mask is not None:
+                prefix.mask.copy_(mask)
             return
         rows = slice(half * self.count, (half + 1) * self.count)
         for own, new in ((self.keys, cache.keys), (self.values, cache.values)):
@@ -250,16 +255,17 @@ class Decoder:
         h = F.embedding(last.repeat(2 if guided else 1), self.weights.embeddings)
         for index, layer in enumerate(self.weights.layers):
             h = self.block(h, layer, index, t - self.apart)
-        return self.draw_token(ops.rms_norm(h, self.weights.norm), t, guided)
+        hidden = self.weights.readout(ops.rms_norm(h, self.weights.norm, self.eps))
+        return self.draw_token(hidden, t, guided)
 
     def block(self, h: Tensor, layer: Layer, index: int, slot: int | Tensor) -> Tensor:
         """One transformer block for one position of each row; `[rows, D]`, changed in place."""
         fast = implementation(h)  # unchecked: checks of what is right by design took a quarter of the time on a CPU
         keys, values = self.keys[index][: len(h)], self.values[index][: len(h)]
-        qkv = F.linear(fast.rms_norm(h, layer.attention_norm), layer.wqkv)
+        qkv = F.linear(fast.rms_norm(h, layer.attention_norm, self.eps), layer.wqkv)
         q = fast.append_to_cache(qkv.unflatten(-1, (3, self.heads, -1)), self.rotary, keys, values, slot)
         h.addmm_(self.attend(q, keys, values, slot, index).flatten(1), layer.wo.T)
-        gate, up = F.linear(fast.rms_norm(h, layer.ffn_norm), layer.w13).chunk(2, dim=-1)
+        gate, up = F.linear(fast.rms_norm(h, layer.ffn_norm, self.eps), layer.w13).chunk(2, dim=-1)
         return h.addmm_(fast.swiglu(gate, up), layer.w2.T)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, slot: int | Tensor, layer: int) -> Tensor:
@@ -281,16 +287,15 @@ class Decoder:
         )
 
     def draw_token(self, hidden: Tensor, t: int | Tensor, guided: bool) -> Tensor:
-        """Draw token t from the normalised hidden states `[rows, D]`, and note it."""
+        """Draw token t from the states `[rows, D]` that the head takes, and note it."""
         index = torch.as_tensor(t, device=hidden.device).view(1)
         if guided:
             conditional, unconditional = hidden.to(self.scales.dtype).chunk(2)
             scale = self.scales.index_select(0, index)
             hidden = torch.lerp(unconditional, conditional, scale).to(hidden.dtype)
         tokens, logprobs = ops.linear_group_sample(
-            hidden[:, None],
-            self.weights.head,
-            1,
+            **self.weights.head.operands(hidden[:, None]),
+            group_size=1,
             seed=self.seed,
             sample_ids=self.sample_ids,
             first_position=t,
@@ -305,6 +310,6 @@ class Decoder:
 
     def entropy(self, hidden: Tensor) -> Tensor:
         """Entropy `[rows]`, in nats, of the distribution that a token is drawn from."""
-        logits = head_logits(hidden, self.weights.head) / self.filters["temperature"]
+        logits = head_logits(**self.weights.head.operands(hidden)) / self.filters["temperature"]
         logits = filter_logits(logits, self.filters["top_k"], self.filters["top_p"])
         return torch.special.entr(logits.softmax(-1)).sum(-1)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapi_fast.generation.engine import Decoder, Generation, KVCache, compute_dtype
-from vapi_fast.models import LlamaGen, LlamaGenConfig
-from vapi_fast.runtime.flags import CFG_SCHEDULES
+from vapi_fast.generation.config import CFG_SCHEDULES
+from vapi_fast.generation.engine import Engine, Generation, KVCache, compute_dtype
+from vapi_fast.models import Generator, GeneratorConfig
 
 __all__ = ["Generation", "KVCache", "generate", "guidance_scales", "sample_groups"]
 
@@ -20,7 +20,7 @@ CPU_ROWS = 256  # sequences at once on a CPU: more gain nothing
 MEMORY_SHARE = 0.9  # of a GPU's free memory
 
 
-def generate(model: LlamaGen, condition: Tensor, *, group_size: int = 1, **options: Any) -> Tensor:
+def generate(model: Generator, condition: Tensor, *, group_size: int = 1, **options: Any) -> Tensor:
     """Draw token sequences; `VQTokenizer.decode` turns them into images.
 
     All arguments but `group_size`, which is 1 here by default, and all errors are those of `sample_groups`.
@@ -34,7 +34,7 @@ def generate(model: LlamaGen, condition: Tensor, *, group_size: int = 1, **optio
 
 @torch.no_grad()
 def sample_groups(
-    model: LlamaGen,
+    model: Generator,
     condition: Tensor,
     *,
     group_size: int,
@@ -77,12 +77,11 @@ def sample_groups(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    config = model.config
-    condition, condition_mask = checked_condition(model, condition, condition_mask)
-    sample_ids = checked_sample_ids(sample_ids, condition)
-    scales = guidance_scales(config.grid_size**2, cfg_scale, cfg_interval, cfg_schedule, cfg_power)
-    check_engine(condition.device, group_size, batch_size, kv_dtype)
-    batch, device = len(condition), condition.device
+    checked = model.checked_condition(condition, condition_mask)
+    sample_ids = checked_sample_ids(sample_ids, checked.rows)
+    scales = guidance_scales(model.config.grid_size**2, cfg_scale, cfg_interval, cfg_schedule, cfg_power)
+    batch, device = len(checked.rows), checked.rows.device
+    check_engine(device, group_size, batch_size, kv_dtype)
     shape = (batch, group_size, len(scales))
     tokens = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
@@ -94,7 +93,7 @@ def sample_groups(
         batch_size = rows_that_fit(model, CACHE_DTYPES[kv_dtype], guided=any(scale != 1 for scale in scales))
     rollouts = even_part(group_size, batch_size)
     groups = even_part(batch, batch_size // rollouts)
-    decoder = Decoder(
+    engine = Engine(
         model,
         groups=groups,
         rollouts=rollouts,
@@ -102,17 +101,14 @@ def sample_groups(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        masked=condition_mask is not None,
+        masked=checked.mask is not None,
         cache_dtype=CACHE_DTYPES[kv_dtype],
         entropies=return_entropies,
     )
     for first in range(0, batch, groups):
         rows = torch.arange(first, first + groups, device=device).clamp(max=batch - 1)  # a short part is filled up
-        mask = None if condition_mask is None else condition_mask[rows]
         for rollout in range(0, group_size, rollouts):
-            drawn = decoder.draw(
-                condition[rows], condition_mask=mask, sample_ids=sample_ids[rows], first_rollout=rollout, seed=seed
-            )
+            drawn = engine.draw(checked.take(rows), sample_ids=sample_ids[rows], first_rollout=rollout, seed=seed)
             for whole, part in zip((tokens, logprobs, entropies), drawn, strict=True):
                 if whole is not None:
                     wanted = whole[first : first + groups, rollout : rollout + rollouts]
@@ -162,30 +158,6 @@ def checked_scales(length: int, scales: Sequence[float], interval: int, schedule
     return [float(scale) for scale in scales]
 
 
-def checked_condition(model: LlamaGen, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Condition and mask on the model's device; ValueError for what the model cannot take."""
-    config, device = model.config, model.output.weight.device
-    if not config.caption_tokens:
-        if condition.dtype != torch.int64 or condition.ndim != 1:
-            raise ValueError(f"class ids must be an int64 tensor [B], got {condition.dtype} {list(condition.shape)}")
-        if ((condition < 0) | (condition > config.num_classes)).any():
-            raise ValueError(f"class ids must lie in 0…{config.num_classes - 1}, got {condition.tolist()[:8]}")
-        if mask is not None:
-            raise ValueError("condition_mask is for text-conditioned models, this one takes class ids")
-        return condition.to(device), None
-    expected = (config.caption_tokens, config.caption_width)
-    if condition.ndim != 3 or condition.shape[1:] != expected or not condition.is_floating_point():
-        raise ValueError(
-            f"caption features must be floating [B, {expected[0]}, {expected[1]}] for this model, got "
-            f"{condition.dtype} {list(condition.shape)}"
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != condition.shape[:2]):
-        raise ValueError(
-            f"condition_mask must be bool {list(condition.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
-        )
-    return condition.to(device), None if mask is None else mask.to(device)
-
-
 def checked_sample_ids(sample_ids: Tensor | None, condition: Tensor) -> Tensor:
     if sample_ids is None:
         return torch.arange(len(condition), device=condition.device)
@@ -212,9 +184,9 @@ def even_part(total: int, limit: int) -> int:
     return math.ceil(total / math.ceil(total / limit))
 
 
-def rows_that_fit(model: LlamaGen, cache_dtype: torch.dtype | None, *, guided: bool) -> int:
+def rows_that_fit(model: Generator, cache_dtype: torch.dtype | None, *, guided: bool) -> int:
     """Sequences that can be drawn at once."""
-    device = model.output.weight.device
+    device = model.head.weight.device
     if device.type != "cuda":
         return CPU_ROWS
     free, _ = torch.cuda.mem_get_info(device)
@@ -225,9 +197,10 @@ def rows_that_fit(model: LlamaGen, cache_dtype: torch.dtype | None, *, guided: b
     return max(int(MEMORY_SHARE * (free - copies)) // one, 1)
 
 
-def bytes_of_sequence(config: LlamaGenConfig, dtype: torch.dtype, cache_dtype: torch.dtype, *, guided: bool) -> int:
-    """Memory for one more sequence: its cache, a caption's positions if they are not shared, and a step's work."""
-    slots = config.grid_size**2 * cache_dtype.itemsize + config.caption_tokens * dtype.itemsize
+def bytes_of_sequence(config: GeneratorConfig, dtype: torch.dtype, cache_dtype: torch.dtype, *, guided: bool) -> int:
+    """Memory for one more sequence: its cache, a prefix's positions if they are not shared, and a step's work."""
+    apart = config.prefix_len if config.prefix_len > 1 else 0
+    slots = config.grid_size**2 * cache_dtype.itemsize + apart * dtype.itemsize
     cache = 2 * config.layers * config.width * slots
-    work = (6 * config.width + 3 * config.hidden_width) * dtype.itemsize * max(config.caption_tokens, 1)
+    work = (6 * config.width + 3 * config.hidden_width) * dtype.itemsize * config.prefix_len
     return (2 if guided else 1) * (cache + work) + 8 * config.vocab_size

@@ -5,7 +5,8 @@ from vapi_fast._lazy import offers
 __all__, __getattr__ = offers(
     __name__,
     {
-        "sizes": ["LLAMAGEN_CONFIGS", "VQ_CONFIGS", "LlamaGenConfig", "VQTokenizerConfig"],
+        "sizes": ["LLAMAGEN_CONFIGS", "VQ_CONFIGS", "GeneratorConfig", "LlamaGenConfig", "VQTokenizerConfig"],
+        "transformer": ["Condition", "Generator"],
         "llamagen": ["LlamaGen"],
         "lpips": ["LPIPS"],
         "tokenizer": ["VQTokenizer"],

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
 from vapi_fast.models.tokenizer import AttentionBlock, Decoder, Downsample, Encoder, GroupNorm, ResidualBlock, Upsample
+from vapi_fast.runtime.graphs import Replayed, graph_pool
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's fused bf16 convolutions take channels in multiples of 8
+MAX_CHUNK = 64  # sequences decoded at once
+MAX_PIXELS = 1 << 21  # decoded at once
 
 
 def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,6 +233,40 @@ class FrozenTokenizer:
             raise ValueError(f"tokens must fill a square grid: T = {tokens.shape[1]} is not a square number")
         entries = ops.codebook_lookup(tokens, self.entries, l2_norm=False)
         return self.decoder(entries.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+
+
+class PixelCodec:
+    """Images → tokens → images by a frozen copy of a tokenizer, chunk by chunk; on CUDA recorded graphs are replayed.
+
+    Args:
+        tokenizer: on the device of the work; later changes to its weights are not seen here.
+        chunk: sequences decoded at once; it bounds the memory and changes nothing else. None: by the image size.
+        dtype: of the decoder. None: bfloat16 on CUDA, float32 elsewhere.
+    """
+
+    def __init__(self, tokenizer: VQTokenizer, chunk: int | None = None, dtype: torch.dtype | None = None) -> None:
+        device = tokenizer.quantize.embedding.weight.device
+        self.chunk = chunk
+        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        # In bf16 the encoder would give 1.7 % of the tokens of held-out images another code (tiny tokenizer), and so
+        # the transformer other inputs and targets; in float32 none. cuDNN then computes in TF32, as published.
+        self.frozen = FrozenTokenizer(tokenizer, self.dtype, torch.promote_types(self.dtype, torch.float32))
+        self.pool = graph_pool(device)
+        self._encode = Replayed(self.frozen.encode, self.pool)
+        self._decode = Replayed(self.frozen.decode, self.pool)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `[N,3,H,W]` in [−1, 1] → their tokens int64 `[N,T]`; no gradient."""
+        # The encoder's maps are as large as the decoder's, in a dtype that is up to twice as wide.
+        return self._encode(images, chunk=max(1, self.chunk_size(images[0, 0].numel()) // 2))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Token sequences int64 `[N,T]` → images `[N,3,H,W]`, approximately in [−1, 1]; no gradient."""
+        return self._decode(tokens, chunk=self.chunk_size(tokens.shape[1] * self.frozen.downsample**2))
+
+    def chunk_size(self, pixels: int) -> int:
+        """Sequences to decode at once to images of so many pixels."""
+        return self.chunk or max(1, min(MAX_CHUNK, MAX_PIXELS // pixels))
 
 
 class Layer(NamedTuple):

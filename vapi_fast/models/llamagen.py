@@ -1,92 +1,19 @@
-"""LlamaGen: a Llama-style transformer over image tokens, conditioned on a class or a caption."""
+"""LlamaGen: a generator over 2-D rotary positions, conditioned on a class or a caption; its files' names and layout."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.models.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig
-from vapi_fast.runtime.accelerators import causal_attention
 from vapi_fast.runtime.checkpoint import load_into, load_state_dict
 from vapi_fast.runtime.errors import CheckpointError
 
-from .recompute import norm_linear, rotated_heads, swiglu_linear
-
-NORM_EPS = 1e-5
-
-
-class Cache(Protocol):
-    """Keys and values of earlier positions (see `vapi_fast.generation.sequences.KVCache`)."""
-
-    length: int
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight.to(x.dtype), NORM_EPS)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
-
-    def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
-        """Attention over norm(x)."""
-        (qkv,) = norm_linear(x, norm.weight, NORM_EPS, self.wqkv.weight)
-        q, k, v = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), rotary)
-        if mask is None and cache is None:
-            return self.wo(causal_attention(q, k, v).flatten(2))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        causal = mask is None and x.shape[1] > 1  # a single query sees everything in the cache
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.wo(out.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.width, config.hidden_width, bias=False)
-        self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
-        self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
-
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """SwiGLU of norm(x)."""
-        gate, up = norm_linear(x, norm.weight, NORM_EPS, self.w1.weight, self.w3.weight)
-        return swiglu_linear(gate, up, self.w2.weight)
-
-
-class Block(nn.Module):
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.width)
-        self.ffn_norm = RMSNorm(config.width)
-
-    def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: float
-    ) -> Tensor:
-        x = x + F.dropout(self.attention(x, self.attention_norm, rotary, mask, cache, layer), dropout)
-        return x + F.dropout(self.feed_forward(x, self.ffn_norm), dropout)
+from .transformer import Block, Condition, Generator, Head, RMSNorm
 
 
 class ClassEmbedding(nn.Module):
@@ -112,23 +39,18 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
 
 
-class LlamaGen(nn.Module):
-    """Autoregressive transformer π_θ(x_t | x_{<t}, condition) over T = grid_size² image tokens.
+class LlamaGen(Generator):
+    """LlamaGen's transformer, with its parameters' names."""
 
-    `dropout` (default 0) acts in training mode on the embeddings, both residual branches and, as dropping of the
-    condition, on whole images: LlamaGen's own training uses 0.1 for all four.
-    """
+    config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dropout = 0.0
+        super().__init__(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.cls_embedding = CaptionEmbedding(config) if config.caption_tokens else ClassEmbedding(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -173,89 +95,51 @@ class LlamaGen(nn.Module):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = cls(replace(config, **changes))
         load_into(model, state, path, hint=f"pass a whole checkpoint of a LlamaGen of size {name}")
-        model.rotary = rotary_table(model.config)
+        model.rotary = model.rotary_table()
         return model
 
-    def unconditional(self, condition: Tensor) -> Tensor:
-        """The condition that stands for "none", shaped like `condition`: class id num_classes, or empty caption."""
+    def rotary_table(self) -> Tensor:
+        config = self.config
+        return ops.rotary_2d_table(config.grid_size, config.head_width, config.prefix_len)
+
+    def embed_condition(self, rows: Tensor) -> Tensor:
+        return self.cls_embedding(rows)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return self.tok_embeddings(tokens)
+
+    def token_table(self) -> Tensor:
+        return self.tok_embeddings.weight
+
+    @property
+    def head(self) -> Head:
+        return Head(self.output.weight)
+
+    def unconditional(self, rows: Tensor) -> Tensor:
+        """Class id num_classes, or the empty caption of the file."""
         if self.config.caption_tokens:
-            return self.cls_embedding.uncond_embedding.to(condition.dtype).expand_as(condition)
-        return torch.full_like(condition, self.config.num_classes)
+            return self.cls_embedding.uncond_embedding.to(rows.dtype).expand_as(rows)
+        return torch.full_like(rows, self.config.num_classes)
 
-    def forward(
-        self,
-        tokens: Tensor | None,
-        condition: Tensor | None,
-        *,
-        condition_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        return_hidden: bool = False,
-    ) -> Tensor:
-        """Predict the token after each input position, from the last condition position on.
-
-        Args:
-            tokens: int64 `[B,S]`, S ≥ 0; None for the prefill of a cache.
-            condition: class ids int64 `[B]` or caption features `[B,prefix_len,caption_width]`; None when the cache
-                holds it already.
-            condition_mask: bool `[B,prefix_len]`, False at caption padding.
-            cache: keys and values of earlier positions; the inputs continue where it ends.
-            return_hidden: skip the LM head.
-
-        Returns:
-            float32 logits `[B,S+1,V]` (`[B,S,V]` without condition), or the normalised hidden states `[B,·,D]`.
-        """
-        parts = []
-        if condition is not None:
-            parts.append(self.cls_embedding(self.drop_condition(condition)))
-        if tokens is not None:
-            parts.append(self.tok_embeddings(tokens))
-        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if torch.is_autocast_enabled(h.device.type):  # all blocks then keep this dtype, in sums and norms too
-            h = h.to(torch.get_autocast_dtype(h.device.type))
-        start = cache.length if cache is not None else 0
-        end = start + h.shape[1]
-        if end > self.rotary.shape[0]:
+    def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
+        config, device = self.config, self.output.weight.device
+        if not config.caption_tokens:
+            if rows.dtype != torch.int64 or rows.ndim != 1:
+                raise ValueError(f"class ids must be an int64 tensor [B], got {rows.dtype} {list(rows.shape)}")
+            if ((rows < 0) | (rows > config.num_classes)).any():
+                raise ValueError(f"class ids must lie in 0…{config.num_classes - 1}, got {rows.tolist()[:8]}")
+            if mask is not None:
+                raise ValueError("condition_mask is for text-conditioned models, this one takes class ids")
+            return Condition(rows.to(device))
+        expected = (config.caption_tokens, config.caption_width)
+        if rows.ndim != 3 or rows.shape[1:] != expected or not rows.is_floating_point():
             raise ValueError(
-                f"{end - self.config.prefix_len} image tokens do not fit a {self.config.grid_size}×"
-                f"{self.config.grid_size} grid"
+                f"caption features must be floating [B, {expected[0]}, {expected[1]}] for this model, got "
+                f"{rows.dtype} {list(rows.shape)}"
             )
-        if condition_mask is None and 0 < start < end - 1:  # SDPA's own causal mask would start at the first key
-            condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
-        mask = None if condition_mask is None else attention_mask(condition_mask, start, end)
-        dropout = self.dropout if self.training else 0.0
-        h = F.dropout(h, dropout)
-        for i, layer in enumerate(self.layers):
-            h = layer(h, self.rotary[start:end], mask, cache, i, dropout)
-        if cache is not None:
-            cache.length = end
-        if condition is not None:
-            h = h[:, self.config.prefix_len - 1 :]
-        h = self.norm(h)
-        return h if return_hidden else self.output(h).float()
-
-    def drop_condition(self, condition: Tensor) -> Tensor:
-        """In training mode with dropout, replace whole conditions by "none" with probability `dropout`."""
-        if not (self.training and self.dropout):
-            return condition
-        dropped = torch.rand(len(condition), device=condition.device) < self.dropout
-        return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), self.unconditional(condition), condition)
-
-
-def rotary_table(config: LlamaGenConfig) -> Tensor:
-    """Cosines and sines `[prefix_len + grid_size², head_dim / 2, 2]` of all positions."""
-    return ops.rotary_2d_table(config.grid_size, config.width // config.heads, config.prefix_len)
-
-
-def attention_mask(condition_mask: Tensor, start: int, end: int) -> Tensor:
-    """Causal mask for queries start…end−1 that hides caption padding; bool `[B,1,end−start,end]`.
-
-    A position always sees itself, so that rows of padding stay finite.
-    """
-    prefix = condition_mask.shape[1]
-    positions = torch.arange(end, device=condition_mask.device)
-    queries = positions[start:, None]
-    visible = F.pad(condition_mask.bool(), (0, max(end - prefix, 0)), value=True)[:, :end]
-    return ((positions <= queries) & visible[:, None] | (positions == queries))[:, None]
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != rows.shape[:2]):
+            raise ValueError(f"condition_mask must be bool {list(rows.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        return Condition(rows.to(device), None if mask is None else mask.to(device))
 
 
 def llamagen_config(name: str) -> LlamaGenConfig:

@@ -10,6 +10,7 @@ it once a forward, as by autocast, and their gradients are cast back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) ->
 
     x floating `[..., D]`, norm_weight `[D]`, weights `[N_i, D]` → each `[..., N_i]` in x's dtype, gradients to all.
     """
-    return NormLinear.apply(x, norm_weight.to(x.dtype), eps, *(weight.to(x.dtype) for weight in weights))
+    operation = functools.partial(ops.rms_norm, eps=eps)
+    return RecomputedLinear.apply(operation, 2, x, norm_weight.to(x.dtype), *(weight.to(x.dtype) for weight in weights))
 
 
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
     gate and up floating `[..., hidden]`, weight `[D, hidden]` → `[..., D]` in gate's dtype, gradients to all.
     """
-    return SwiGLULinear.apply(gate, up, weight.to(gate.dtype))
+    return RecomputedLinear.apply(ops.swiglu, 2, gate, up, weight.to(gate.dtype))[0]
 
 
 def rotated_heads(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,44 +50,31 @@ def rotated_heads(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return RotatedHeads.apply(qkv, table)
 
 
-class NormLinear(torch.autograd.Function):
+class RecomputedLinear(torch.autograd.Function):
+    """operation(*inputs) times each of `weights`; keeps the inputs, not what the operation makes of them."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps, ctx.backend = eps, backend_name(x)
-        with full_precision(x):
-            normed = ops.rms_norm(x, norm_weight, eps)
-            return tuple(F.linear(normed, weight) for weight in weights)
+    def forward(ctx: Any, operation: Callable[..., Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, weights = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*tensors)
+        ctx.operation, ctx.count, ctx.backend = operation, count, backend_name(inputs[0])
+        with full_precision(inputs[0]):
+            product = operation(*inputs)
+            return tuple(F.linear(product, weight) for weight in weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, *weights = ctx.saved_tensors
-        with full_precision(x):
-            normed, leaves = recomputed(lambda *inputs: ops.rms_norm(*inputs, ctx.eps), (x, norm_weight), ctx.backend)
-            needed = zip(gradients, ctx.needs_input_grad[3:], strict=True)
-            dweights = [weight_gradient(gradient, normed) if needs else None for gradient, needs in needed]
-            dx, dnorm_weight = torch.autograd.grad(normed, leaves, input_gradient(gradients, weights))
-        return dx, dnorm_weight, None, *dweights
-
-
-class SwiGLULinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        ctx.backend = backend_name(gate)
-        with full_precision(gate):
-            return F.linear(ops.swiglu(gate, up), weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, weight = ctx.saved_tensors
-        with full_precision(gate):
-            product, leaves = recomputed(ops.swiglu, (gate, up), ctx.backend)
-            dweight = weight_gradient(gradient, product) if ctx.needs_input_grad[2] else None
-            dgate, dup = torch.autograd.grad(product, leaves, input_gradient((gradient,), (weight,)))
-        return dgate, dup, dweight
+        inputs, weights = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        with full_precision(inputs[0]):
+            # The forward's backend: a CUDA backward runs in a thread where no `use_backend` is in force.
+            with torch.enable_grad(), ops.use_backend(ctx.backend):
+                product = ctx.operation(*leaves)
+            needed = zip(gradients, ctx.needs_input_grad[2 + ctx.count :], strict=True)
+            dweights = [weight_gradient(gradient, product) if needs else None for gradient, needs in needed]
+            dinputs = torch.autograd.grad(product, leaves, input_gradient(gradients, weights))
+        return None, None, *dinputs, *dweights
 
 
 class RotatedHeads(torch.autograd.Function):
@@ -110,16 +99,6 @@ class RotatedHeads(torch.autograd.Function):
             dqkv[:, :, 1] = ops.rotary_2d(dk, back)
         dqkv[:, :, 2] = dv
         return dqkv, None
-
-
-def recomputed(operation: Callable[..., Tensor], inputs: Sequence[Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
-    """`operation(*inputs)` with a graph of its own, and the leaves of that graph, on the backend of the forward.
-
-    The backend is passed on since a CUDA backward runs in a thread where no `use_backend` is in force.
-    """
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad(), ops.use_backend(backend):
-        return operation(*leaves), leaves
 
 
 def weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:

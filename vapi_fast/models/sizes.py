@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+
+class Classes(NamedTuple):
+    """A condition is a class id, 0 … count − 1."""
+
+    count: int
+
+
+class Captions(NamedTuple):
+    """A condition is a text encoder's features `[tokens, width]`, behind padding where the caption is shorter."""
+
+    tokens: int
+    width: int
 
 
 @dataclass(frozen=True)
-class LlamaGenConfig:
-    """`grid_size`: tokens along one side of the image. `caption_tokens` > 0 makes a text-conditioned model."""
+class GeneratorConfig(ABC):
+    """What all generators have. `grid_size`: tokens along one side of the image."""
 
     layers: int
     heads: int
     width: int
     vocab_size: int = 16384
     grid_size: int = 24
+
+    norm_eps: ClassVar[float] = 1e-5
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    @abstractmethod
+    def hidden_width(self) -> int:
+        """SwiGLU's."""
+
+    @property
+    @abstractmethod
+    def condition(self) -> Classes | Captions:
+        """What one condition is."""
+
+    @property
+    @abstractmethod
+    def prefix_len(self) -> int:
+        """Positions that the condition fills in front of the image tokens."""
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig(GeneratorConfig):
+    """`caption_tokens` > 0 makes a text-conditioned model."""
+
     num_classes: int = 1000
     caption_tokens: int = 0
     caption_width: int = 2048
 
     @property
-    def prefix_len(self) -> int:
-        """Condition positions in front of the image tokens."""
-        return self.caption_tokens or 1
+    def hidden_width(self) -> int:
+        """⌈(2/3 · 4 · width) / 256⌉ · 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
 
     @property
-    def hidden_width(self) -> int:
-        """SwiGLU width: ⌈(2/3 · 4 · width) / 256⌉ · 256."""
-        return -(-int(8 * self.width / 3) // 256) * 256
+    def condition(self) -> Classes | Captions:
+        return Captions(self.caption_tokens, self.caption_width) if self.caption_tokens else Classes(self.num_classes)
+
+    @property
+    def prefix_len(self) -> int:
+        return self.caption_tokens or 1
 
 
 LLAMAGEN_CONFIGS = {

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vapi_fast.models import LPIPS, LlamaGen, LlamaGenConfig, VQTokenizer, VQTokenizerConfig
-from vapi_fast.models.llamagen import NORM_EPS
 from vapi_fast.models.lpips import LPIPSConfig
 
 from . import llamagen, lpips, tokenizer
@@ -64,7 +63,7 @@ def as_lpips(model: nn.Module) -> LPIPS:
 def llamagen_view(root: nn.Module) -> LlamaGen:
     attention, captions = root.layers[0].attention, root.model_type == "t2i"
     must_be("n_kv_head", attention.n_kv_head, attention.n_head)
-    must_be("norm_eps", root.norm.eps, NORM_EPS)  # the last one's hardly shows in the logits
+    must_be("norm_eps", root.norm.eps, LlamaGenConfig.norm_eps)  # the last one's hardly shows in the logits
     if not captions:
         must_be("cls_token_num", root.cls_token_num, 1)
     config = LlamaGenConfig(

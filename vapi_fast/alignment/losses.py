@@ -1,0 +1,114 @@
+"""What is minimised: VA-π's objective and its two baselines, one micro-batch each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.alignment.config import AlignConfig, reward_function
+from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.models import Condition
+from vapi_fast.runtime.clock import Clock
+from vapi_fast.runtime.errors import ConfigError
+
+
+class Losses(NamedTuple):
+    """A micro-batch's terms: `loss` (0-d, with its graph), the others 0-d or a row an image; and its rollouts."""
+
+    terms: dict[str, Tensor]
+    rollouts: Tensor  # int64 [b,G,T]; empty where nothing was sampled
+
+
+def vapi_loss(
+    models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock
+) -> Losses:
+    """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
+    draw = {"seed": seed, "sample_ids": batch.sample_ids}
+    condition = condition_of(batch)
+    rollout = roll_out(models.generator, tokens, condition, config, clock=clock, **draw)
+    rewards = rewards_of(models, config, rollout.tokens, batch, clock)
+    with clock("loss"):
+        filtered = config.top_k > 0 or config.top_p < 1
+        loss = ops.policy_loss(
+            **models.generator.head.operands(rollout.hidden),
+            tokens=rollout.tokens,
+            advantages=ops.group_advantages(rewards["reward"]),
+            targets=tokens,
+            old_logprobs=rollout.logprobs if filtered else None,
+            base_logprobs=base_logprobs(models, config, tokens, condition, rollout.tokens, **draw),
+            clip_range=config.clip_range,
+            prior_weight=config.prior_weight if config.prior == "ce" else 0.0,
+            kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
+            temperature=config.temperature,
+        )
+    terms = {"loss": loss.loss, **rewards, "cross_entropy": loss.prior, "kl": loss.kl}
+    return Losses(terms, rollout.tokens)
+
+
+def rewards_of(
+    models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, clock: Clock
+) -> dict[str, Tensor]:
+    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`."""
+    if config.reward is None:
+        reward = models.reward.score(rollouts, batch.images, clock)
+        return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
+    with clock("decode"):
+        images = models.codec.decode(rollouts.flatten(0, 1)).float().clamp(-1, 1)
+    with clock("lpips"), torch.no_grad():
+        rewards = reward_function(config.reward)(images, batch.labels.repeat_interleave(rollouts.shape[1]))
+    if not isinstance(rewards, Tensor) or rewards.shape != images.shape[:1]:
+        shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ConfigError(
+            f"--reward {config.reward} must return a tensor [{len(images)}], a reward an image; got {shape}"
+        )
+    return {"reward": rewards.float().view(rollouts.shape[:2])}
+
+
+def base_logprobs(
+    models: Models, config: AlignConfig, tokens: Tensor, condition: Condition, rollouts: Tensor, **draw: Any
+) -> Tensor | None:
+    """Log-probs `[b,G,T]` of the rollouts under the frozen base model, if the prior needs them."""
+    if config.prior != "kl":
+        return None
+    with torch.no_grad():
+        hidden = teacher_forced_hidden(models.base, tokens, condition, config, **draw)
+    return token_logprobs(hidden, models.base.head, rollouts, config.temperature)
+
+
+def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock) -> Losses:
+    """Straight-through baseline: MSE + LPIPS of a hard Gumbel-softmax draw, back-propagated to the logits."""
+    draw = {"seed": seed, "sample_ids": batch.sample_ids}
+    with clock("forward"):
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
+        head = models.generator.head.operands(hidden)
+    with clock("sample"):
+        logits = (head["hidden"] @ head["weight"].T).float() / config.temperature
+        embeddings, _ = ops.straight_through_lookup(logits, models.tokenizer.codebook(), tau=1.0, **draw)
+    with clock("decode"):
+        decoded = models.tokenizer.decode_embeddings(embeddings)
+    with clock("lpips"):
+        reward = models.reward.compare(decoded, batch.images)
+    with clock("loss"):
+        prior = ops.linear_cross_entropy(**head, targets=tokens)
+        loss = -reward.total.mean() + config.prior_weight * prior
+    distances = {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
+    return Losses({"loss": loss, **distances, "cross_entropy": prior}, tokens[:, :0])
+
+
+def ntp_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock) -> Losses:
+    """Next-token prediction alone, on the same images: what the prior does without a reward."""
+    draw = {"seed": seed, "sample_ids": batch.sample_ids}
+    with clock("forward"):
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
+    with clock("loss"):
+        loss = ops.linear_cross_entropy(**models.generator.head.operands(hidden), targets=tokens)
+    return Losses({"loss": loss, "cross_entropy": loss}, tokens[:, :0])
+
+
+LOSSES: dict[str, Callable[..., Losses]] = {"vapi": vapi_loss, "ste": ste_loss, "ntp": ntp_loss}

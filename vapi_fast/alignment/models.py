@@ -1,0 +1,81 @@
+"""The models of a run: read from their files, or with random weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.reward import PixelReward
+from vapi_fast.models import LPIPS, Generator, VQTokenizer
+from vapi_fast.models.families import generator_config, load_generator, random_generator
+from vapi_fast.models.frozen import PixelCodec
+from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.models.sizes import Classes
+from vapi_fast.runtime.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a step works with. `generator` is trained, the rest is frozen; `base` is a copy of its start, if needed."""
+
+    generator: Generator
+    tokenizer: VQTokenizer
+    reward: PixelReward
+    base: Generator | None = None
+
+    @property
+    def codec(self) -> PixelCodec:
+        """Images → tokens → images, as the rewards are computed with."""
+        return self.reward.codec
+
+
+def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | None = None) -> Models:
+    """Load the checkpoints that `config` names; raises CheckpointError when one does not fit.
+
+    reward_chunk: rollouts to decode at once; None: by the image size.
+    """
+    generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
+    for module in (tokenizer, lpips):
+        module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if not isinstance(generator.config.condition, Classes):
+        raise CheckpointError(
+            f"{config.gpt_ckpt} is a text-conditioned generator, and the image data has class labels only: pass a "
+            "class-conditional checkpoint"
+        )
+    generator.to(device)
+    base = frozen_copy(generator) if config.prior == "kl" else None
+    generator.dropout = config.dropout
+    reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
+    return Models(generator.train(), tokenizer, reward, base)
+
+
+def frozen_copy(generator: Generator) -> Generator:
+    """The generator as it is now, on a GPU in bf16, which it computes in; the released script casts it too."""
+    base = copy.deepcopy(generator).eval().requires_grad_(False)
+    if next(base.parameters()).is_cuda:
+        base.to(torch.bfloat16)
+        base.rotary = generator.rotary
+    base.dropout = 0.0
+    return base
+
+
+def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
+    """The files that may be wrong come first: what LPIPS needs may have to be downloaded."""
+    tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
+    generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size)
+    if config.vgg_weights is None:
+        lpips = LPIPS.from_name(config.lpips)
+    else:
+        lpips = LPIPS.from_checkpoint(config.vgg_weights, config.lpips)
+    return generator, tokenizer, lpips
+
+
+def random_models(config: AlignConfig, device: torch.device) -> tuple[Generator, VQTokenizer, LPIPS]:
+    """Untrained models of the right sizes, the same on every rank."""
+    torch.manual_seed(config.seed)
+    with device:  # a GPU draws 1.4 billion weights at once
+        generator = random_generator(replace(generator_config(config.model), grid_size=config.grid_size))
+        return generator, VQTokenizer.from_name(config.tokenizer), LPIPS(LPIPS_CONFIGS[config.lpips])

@@ -1,0 +1,248 @@
+"""The core of all generators: Llama-style blocks over a prefix, which the condition fills, and the image's tokens.
+
+A family (`llamagen`) is a `Generator` with its embeddings, its head and its file format. What lies above `models/` is
+written against `Generator` and its `GeneratorConfig` alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vapi_fast import ops
+from vapi_fast.models.sizes import GeneratorConfig
+from vapi_fast.runtime.accelerators import causal_attention
+
+from .recompute import norm_linear, rotated_heads, swiglu_linear
+
+
+class Condition(NamedTuple):
+    """What images are drawn from, a row each, on one device."""
+
+    rows: Tensor  # as `GeneratorConfig.condition` says: class ids int64 [B], or caption features [B, prefix_len, ·]
+    mask: Tensor | None = None  # bool [B, prefix_len], False at positions without content; None: there are none
+
+    def take(self, index: Tensor | slice) -> Condition:
+        return Condition(self.rows[index], None if self.mask is None else self.mask[index])
+
+
+class Head(NamedTuple):
+    """The last matrix: logits = hidden · weightᵀ + bias."""
+
+    weight: Tensor  # [V,D]
+    bias: Tensor | None = None  # [V]
+
+    def operands(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The hidden states `[..., D]` and the head in their dtype, as `ops.policy_loss` and its like take them.
+
+        A bias becomes a column of the weight, for hidden states that end in a one.
+        """
+        weight = self.weight.to(hidden.dtype)
+        if self.bias is not None:
+            hidden = F.pad(hidden, (0, 1), value=1.0)
+            weight = torch.cat([weight, self.bias.to(hidden.dtype)[:, None]], dim=1)
+        return {"hidden": hidden, "weight": weight}
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions (see `vapi_fast.generation.engine.KVCache`)."""
+
+    length: int
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """Attention over norm(x)."""
+        (qkv,) = norm_linear(x, norm.weight, norm.eps, self.wqkv.weight)
+        q, k, v = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), rotary)
+        if mask is None and cache is None:
+            return self.wo(causal_attention(q, k, v).flatten(2))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        causal = mask is None and x.shape[1] > 1  # a single query sees everything in the cache
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """SwiGLU of norm(x)."""
+        gate, up = norm_linear(x, norm.weight, norm.eps, self.w1.weight, self.w3.weight)
+        return swiglu_linear(gate, up, self.w2.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: float
+    ) -> Tensor:
+        x = x + F.dropout(self.attention(x, self.attention_norm, rotary, mask, cache, layer), dropout)
+        return x + F.dropout(self.feed_forward(x, self.ffn_norm), dropout)
+
+
+class Generator(nn.Module, ABC):
+    """Autoregressive transformer π_θ(x_t | x_{<t}, condition) over T = grid_size² image tokens: base of the families.
+
+    A family's constructor makes `layers` (of `Block`), `norm`, its embeddings and its head, in the order and under the
+    names of its file format; it implements what is abstract below. Sharding wraps each of `layers`, the rest belongs to
+    the root; weights with "norm" in their names do not decay.
+
+    `dropout` (default 0) acts in training mode on the embeddings, both residual branches and, as dropping of the
+    condition, on whole images: LlamaGen's own training uses 0.1 for all four.
+    """
+
+    layers: nn.ModuleList
+    norm: RMSNorm
+    rotary: Tensor  # float32 [prefix_len + T, head_width / 2, 2], on the device of the weights
+    readout: nn.Module = nn.Identity()  # between the last norm and the head; what it has of weights is the generator's
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = 0.0
+        self.register_buffer("rotary", self.rotary_table(), persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def from_checkpoint(cls, path: str | Path, name: str, *, grid_size: int | None = None) -> Generator:
+        """The generator `name` with the weights at `path`; raises CheckpointError where they do not fit."""
+
+    @abstractmethod
+    def rotary_table(self) -> Tensor:
+        """Cosines and sines `[prefix_len + T, head_width / 2, 2]` of all positions, computed anew."""
+
+    @abstractmethod
+    def embed_condition(self, rows: Tensor) -> Tensor:
+        """The prefix `[B, prefix_len, D]`."""
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 `[...]` as they enter, `[..., D]`."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """Its parameters themselves."""
+
+    @abstractmethod
+    def unconditional(self, rows: Tensor) -> Tensor:
+        """The rows that stand for "none", shaped like `rows`, under the same mask; alike where there is no mask."""
+
+    @abstractmethod
+    def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
+        """Both on the generator's device; ValueError for what it cannot take."""
+
+    def token_table(self) -> Tensor:
+        """What each token of the vocabulary enters as, `[V,D]`."""
+        return self.embed_tokens(torch.arange(self.config.vocab_size, device=self.head.weight.device))
+
+    def hidden(self, context: Tensor, condition: Condition) -> Tensor:
+        """The states `[B,T,D]` that predict x_1 … x_T from the context x_1 … x_{T−1}, int64 `[B,T−1]`."""
+        return self(context, condition.rows, condition_mask=condition.mask, return_hidden=True)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        condition: Tensor | None,
+        *,
+        condition_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor:
+        """Predict the token after each input position, from the last condition position on.
+
+        Args:
+            tokens: int64 `[B,S]`, S ≥ 0; None for the prefill of a cache.
+            condition: `Condition.rows`; None when the cache holds it already.
+            condition_mask: bool `[B,prefix_len]`, False at positions of the condition without content.
+            cache: keys and values of earlier positions; the inputs continue where it ends.
+            return_hidden: skip the head.
+
+        Returns:
+            float32 logits `[B,S+1,V]` (`[B,S,V]` without condition), or the states that the head takes, `[B,·,D]`.
+        """
+        parts = []
+        if condition is not None:
+            parts.append(self.embed_condition(self.drop_condition(condition)))
+        if tokens is not None:
+            parts.append(self.embed_tokens(tokens))
+        h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if torch.is_autocast_enabled(h.device.type):  # all blocks then keep this dtype, in sums and norms too
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        start = cache.length if cache is not None else 0
+        end = start + h.shape[1]
+        if end > self.rotary.shape[0]:
+            raise ValueError(
+                f"{end - self.config.prefix_len} image tokens do not fit a {self.config.grid_size}×"
+                f"{self.config.grid_size} grid"
+            )
+        if condition_mask is None and 0 < start < end - 1:  # SDPA's own causal mask would start at the first key
+            condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
+        mask = None if condition_mask is None else attention_mask(condition_mask, start, end)
+        dropout = self.dropout if self.training else 0.0
+        h = F.dropout(h, dropout)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, self.rotary[start:end], mask, cache, i, dropout)
+        if cache is not None:
+            cache.length = end
+        if condition is not None:
+            h = h[:, self.config.prefix_len - 1 :]
+        h = self.readout(self.norm(h))
+        return h if return_hidden else F.linear(h, *self.head).float()
+
+    def drop_condition(self, rows: Tensor) -> Tensor:
+        """In training mode with dropout, replace whole conditions by "none" with probability `dropout`."""
+        if not (self.training and self.dropout):
+            return rows
+        dropped = torch.rand(len(rows), device=rows.device) < self.dropout
+        return torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.unconditional(rows), rows)
+
+
+def attention_mask(condition_mask: Tensor, start: int, end: int) -> Tensor:
+    """Causal mask for queries start…end−1 that hides the condition's empty positions; bool `[B,1,end−start,end]`.
+
+    A position always sees itself, so that rows of padding stay finite.
+    """
+    prefix = condition_mask.shape[1]
+    positions = torch.arange(end, device=condition_mask.device)
+    queries = positions[start:, None]
+    visible = F.pad(condition_mask.bool(), (0, max(end - prefix, 0)), value=True)[:, :end]
+    return ((positions <= queries) & visible[:, None] | (positions == queries))[:, None]
