@@ -395,7 +395,7 @@ def report(record: dict[str, Any]) -> str:
     lines = [table(rows), "", ratios(rows), ""] if rows else []
     for name, result in results.items():
         counts = result["figures"] or {} if name in ("tests", "memcheck", "kernels") else {}
-        numbers = "".join(f", {value} {key}" for key, value in counts.items() if isinstance(value, int | str) and value)
+        numbers = "".join(f", {value} {key}".removesuffix(" said") for key, value in counts.items() if value)
         lines.append(f"{name:<12}{result['status']:<11}{result['seconds']:.0f} s{numbers}")
         failures = result.get("failures") or result.get("tail", "").splitlines()[-5:]
         lines += [f"    {failure[:200]}" for failure in failures[:6] if not done(name, result)]
