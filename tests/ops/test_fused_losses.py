@@ -12,8 +12,8 @@ from accuracy import RELATIVE_L2, relative_l2
 from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned, strided
 from torch import Tensor, nn
 
-from vapi_fast import ops
-from vapi_fast.ops.fused import head, losses
+from vapi_fast import kernels, ops
+from vapi_fast.kernels import head, losses
 
 PRODUCTION = {"batch": 16, "group": 8, "length": 576, "vocab": 16384, "width": 1536}
 
@@ -173,7 +173,7 @@ def test_noisy_prefix_cross_entropy() -> None:
     model = Bigram(37, 8).to(DEVICE)
     tokens, condition = torch.randint(0, 37, (3, 9), device=DEVICE), torch.randint(0, 37, (3,), device=DEVICE)
     results = []
-    for operations in (losses, ops):
+    for operations in (kernels, ops):
         with ops.use_backend("reference"):
             loss = operations.noisy_prefix_cross_entropy(model, tokens, condition, noise_prob=0.5, seed=3)
         results.append((loss.detach(), *torch.autograd.grad(loss, model.parameters())))
@@ -241,8 +241,11 @@ def test_only_the_gradients_that_are_needed() -> None:
         assert inputs[1 - index].grad is None
         with ops.use_backend("triton"), torch.no_grad():
             assert not ops.policy_loss(*inputs, **options).loss.requires_grad
-    shapes = [tuple(x.shape) for x in losses.linear_cross_entropy_op(hidden, weight, options["targets"], False, True)]
-    assert shapes == [(), (0,), weight.shape]
+    shapes = [
+        tuple(x.shape)
+        for x in losses.linear_cross_entropy_op(hidden, weight, None, options["targets"], [False, True, False])
+    ]
+    assert shapes == [(), (0,), weight.shape, (0,)]
 
 
 @pytest.mark.parametrize("change", [misaligned, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)])
@@ -362,10 +365,12 @@ def test_registration() -> None:
     inputs, options = policy_inputs(batch=1, length=3, width=8)
     hidden, weight = (x.to(DEVICE).requires_grad_() for x in inputs)
     anchored = [x.float() for x in anchors(inputs, options["tokens"]).values()]
-    scalars = (0.2, 0.1, 0.1, 0.9, True, True)
-    torch.library.opcheck(losses.policy_loss_op, (hidden, weight, *options.values(), *anchored, *scalars))
-    torch.library.opcheck(losses.policy_loss_op, (hidden, weight, *options.values(), None, None, *scalars))
-    torch.library.opcheck(losses.linear_cross_entropy_op, (hidden, weight, options["targets"], True, True))
+    scalars = (0.2, 0.1, 0.1, 0.9, [True, True, False])
+    torch.library.opcheck(losses.policy_loss_op, (hidden, weight, None, *options.values(), *anchored, *scalars))
+    torch.library.opcheck(losses.policy_loss_op, (hidden, weight, None, *options.values(), None, None, *scalars))
+    torch.library.opcheck(
+        losses.linear_cross_entropy_op, (hidden, weight, None, options["targets"], [True, True, False])
+    )
     scale = torch.ones((), device=DEVICE)
     torch.library.opcheck(losses.scale_gradient_op, (torch.randn(3, 5, device=DEVICE), scale, torch.bfloat16))
 

@@ -9,7 +9,7 @@ from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned, strided
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.ops.fused.perceptual import row_sums
+from vapi_fast.kernels.perceptual import row_sums
 
 SMALL = ((3, 5, 7), (100, 3, 5), (64, 1, 1))  # C, H, W of the levels
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vapi_fast import ops
-from vapi_fast.ops.fused import quantization
-from vapi_fast.reference.quantization import gumbel_noise
+from vapi_fast.kernels import codebook as kernels
+from vapi_fast.reference.straight_through import gumbel_noise
 
 
 def assert_vq_accurate(
@@ -164,7 +164,7 @@ def test_codebook_lookup_of_zero_nan_and_unknown_codes() -> None:
     codebook.requires_grad_()
     indices = torch.tensor([0, 1, 2, -1, 5], device=DEVICE)
     # The public operation refuses unknown codes where it can see them, on a CPU.
-    entries = quantization.codebook_lookup(indices, codebook)
+    entries = kernels.codebook_lookup(indices, codebook)
     assert entries.isnan().any(-1).tolist() == [False, False, True, True, True]
     assert entries[1].tolist() == [0.0] * 8
     (gradient,) = torch.autograd.grad(entries, codebook, torch.ones_like(entries))

@@ -10,8 +10,8 @@ import torch
 from fused import DEVICE
 from torch import Tensor, nn
 
+from vapi_fast import kernels as fused
 from vapi_fast import ops, reference
-from vapi_fast.ops import fused
 
 NOT_KERNELS = {"PolicyLoss", "fold_seed", "group_advantages", "rotary_2d_table", "use_backend"}
 OPERATIONS = sorted(set(ops.__all__) - NOT_KERNELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -15,18 +16,17 @@ from fused import DEVICE, DTYPES, cast, misaligned, strided
 from torch import Tensor
 
 from vapi_fast import ops
+from vapi_fast.kernels import head
 from vapi_fast.kernels import philox as philox_kernels
-from vapi_fast.kernels import sampling as kernels
 from vapi_fast.kernels.philox import open_uniform23, random_words, uniform24
-from vapi_fast.ops.fused import head
-from vapi_fast.ops.fused import sampling as fused
-from vapi_fast.ops.fused.launch import overridden
 from vapi_fast.reference import philox as reference_philox
+from vapi_fast.reference.filters import filter_logits
 from vapi_fast.reference.philox import GROUP_SAMPLE, GUMBEL, NOISY_PREFIX, default_sample_ids, seed_key
 from vapi_fast.reference.philox import open_uniform23 as reference_open_uniform23
 from vapi_fast.reference.philox import uniform24 as reference_uniform24
-from vapi_fast.reference.sampling import filter_logits
 
+fused = kernels = importlib.import_module("vapi_fast.kernels.group_sample")
+noisy = importlib.import_module("vapi_fast.kernels.noisy_prefix")
 FILTERS = [{"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.6, "temperature": 0.7}]
 INTERPRETED = DEVICE.type == "cpu"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="replaces a piece of a kernel, or gives it very large blocks")
@@ -163,12 +163,12 @@ def test_filters(filters: dict[str, float], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("filters", [{}, *FILTERS])
-def test_rows_of_several_tiles(filters: dict[str, float]) -> None:
-    kernel = "filtered_group_sample" if filters else "group_sample"
-    settings = {"BLOCK_V": 128, "CHUNK": 32, "ELEMENTS_PER_WARP": 64, "num_stages": 1}
+def test_rows_of_several_tiles(filters: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SETTINGS", {"BLOCK_V": 128, "CHUNK": 32, "num_stages": 1})
+    for name in ("ELEMENTS_PER_WARP", "FILTERED_PER_WARP"):
+        monkeypatch.setattr(kernels, name, 64)
     logits = (4 * torch.randn(1, 1, 400)).round() / 2  # with ties
-    with overridden(kernel, settings):
-        assert_group_sample(logits, 8, seed=1, **filters)
+    assert_group_sample(logits, 8, seed=1, **filters)
 
 
 @interpreted
@@ -276,10 +276,10 @@ def largest_word(seed, position, index, sample_id, OPERATION: tl.constexpr):
 @interpreted
 def test_extreme_words_of_noisy_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.full((2, 9), 5)
-    monkeypatch.setattr(kernels, "random_words", smallest_word)
+    monkeypatch.setattr(noisy, "random_words", smallest_word)
     for noise_prob, token in ((0.0, 5), (2.0**-24, 0)):
         assert (corrupted("triton", tokens, noise_prob, 65536, seed=0) == token).all()
-    monkeypatch.setattr(kernels, "random_words", largest_word)
+    monkeypatch.setattr(noisy, "random_words", largest_word)
     for noise_prob, token in ((1 - 2.0**-24, 5), (1.0, 65535)):
         assert (corrupted("triton", tokens, noise_prob, 65536, seed=0) == token).all()
 
@@ -428,7 +428,10 @@ def test_opcheck(with_ids: bool) -> None:
     for op, args in (
         (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 0, 1.0, scalar(7), ids)),
         (torch.ops.vapi_fast.group_sample, (logits, 3, scalar(1), ids, 0.9, 2, 1.0, scalar(7), ids)),
-        (torch.ops.vapi_fast.linear_group_sample, (hidden, weight, 3, scalar(1), ids, 1.0, 0, 1.0, scalar(7), ids)),
+        (
+            torch.ops.vapi_fast.linear_group_sample,
+            (hidden, weight, None, 3, scalar(1), ids, 1.0, 0, 1.0, scalar(7), ids),
+        ),
         (torch.ops.vapi_fast.noisy_prefix, (tokens, 0.5, 9, scalar(1), ids)),
     ):
         torch.library.opcheck(op.default, args)
@@ -463,17 +466,13 @@ def test_other_values_compile_nothing_new() -> None:
     logits = torch.randn(16, 3, 1000, device=DEVICE)
     draw(logits, 8, seed=0)
     draw(logits, 8, seed=0, top_k=5, top_p=0.5)
-    compiled = [
-        len(k.device_caches[DEVICE.index or 0][0]) for k in (kernels.group_sample, kernels.filtered_group_sample)
-    ]
+    compiled = len(kernels.group_sample_kernel.device_caches[DEVICE.index or 0][0])
     for value in (1, 16, 17):
         draw(logits, 8, seed=value, temperature=value / 2, first_position=value)
         draw(
             logits[:, :1].expand(16, value, 1000), 8, seed=value, temperature=value, top_k=value, top_p=0.1 + value / 99
         )
-    assert compiled == [
-        len(k.device_caches[DEVICE.index or 0][0]) for k in (kernels.group_sample, kernels.filtered_group_sample)
-    ]
+    assert compiled == len(kernels.group_sample_kernel.device_caches[DEVICE.index or 0][0])
 
 
 @pytest.mark.gpu

@@ -11,8 +11,8 @@ from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned, strided
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.ops.fused import transformer
-from vapi_fast.ops.fused.launch import recorded
+from vapi_fast.kernels import attention, rotary_swiglu
+from vapi_fast.kernels.launch import recorded
 
 
 def on_triton(operation: object, *inputs: object, **options: object) -> Tensor:
@@ -64,8 +64,8 @@ def test_rotary_reads_slices_of_a_fused_projection_in_place(length: int) -> None
     qkv, table = torch.randn(2, length, 3, 4, 16, device=DEVICE), rotary_table(length + 3, 16)[3:]
     for x in qkv.unbind(2)[:2]:
         assert_fused_accurate(lambda x: ops.rotary_2d(x, table), [x], torch.float32)
-        with recorded("sm_90") as recording:
-            transformer.rotary_2d_forward(x, table, False)
+        with recorded() as recording:
+            rotary_swiglu.rotary_2d_op(x, table, False)
         assert recording.launches[0].args[0].data_ptr() == x.data_ptr()
 
 
@@ -110,16 +110,16 @@ def test_swiglu_of_any_strides(change: object) -> None:
 def test_swiglu_reads_halves_of_one_projection_in_place() -> None:
     gate, up = torch.randn(2, 9, 2 * 48, device=DEVICE).chunk(2, dim=-1)
     assert_fused_accurate(ops.swiglu, [gate, up], torch.float32)
-    with recorded("sm_90") as recording:
-        transformer.swiglu_forward(gate, up)
-        transformer.swiglu_backward(gate, gate, up)
+    with recorded() as recording:
+        rotary_swiglu.swiglu_op(gate, up)
+        rotary_swiglu.swiglu_backward_op(gate, gate, up)
     forward, backward = (launch.args for launch in recording.launches)
     assert [x.data_ptr() for x in forward[:2]] == [gate.data_ptr(), up.data_ptr()]
     assert [x.data_ptr() for x in backward[:3]] == [gate.data_ptr(), gate.data_ptr(), up.data_ptr()]
     dense = [x.contiguous() for x in (gate, up)]
     for mixed in ((gate, *dense), (dense[0], gate, dense[1]), (*dense[:1] * 2, up)):
-        found = transformer.swiglu_backward(*mixed)
-        torch.testing.assert_close(found, transformer.swiglu_backward(dense[0], *dense))
+        found = rotary_swiglu.swiglu_backward_op(*mixed)
+        torch.testing.assert_close(found, rotary_swiglu.swiglu_backward_op(dense[0], *dense))
 
 
 def test_swiglu_of_mixed_dtypes() -> None:
@@ -255,7 +255,7 @@ def assert_attention_accurate(
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each query's keys all in one program, or each tile of them in a program of its own."""
     few_or_many = 0 if request.param == "one split" else 10**6
-    monkeypatch.setattr(transformer, "PROGRAMS_PER_MULTIPROCESSOR", few_or_many)
+    monkeypatch.setattr(attention, "PROGRAMS_PER_MULTIPROCESSOR", few_or_many)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -296,7 +296,7 @@ def test_decode_attention_with_a_shared_prefix(
 
 @pytest.mark.parametrize(("sequences", "dtype"), [(40, torch.float32), (70, torch.float16)])
 def test_a_group_of_several_blocks_of_queries(sequences: int, dtype: torch.dtype) -> None:
-    with recorded("sm_90", carry_out=True) as recording:
+    with recorded(carry_out=True) as recording:
         assert_attention_accurate(attention_inputs(sequences, 3, 1, 64, 1, 3), 1, dtype)
     assert recording.launches[0].grid == (2,)
 
@@ -344,10 +344,8 @@ def test_expanded_inputs() -> None:
 
 def test_decode_attention_reads_a_layer_of_a_cache_in_place() -> None:
     keys, values = torch.randn(2, 3, 4, 2, 9, 16, device=DEVICE)[:, 1, :, :, :7]
-    with recorded("sm_90") as recording:
-        transformer.decode_attention_forward(
-            keys[:, :, 0], keys, values, torch.tensor(3, device=DEVICE), keys, values, None
-        )
+    with recorded() as recording:
+        attention.decode_attention_op(keys[:, :, 0], keys, values, torch.tensor(3, device=DEVICE), keys, values, None)
     assert len(recording.launches) == 2
     for launch in recording.launches:
         assert [x.data_ptr() for x in launch.args[1:3]] == [keys.data_ptr(), values.data_ptr()]
@@ -402,11 +400,11 @@ def test_queries_of_another_dtype_than_the_caches(dtypes: tuple[torch.dtype, tor
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    wanted = transformer.splits_of(10**6, 1, DEVICE)
-    assert wanted == transformer.PROGRAMS_PER_MULTIPROCESSOR * transformer.multiprocessors(DEVICE)
-    assert transformer.splits_of(10, 1, DEVICE) == 10
-    assert transformer.splits_of(10, wanted, DEVICE) == transformer.splits_of(0, 0, DEVICE) == 1
-    assert transformer.splits_of(10, wanted // 4, DEVICE) == 4
+    wanted = attention.splits_of(10**6, 1, DEVICE)
+    assert wanted == attention.PROGRAMS_PER_MULTIPROCESSOR * attention.multiprocessors(DEVICE)
+    assert attention.splits_of(10, 1, DEVICE) == 10
+    assert attention.splits_of(10, wanted, DEVICE) == attention.splits_of(0, 0, DEVICE) == 1
+    assert attention.splits_of(10, wanted // 4, DEVICE) == 4
 
 
 def test_opcheck() -> None:

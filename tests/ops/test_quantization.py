@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vapi_fast import ops, reference
 from vapi_fast.reference.philox import GUMBEL, philox, seed_key
-from vapi_fast.reference.quantization import gumbel_noise
+from vapi_fast.reference.straight_through import gumbel_noise
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
@@ -45,7 +45,7 @@ def test_ties_go_to_the_lowest_index(tokens: int, vocab: int, width: int) -> Non
 def test_vq_lookup_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     z, codebook = torch.randn(100, 8), torch.randn(33, 8)
     whole = ops.vq_lookup(z, codebook)[1]
-    monkeypatch.setattr(reference.quantization, "DISTANCES_AT_ONCE", 33 * 7)
+    monkeypatch.setattr(reference.codebook, "DISTANCES_AT_ONCE", 33 * 7)
     assert torch.equal(ops.vq_lookup(z, codebook)[1], whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -192,7 +193,9 @@ def test_tokens_without_probability_are_never_drawn() -> None:
 
 @pytest.mark.parametrize("value", [0, 2**32 - 1])
 def test_extreme_uniforms(monkeypatch: pytest.MonkeyPatch, value: int) -> None:
-    monkeypatch.setattr("vapi_fast.reference.sampling.philox", lambda counter, key: [torch.full((2, 9, 1), value)])
+    monkeypatch.setattr(
+        sys.modules["vapi_fast.reference.group_sample"], "philox", lambda counter, key: [torch.full((2, 9, 1), value)]
+    )
     logits = torch.randn(2, 9, 65) * 5
     logits[..., :3] = logits[..., 60:] = -math.inf
     tokens, logprobs = ops.group_sample(logits, 1, seed=0)

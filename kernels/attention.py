@@ -1,19 +1,14 @@
-"""Rotary positions, SwiGLU, and a cache: filling it, and attention of one query a sequence. Memory bandwidth binds all.
+"""A cache of keys and values: filling it, and attention of one query a sequence. Memory bandwidth binds all.
 
-| kernel                   | bytes moved (x: bytes of one input)                        | FLOPs per element           |
-|--------------------------|------------------------------------------------------------|-----------------------------|
-| rotary_2d                | 2x (x read, y written); the table comes from the cache     | 3                           |
-| swiglu_forward           | 3x (gate and up read, y written)                           | 4, 1 exponential, 1 inverse |
-| swiglu_backward          | 5x (dy, gate and up read, dgate and dup written)           | 9, 1 exponential, 1 inverse |
-| append_to_cache          | 2x (qkv read; q, and a slot of keys and values, written)   | 2                           |
-| decode_attention         | keys and values 0…position, each once                      | 2 a key's, 3 a value's      |
-| decode_attention_prefix  | prefix keys and values, each once for BLOCK_Q of a group   | 2·BLOCK_Q in matrix units   |
-| decode_attention_combine | partial results only: 4·pieces·(head_dim + 2) a query      | 3                           |
+| kernel                   | bytes moved (x: bytes of one input)                        | FLOPs per element         |
+|--------------------------|------------------------------------------------------------|---------------------------|
+| append_to_cache          | 2x (qkv read; q, and a slot of keys and values, written)   | 2                         |
+| decode_attention         | keys and values 0…position, each once                      | 2 a key's, 3 a value's    |
+| decode_attention_prefix  | prefix keys and values, each once for BLOCK_Q of a group   | 2·BLOCK_Q in matrix units |
+| decode_attention_combine | partial results only: 4·pieces·(head_dim + 2) a query      | 3                         |
 
-Predicted for an H100 with 3.0 TB/s, bf16: rotary_2d of 16 × 576 × 24 heads of 64, 57 MB, 0.019 ms; swiglu of 16 × 576
-rows of 4096, 226 MB, 0.075 ms, its backward 377 MB, 0.126 ms; decode_attention of 256 × 24 heads of 64 at the last of
-577 positions, 908 MB, 0.30 ms. Issuing the instructions (17, 25 and 35 an element, 13 a key's and its value's) takes
-less than half of that.
+Predicted for an H100 with 3.0 TB/s, bf16: decode_attention of 256 × 24 heads of 64 at the last of 577 positions,
+908 MB, 0.30 ms. Issuing the instructions (13 a key's and its value's) takes less than half of that.
 
 append_to_cache of 256 sequences moves 4.7 MB, 0.002 ms: what counts is that generation launches it once a layer and
 token, instead of two rotations and two copies. A cache of float8 halves what decode_attention moves.
@@ -22,50 +17,34 @@ decode_attention takes scores in base 2. What a program knows of a query is a *p
 2^(score − largest) and the values weighted by the same, all fp32. Pieces are merged in an order that never changes.
 """
 
+import math
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .launch import (
+    CACHE_DTYPES,
+    MIN_DOT,
+    check_dtypes,
+    contiguous,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+    seed_tensor,
+)
 
-@triton.jit
-def even_and_odd(x):
-    """The elements at even and at odd columns of `[rows, columns]`."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-
-
-@triton.jit(do_not_specialize=["rows", "T", "column_blocks"])
-def rotary_2d(
-    x_ptr,
-    table_ptr,
-    y_ptr,
-    rows,
-    T,
-    columns,
-    column_blocks,
-    stride_b,
-    stride_t,
-    INVERSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Each pair of a row (image and position) of heads · head_dim columns turned by its position's angle, or back.
-
-    Heads are adjacent in x; y is contiguous; the table is `[T, head_dim / 2, 2]`, a cosine and a sine for each pair.
-    """
-    row = (tl.program_id(0) // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = (tl.program_id(0) % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    image, t = (row // T).to(tl.int64), row % T
-    from_row = image * stride_b + t.to(tl.int64) * stride_t
-    x = tl.load(x_ptr + from_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    turn = tl.load(table_ptr + t[:, None] * HEAD_DIM + (column % HEAD_DIM)[None, :], mask=inside, other=0.0)
-    even, odd = even_and_odd(x)
-    cosine, sine = even_and_odd(turn.to(tl.float32))
-    if INVERSE:
-        sine = -sine
-    y = tl.reshape(tl.join(even * cosine - odd * sine, odd * cosine + even * sine), [BLOCK_ROWS, BLOCK_COLUMNS])
-    to_row = row.to(tl.int64) * columns
-    tl.store(y_ptr + to_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+APPEND = {"BLOCK_COLUMNS": 512, "num_warps": 4, "num_stages": 1}
+OWN = {"num_warps": 4, "num_stages": 3}
+OWN_ELEMENTS = 4096  # of a tile of keys in 16 bits
+PREFIX = {"num_warps": 4, "num_stages": 2}
+PREFIX_BYTES = 8192  # of an operand of the prefix's products
+COMBINE = {"BLOCK_PIECES": 16, "num_warps": 1, "num_stages": 1}
+# Programs that attention is split into where there are few queries: about three times what runs at once, so that the
+# last ones to finish do not leave much of the GPU idle.
+PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 @triton.jit
@@ -85,7 +64,7 @@ def to_dtype(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["S", "column_blocks"])
-def append_to_cache(
+def append_to_cache_kernel(
     qkv_ptr,
     table_ptr,
     k_ptr,
@@ -127,64 +106,6 @@ def append_to_cache(
     to_v = v_ptr + row * stride_vn + slot * stride_vs + head * stride_vh + within * stride_vd
     tl.store(to_k, to_dtype(k, k_ptr.dtype.element_ty, LARGEST_K), mask=inside)
     tl.store(to_v, to_dtype(v, v_ptr.dtype.element_ty, LARGEST_V), mask=inside)
-
-
-@triton.jit
-def tile_of_rows(rows, D, column_blocks, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Rows `[BLOCK_ROWS, 1]`, columns `[1, BLOCK_COLUMNS]` and mask of this program's tile of `[rows, D]`."""
-    row = (tl.program_id(0) // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = (tl.program_id(0) % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    return row.to(tl.int64)[:, None], column[None, :], inside
-
-
-@triton.jit(do_not_specialize=["rows", "column_blocks"])
-def swiglu_forward(
-    gate_ptr,
-    up_ptr,
-    y_ptr,
-    rows,
-    D,
-    column_blocks,
-    stride_gate,
-    stride_up,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """y = gate · sigmoid(gate) · up for a tile; y is contiguous `[rows, D]`."""
-    row, column, inside = tile_of_rows(rows, D, column_blocks, BLOCK_ROWS, BLOCK_COLUMNS)
-    gate = tl.load(gate_ptr + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * stride_up + column, mask=inside, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + row * D + column, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "column_blocks"])
-def swiglu_backward(
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    rows,
-    D,
-    column_blocks,
-    stride_dy,
-    stride_gate,
-    stride_up,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """dgate and dup, contiguous `[rows, D]`, for a tile."""
-    row, column, inside = tile_of_rows(rows, D, column_blocks, BLOCK_ROWS, BLOCK_COLUMNS)
-    dy = tl.load(dy_ptr + row * stride_dy + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * stride_up + column, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    dgate = dy * up * share * (1 + gate * (1 - share))
-    dup = dy * gate * share
-    tl.store(dgate_ptr + row * D + column, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dup_ptr + row * D + column, dup.to(dup_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -233,7 +154,7 @@ def tiles_of_split(position, S, splits, BLOCK_S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "heads", "S", "splits", "prefix_pieces", "stride_n", "stride_h", "stride_s"])
-def decode_attention(
+def decode_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -326,7 +247,7 @@ def decode_attention(
 @triton.jit(
     do_not_specialize=["heads", "L", "group_size", "query_blocks", "splits", "stride_n", "stride_h", "stride_l"]
 )
-def decode_attention_prefix(
+def decode_attention_prefix_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -398,7 +319,7 @@ def decode_attention_prefix(
 
 
 @triton.jit(do_not_specialize=["queries", "S", "splits", "prefix_pieces"])
-def decode_attention_combine(
+def decode_attention_combine_kernel(
     position_ptr,
     out_ptr,
     maximum_ptr,
@@ -434,3 +355,170 @@ def decode_attention_combine(
     )
     out = out_ptr + query.to(tl.int64) * HEAD_DIM + column
     tl.store(out, (weighted / total).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+
+
+@torch.library.custom_op("vapi_fast::append_to_cache", mutates_args=("k_cache", "v_cache"))
+def append_to_cache_op(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor) -> Tensor:
+    """Writes to the caches; returns the rotated queries."""
+    sequences, _, heads, head_dim = qkv.shape
+    q, columns = qkv.new_empty(sequences, heads, head_dim), heads * head_dim
+    block = APPEND | {"BLOCK_COLUMNS": min(next_power_of_2(columns), APPEND["BLOCK_COLUMNS"])}
+    column_blocks = triton.cdiv(columns, block["BLOCK_COLUMNS"])
+    tensors = (qkv.contiguous(), table.contiguous(), k_cache, v_cache, position, q)
+    sizes = (k_cache.shape[2], columns, column_blocks, *k_cache.stride(), *v_cache.stride())
+    largest = {"LARGEST_K": largest_of(k_cache.dtype), "LARGEST_V": largest_of(v_cache.dtype)}
+    grid = (sequences * column_blocks,)
+    launch(append_to_cache_kernel, grid, *tensors, *sizes, HEAD_DIM=head_dim, **largest, **block)
+    return q
+
+
+def largest_of(dtype: torch.dtype) -> float | None:
+    """The largest number of a dtype without infinity."""
+    return torch.finfo(dtype).max if dtype == torch.float8_e4m3fn else None
+
+
+append_to_cache_op.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape[0], *qkv.shape[2:]))
+
+
+@torch.no_grad()
+def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+    """Rotation and storage in one launch; see `vapi_fast.ops.append_to_cache`."""
+    check_dtypes("append_to_cache", qkv=qkv, table=table)
+    check_dtypes("append_to_cache", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
+    return append_to_cache_op(qkv, table, k_cache, v_cache, seed_tensor(position, qkv.device))
+
+
+class Cache(NamedTuple):
+    """Keys and values `[·, heads, slots, head_dim]` whose elements lie the same way; strides in units of `unit`."""
+
+    keys: Tensor
+    values: Tensor
+    strides: tuple[int, ...]
+    unit: int
+
+
+class Pieces(NamedTuple):
+    """Attention of each of the N · heads queries to parts of its keys, not yet divided by the total; fp32."""
+
+    maximum: Tensor | None  # [pieces, queries]
+    total: Tensor | None  # [pieces, queries]
+    weighted: Tensor | None  # [pieces, queries, head_dim]
+
+
+def cache_of(keys: Tensor, values: Tensor) -> Cache:
+    """A copy only where the elements of a row are not adjacent, or keys and values lie differently."""
+    if keys.stride(3) != 1 or keys.stride() != values.stride():
+        keys, values = keys.contiguous(), values.contiguous()
+    unit = math.gcd(MIN_DOT, keys.shape[3], *keys.stride()[:3])
+    return Cache(keys, values, tuple(stride // unit for stride in keys.stride()[:3]), unit)
+
+
+def splits_of(tiles: int, queries: int, device: torch.device) -> int:
+    """Programs that share a query's (or block of queries') tiles of keys: more than one where queries are few."""
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(queries, 1))
+    return max(min(tiles, wanted), 1)
+
+
+@torch.library.custom_op("vapi_fast::decode_attention", mutates_args=())
+def decode_attention_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_mask: Tensor | None,
+) -> Tensor:
+    sequences, heads, head_dim = q.shape
+    q, own, queries = q.contiguous(), cache_of(k_cache, v_cache), sequences * heads
+    out = torch.empty_like(q)
+    slots, block_d = k_cache.shape[2], max(next_power_of_2(head_dim), MIN_DOT)
+    wide = max(k_cache.element_size() // 2, 1)  # a tile of fp32 takes the registers of two in 16 bits
+    block_s = max(OWN_ELEMENTS // (wide * block_d), 1)
+    splits = splits_of(triton.cdiv(slots, block_s), queries, q.device)
+    common = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_S": block_s, "BLOCK_PIECES": COMBINE["BLOCK_PIECES"]}
+
+    shared = None if prefix_k is None or prefix_k.shape[2] == 0 else cache_of(prefix_k, prefix_v)
+    prefix = {} if shared is None else prefix_blocks(q, shared, block_d)
+    prefix_pieces = prefix.get("splits", 0)
+    pieces = new_pieces(prefix_pieces + (splits if splits > 1 else 0), q)
+    scale = head_dim**-0.5 * math.log2(math.e)
+    if shared is not None:
+        launch_prefix(q, shared, prefix_mask, pieces, scale, **prefix)
+    tensors = (q, own.keys, own.values, position, out, *pieces)
+    sizes = (sequences, heads, slots, splits, prefix_pieces, *own.strides)
+    constants = {"WHOLE": splits == 1, "UNIT": own.unit, "STAGES": OWN["num_stages"], **common, **OWN}
+    launch(decode_attention_kernel, (queries * splits,), *tensors, *sizes, scale, **constants)
+    if splits > 1:
+        sizes = (queries, slots, splits, prefix_pieces)
+        launch(decode_attention_combine_kernel, (queries,), position, out, *pieces, *sizes, **common | COMBINE)
+    return out
+
+
+def new_pieces(pieces: int, q: Tensor) -> Pieces:
+    if pieces == 0:
+        return Pieces(None, None, None)
+    sequences, heads, head_dim = q.shape
+    maximum, total = torch.empty(2, pieces, sequences * heads, dtype=torch.float32, device=q.device).unbind(0)
+    return Pieces(maximum, total, torch.empty(*maximum.shape, head_dim, dtype=torch.float32, device=q.device))
+
+
+def prefix_blocks(q: Tensor, shared: Cache, block_d: int) -> dict[str, int]:
+    """How the prefix kernel divides its work: `splits` of the prefix, `query_blocks` of a group, and its settings."""
+    groups, heads, prefix_len, _ = shared.keys.shape
+    group_size = q.shape[0] // groups
+    block = PREFIX | {"BLOCK_D": block_d}
+    width = 4 if wide_dots(q, shared) else q.element_size()
+    rows = max(PREFIX_BYTES // (width * block_d), MIN_DOT)
+    for name, size in (("BLOCK_Q", group_size), ("BLOCK_L", prefix_len)):
+        block[name] = min(max(next_power_of_2(size), MIN_DOT), rows)
+    query_blocks = triton.cdiv(group_size, block["BLOCK_Q"])
+    splits = splits_of(triton.cdiv(prefix_len, block["BLOCK_L"]), groups * heads * query_blocks, q.device)
+    return block | {"query_blocks": query_blocks, "splits": splits}
+
+
+def wide_dots(q: Tensor, shared: Cache) -> bool:
+    """Whether operands become fp32: if their dtypes differ, and bfloat16 ones where the kernel is interpreted.
+
+    Triton's interpreter would multiply the bits of bfloat16 numbers instead of their values.
+    """
+    return not q.dtype == shared.keys.dtype == shared.values.dtype or (q.is_cpu and q.dtype == torch.bfloat16)
+
+
+def launch_prefix(
+    q: Tensor,
+    shared: Cache,
+    mask: Tensor | None,
+    pieces: Pieces,
+    scale: float,
+    query_blocks: int,
+    splits: int,
+    **block: int,
+) -> None:
+    sequences, heads, head_dim = q.shape
+    groups, _, prefix_len, _ = shared.keys.shape
+    tensors = (q, shared.keys, shared.values, contiguous(mask), *pieces)
+    sizes = (sequences, heads, prefix_len, sequences // groups, query_blocks, splits, *shared.strides)
+    constants = {"WIDE": wide_dots(q, shared), "HEAD_DIM": head_dim, "UNIT": shared.unit, **block}
+    grid = (groups * heads * query_blocks * splits,)
+    launch(decode_attention_prefix_kernel, grid, *tensors, *sizes, scale, **constants)
+
+
+decode_attention_op.register_fake(lambda q, *_: q.new_empty(q.shape))
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention that reads each key and value once; no gradients. See `vapi_fast.ops.decode_attention`."""
+    check_dtypes("decode_attention", q=q, prefix_k=prefix_k, prefix_v=prefix_v)
+    check_dtypes("decode_attention", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
+    position = seed_tensor(position, q.device)
+    return decode_attention_op(q, k_cache, v_cache, position, prefix_k, prefix_v, prefix_mask)

@@ -1,4 +1,4 @@
-"""Normalisation layers: of the tokenizer (GroupNorm with SiLU) and of the transformer (RMSNorm)."""
+"""GroupNorm with SiLU, the tokenizer's normalisation, and what a frozen decoder fuses with it."""
 
 from __future__ import annotations
 
@@ -64,9 +64,3 @@ def interleaved(h: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """RMSNorm, the weight multiplied after the cast back; see `vapi_fast.ops.rms_norm`."""
-    wide = x.to(accumulation_dtype(x))
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight

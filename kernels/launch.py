@@ -1,8 +1,9 @@
-"""How a kernel is launched: with the settings of its device's launch table, or recorded for compilation elsewhere."""
+"""What every kernel's launch needs: the launch itself, or its record for compilation elsewhere, and tensors' forms."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from vapi_fast.kernels import library
-from vapi_fast.kernels.tables import launch_settings
+from . import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # of keys and values
+MIN_DOT = 16  # the least that a matrix product takes in any dimension
 
 
 class Launch(NamedTuple):
@@ -32,41 +33,29 @@ class Launch(NamedTuple):
 class Recording:
     """Launches that were asked for, in order: each as `describe` has it."""
 
-    architecture: str
     carry_out: bool
     describe: Callable[[Launch], Any]
     launches: list[Any] = field(default_factory=list)
 
 
 _recording: Recording | None = None
-_override: dict[str, dict[str, int]] = {}
 
 
 @contextmanager
 def recorded(
-    architecture: str, *, carry_out: bool = False, describe: Callable[[Launch], Any] = lambda launch: launch
+    *, carry_out: bool = False, describe: Callable[[Launch], Any] = lambda launch: launch
 ) -> Iterator[Recording]:
-    """Note what is launched inside the `with` block, with the launch table of `architecture` ("sm_90").
+    """Note what is launched inside the `with` block.
 
     carry_out: launch as well; otherwise nothing is, so tensors need no memory behind them.
     describe: makes what is noted of a launch, for who must not hold its tensors.
     """
     global _recording
-    _recording = Recording(architecture, carry_out, describe)
+    _recording = Recording(carry_out, describe)
     try:
         yield _recording
     finally:
         _recording = None
-
-
-@contextmanager
-def overridden(kernel: str, choice: dict[str, int]) -> Iterator[None]:
-    """Launch `kernel` with these settings instead of the launch table's inside the `with` block; not nested."""
-    _override[kernel] = choice
-    try:
-        yield
-    finally:
-        del _override[kernel]
 
 
 @functools.cache
@@ -79,15 +68,6 @@ def device_architecture(index: int) -> str:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; elsewhere a small number, so that every code path is taken."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def settings(kernel: str, tensor: Tensor) -> dict[str, int]:
-    """The launch table's entry of `kernel` for the device of `tensor`."""
-    if kernel in _override:
-        return _override[kernel]
-    if _recording is not None:
-        return launch_settings(kernel, _recording.architecture)
-    return launch_settings(kernel, device_architecture(tensor.device.index) if tensor.is_cuda else "sm_90")
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -136,3 +116,24 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 def next_power_of_2(n: int) -> int:
     """The least power of 2 that is at least n, for a block that holds n elements; 1 for none."""
     return triton.next_power_of_2(max(n, 1))
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`[..., D]` as `[rows, D]` with adjacent columns; a view where the strides allow it."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def channel_blocks(settings: dict[str, int], channels: int, rows: str) -> dict[str, int]:
+    """A kernel's settings with BLOCK_ELEMENTS split into all channels and as many rows (named `rows`) as remain."""
+    block_c = next_power_of_2(channels)
+    rest = {name: value for name, value in settings.items() if name != "BLOCK_ELEMENTS"}
+    return rest | {"BLOCK_C": block_c, rows: max(1, settings["BLOCK_ELEMENTS"] // block_c)}

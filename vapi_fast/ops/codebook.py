@@ -1,4 +1,4 @@
-"""The vector quantizer's codebook: nearest code, entries of given codes, and the straight-through draw."""
+"""The vector quantizer's codebook: nearest code, and entries of given codes."""
 
 from __future__ import annotations
 
@@ -44,33 +44,3 @@ def codebook_lookup(indices: Tensor, codebook: Tensor, *, l2_norm: bool = True) 
     checks.flag("l2_norm", l2_norm)
     checks.token_range("indices", indices, codebook.shape[0])
     return implementation(codebook).codebook_lookup(indices, codebook, l2_norm=l2_norm)
-
-
-def straight_through_lookup(
-    logits: Tensor, codebook: Tensor, *, tau: float, seed: int | Tensor, sample_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Hard Gumbel-softmax code embedding: an entry in value, the softmax's mean of entries in gradient.
-
-    y = softmax((logits + g) / τ) with standard Gumbel g from Philox at (t, v, sample id); the value is the codebook's
-    entry of argmax y, the gradients to logits and codebook are those of y · codebook (the paper's "STE").
-
-    Args:
-        logits: floating `[B, T, V]`.
-        codebook: floating `[V, C]`, used as given: normalise it first where the tokenizer does.
-        tau: τ > 0.
-        seed, sample_ids: as in `group_sample`.
-
-    Returns:
-        z_q `[B, T, C]` in the codebook's dtype; indices int64 `[B, T]`.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or range.
-    """
-    checks = ArgumentChecks("straight_through_lookup")
-    checks.floating("logits", logits, "B T V")
-    checks.floating("codebook", codebook, "V C")
-    checks.not_empty("codebook", "V", "C")
-    checks.positive("tau", tau)
-    checks.seed(seed)
-    checks.sample_ids(sample_ids)
-    return implementation(logits).straight_through_lookup(logits, codebook, tau=tau, seed=seed, sample_ids=sample_ids)

@@ -1,4 +1,4 @@
-"""The vector quantizer's codebook: nearest code, entries of given codes, and the straight-through draw."""
+"""The vector quantizer's codebook: nearest code, and entries of given codes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .philox import GUMBEL, default_sample_ids, open_uniform23, philox, seed_key
-from .precision import accumulation_dtype, full_precision
+from .precision import accumulation_dtype
 
 # Distances held at once: 2²⁶ float32 are 256 MiB, where a batch of 384² images would need gigabytes.
 DISTANCES_AT_ONCE = 2**26
@@ -39,32 +38,3 @@ def codebook_lookup(indices: Tensor, codebook: Tensor, *, l2_norm: bool = True) 
     if l2_norm:
         codes = F.normalize(codes, dim=-1)
     return F.embedding(indices, codes).to(codebook.dtype)
-
-
-def straight_through_lookup(
-    logits: Tensor, codebook: Tensor, *, tau: float, seed: int | Tensor, sample_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Hard Gumbel-softmax code embedding with a soft gradient; see `vapi_fast.ops.straight_through_lookup`."""
-    dtype = accumulation_dtype(logits, codebook)
-    perturbed = (logits.to(dtype) + gumbel_noise(logits.shape, seed, sample_ids, dtype, logits.device)) / tau
-    codes = codebook.to(dtype)
-    with full_precision(logits):
-        soft = perturbed.softmax(-1) @ codes
-    indices = perturbed.argmax(-1)
-    z_q = codes.detach()[indices] + (soft - soft.detach())
-    return z_q.to(codebook.dtype), indices
-
-
-def gumbel_noise(
-    shape: torch.Size, seed: int | Tensor, sample_ids: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Standard Gumbel noise −log(−log u) for logits of shape `[B, T, V]`."""
-    batch, length, vocab_size = shape
-    counter = (
-        torch.arange(length, device=device)[:, None],
-        torch.arange((vocab_size + 3) // 4, device=device),
-        default_sample_ids(batch, sample_ids, device)[:, None, None],
-        GUMBEL,
-    )
-    words = torch.stack(philox(counter, seed_key(seed)), dim=-1).flatten(-2)[..., :vocab_size]
-    return -(-open_uniform23(words, dtype).log()).log()

@@ -7,15 +7,15 @@
 | ∇weight += ∇logitsᵀ · hidden  | 2·V·D       | fp32, 4·V·D bytes a chunk, and as many read from the 2nd  |
 
 Products of 16-bit operands are summed in fp32 by the matrix units, and the sums of the first and the third written
-out unrounded; those of fp32 operands are as `torch.backends.cuda.matmul` says, like any other.
+out unrounded; those of fp32 operands are as `torch.backends.cuda.matmul` says, like any other. A bias is added where a
+kernel loads logits: 4·V bytes a row from the L2 cache.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Logits held at once. At V = 16384 it is 2560 rows, so that 16 images of 576 tokens make 4 chunks of 2304 rows. Tiles
@@ -24,6 +24,15 @@ from torch import Tensor
 CHUNK_BYTES = 160 * 2**20
 # Rows of a chunk are a multiple of a tile's, where they are not all there are.
 ROW_MULTIPLE = 128
+
+
+@triton.jit
+def load_logits(row_ptr, bias_ptr, index, V):
+    """Logits of a row at these indices, with their bias in fp32 unless it is None; −∞ beyond V."""
+    x = tl.load(row_ptr + index, mask=index < V, other=float("-inf"))
+    if bias_ptr is not None:
+        x = x.to(tl.float32) + tl.load(bias_ptr + index, mask=index < V, other=0.0).to(tl.float32)
+    return x
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:

@@ -1,229 +1,43 @@
-"""The vector quantizer's codebook: nearest code, entries of given codes, and the straight-through draw.
+"""The straight-through draw: hard Gumbel-softmax code embedding, whose gradient is that of the soft one.
 
-n latents, indices or rows of logits; V codes of C numbers. z, e and l: bytes of a latent's number, of a codebook
-entry's and of a logit. Instructions are counted in the machine code for sm_90, C = 8.
+n rows of V logits of l bytes; codes of C numbers. Instructions are counted in the machine code for sm_90, C = 8.
 
-| kernel                    | bytes moved                           | instructions                               |
-|---------------------------|---------------------------------------|--------------------------------------------|
-| unit_tiles                | (z + 4)·n·C, again (e + 4)·V·C        | 3 a number                                 |
-| nearest_code              | 4·V·C a block of latents, from the L2 | 20 a pair of latent and code (2·C + 3 + 1) |
-| nearest_entry             | 8·n a split, (2·z + e)·n·C            | 10 a number                                |
-| unit_backward             | 3·z·n·C, or (4 + 2·e)·V·C             | 10 a number                                |
-| codebook_gather           | 8·n + 2·e·n·C                         | 5 a number                                 |
-| codebook_scatter          | 8·n + e·n·C, atomics on 4·n·C         | 3 a number                                 |
-| straight_through_forward  | l·n·V                                 | 42 a logit, 47 in fp32                     |
-| straight_through_finish   | 4·(C + 3)·n a split                   | 42 a logit of BLOCK_V a row                |
-| straight_through_backward | 2·l·n·V                               | 48 a logit, 53 in fp32; ∇codebook 6 more   |
+| kernel                    | bytes moved         | instructions                             |
+|---------------------------|---------------------|------------------------------------------|
+| straight_through_forward  | l·n·V               | 42 a logit, 47 in fp32                   |
+| straight_through_finish   | 4·(C + 3)·n a split | 42 a logit of BLOCK_V a row              |
+| straight_through_backward | 2·l·n·V             | 48 a logit, 53 in fp32; ∇codebook 6 more |
 
-The three with n·V of something are bound by the rate at which instructions issue, 28.7 T/s on an H100 (132
-multiprocessors, 128 lanes, 1.7 GHz), not by memory; predicted with 85 % of it, n = 9216, V = 16384:
-- nearest_code 0.105 ms of instructions, 0.12 ms in all. The distances stay in registers. |e|² − 2 z·e would take half
-  the instructions, but its rounding grows with |e|², not with the distance.
+forward and backward are bound by the rate at which instructions issue, 28.7 T/s on an H100 (132 multiprocessors, 128
+lanes, 1.7 GHz), not by memory; predicted with 85 % of it, n = 9216, V = 16384:
 - straight_through_forward 0.22 ms of instructions, 0.26 ms in all; the bf16 logits' 302 MB alone take 0.10 ms.
 - straight_through_backward 0.25 ms of instructions, 0.30 ms in all; logits and gradient alone 0.20 ms.
 Per logit, the noise takes 29: Philox 15, a uniform number 4, two logarithms 10. Neither noise nor softmax is ever
 stored; the backward draws the same noise again.
 """
 
+import math
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
+from .codebook import code_splits, load_rows
+from .launch import MIN_DOT, check_dtypes, contiguous, launch, next_power_of_2, rows_of, seed_tensor
 from .philox import GUMBEL, open_uniform23, random_words
 
-UNIT_EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
+FORWARD = {"BLOCK_ROWS": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}
+CODES_PER_SPLIT = 1024
+FINISH = {"BLOCK_ROWS": 16, "num_warps": 4, "num_stages": 1}
+BACKWARD = {"BLOCK_ROWS": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}
+ROWS_PER_SPLIT = 1024
+MAX_OPERAND = 4096  # numbers of a matrix product's operand that has the channels: more do not fit, with C large
+LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(0.6931471805599453)
-# Up to so many channels a distance is written out, and the latents stay in registers, which suffice for no more.
-MAX_UNROLLED = tl.constexpr(8)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def unit_rows(x):
-    """Rows of fp32 `[n, C]` divided by max(|x|, eps), and that divisor `[n, 1]`."""
-    divisor = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), UNIT_EPS, propagate_nan=tl.PropagateNan.ALL)[:, None]
-    return x / divisor, divisor
-
-
-@triton.jit
-def load_rows(x_ptr, row, rows, C, BLOCK_C: tl.constexpr):
-    """Rows of a contiguous `[rows, C]` as fp32, 0 outside; their offsets, and what of them is inside."""
-    channel = tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    offset = row.to(tl.int64)[:, None] * C + channel[None, :]
-    return tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32), offset, inside
-
-
-@triton.jit
-def unit_tiles(
-    x_ptr,
-    tiles_ptr,
-    invalid_ptr,
-    rows,
-    C,
-    PADDING: tl.constexpr,
-    L2_NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Rows of `[rows, C]`, of unit length if L2_NORM, as fp32 tiles `[blocks, C, BLOCK_ROWS]`, PADDING after the last.
-
-    invalid int32 `[blocks]`: the first row of each block that has a NaN then, or `rows`.
-    """
-    block = tl.program_id(0)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel = tl.arange(0, BLOCK_C)
-    x, _, _ = load_rows(x_ptr, row, rows, C, BLOCK_C)
-    if L2_NORM:
-        x, _ = unit_rows(x)
-    tile = tl.where((row < rows)[:, None], x, PADDING)
-    offset = channel[None, :] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    tl.store(tiles_ptr + block.to(tl.int64) * C * BLOCK_ROWS + offset, tile, mask=(channel < C)[None, :])
-    invalid = tl.max((x != x).to(tl.int32), axis=1) > 0
-    tl.store(invalid_ptr + block, tl.min(tl.where(invalid, row, rows), axis=0))
-
-
-@triton.jit
-def add_squared_difference(distance, latents_ptr, codes_ptr, channel, BLOCK_ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
-    latent = tl.load(latents_ptr + channel * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
-    code = tl.load(codes_ptr + channel * BLOCK_V + tl.arange(0, BLOCK_V))
-    difference = latent[:, None] - code[None, :]
-    return distance + difference * difference
-
-
-@triton.jit
-def nearest_code(
-    latents_ptr,
-    codes_ptr,
-    distances_ptr,
-    indices_ptr,
-    rows,
-    blocks,
-    tiles,
-    tiles_per_split,
-    C: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Least |z − e|² of each latent over one split of the codes, and its lowest index: `[splits, rows]`.
-
-    latents fp32 `[blocks, C, BLOCK_ROWS]`, codes fp32 `[tiles, C, BLOCK_V]` with ∞ for codes beyond the last. A NaN
-    distance is never the least; where all are, or are infinite, the index is 0.
-    """
-    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    latents_ptr += block.to(tl.int64) * C * BLOCK_ROWS
-    least = tl.full([BLOCK_ROWS, BLOCK_V], float("inf"), tl.float32)
-    nearest = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.int32)
-    for tile in range(split * tiles_per_split, tl.minimum(tiles, (split + 1) * tiles_per_split)):
-        tile_ptr = codes_ptr + tl.cast(tile, tl.int64) * C * BLOCK_V
-        distance = tl.zeros([BLOCK_ROWS, BLOCK_V], tl.float32)
-        if C <= MAX_UNROLLED:
-            for channel in tl.static_range(C):
-                distance = add_squared_difference(distance, latents_ptr, tile_ptr, channel, BLOCK_ROWS, BLOCK_V)
-        else:
-            for channel in range(C):
-                distance = add_squared_difference(distance, latents_ptr, tile_ptr, channel, BLOCK_ROWS, BLOCK_V)
-        closer = distance < least
-        least = tl.where(closer, distance, least)
-        nearest = tl.where(closer, (tile * BLOCK_V + tl.arange(0, BLOCK_V))[None, :], nearest)
-    distance = tl.min(least, axis=1)
-    index = tl.min(tl.where(least == distance[:, None], nearest, 2147483647), axis=1)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    out = split.to(tl.int64) * rows + row
-    tl.store(distances_ptr + out, distance, mask=row < rows)
-    tl.store(indices_ptr + out, index, mask=row < rows)
-
-
-@triton.jit
-def nearest_entry(
-    z_ptr,
-    codebook_ptr,
-    distances_ptr,
-    indices_ptr,
-    invalid_ptr,
-    z_q_ptr,
-    out_ptr,
-    rows,
-    V,
-    C,
-    splits,
-    blocks,
-    L2_NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_BLOCKS: tl.constexpr,
-):
-    """The nearest code of each latent out of all splits, and its entry; a NaN code is nearest to every latent."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    least = tl.full([BLOCK_ROWS], float("inf"), tl.float32)
-    index = tl.zeros([BLOCK_ROWS], tl.int32)
-    for split in range(splits):
-        offset = tl.cast(split, tl.int64) * rows + row
-        distance = tl.load(distances_ptr + offset, mask=row < rows, other=float("inf"))
-        closer = distance < least
-        index = tl.where(closer, tl.load(indices_ptr + offset, mask=row < rows, other=0), index)
-        least = tl.where(closer, distance, least)
-    block = tl.arange(0, BLOCK_BLOCKS)
-    invalid = tl.min(tl.load(invalid_ptr + block, mask=block < blocks, other=2147483647), axis=0)
-    index = tl.where(invalid < V, invalid, index)
-    tl.store(out_ptr + row, index.to(tl.int64), mask=row < rows)
-
-    z, offset, inside = load_rows(z_ptr, row, rows, C, BLOCK_C)
-    entry, _, _ = load_rows(codebook_ptr, index, V, C, BLOCK_C)
-    if L2_NORM:
-        z, _ = unit_rows(z)
-        entry, _ = unit_rows(entry)
-    # z − z: 0, or NaN where z has no value.
-    tl.store(z_q_ptr + offset, (entry + (z - z)).to(z_q_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def unit_backward(dunit_ptr, x_ptr, dx_ptr, rows, C, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dx of x̂ = x / max(|x|, eps): (dx̂ − x̂ (x̂·dx̂)) / |x|, and dx̂ / eps where |x| < eps; `[rows, C]`."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    x, offset, inside = load_rows(x_ptr, row, rows, C, BLOCK_C)
-    dunit, _, _ = load_rows(dunit_ptr, row, rows, C, BLOCK_C)
-    unit, divisor = unit_rows(x)
-    along = tl.sum(unit * dunit, axis=1)[:, None]
-    dx = (dunit - tl.where(divisor == UNIT_EPS, 0.0, unit * along)) / divisor
-    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def codebook_gather(
-    indices_ptr,
-    codebook_ptr,
-    entries_ptr,
-    rows,
-    V,
-    C,
-    L2_NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Entries `[rows, C]` of the codes in indices `[rows]`; NaN for an index outside 0…V−1, which reads nothing."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    channel = tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    index = tl.load(indices_ptr + row, mask=row < rows, other=0)
-    known = ((index >= 0) & (index < V))[:, None]
-    entry = tl.load(codebook_ptr + index[:, None] * C + channel[None, :], mask=inside & known, other=0.0)
-    entry = entry.to(tl.float32)
-    if L2_NORM:
-        entry, _ = unit_rows(entry)
-    entry = tl.where(known, entry, float("nan"))
-    offset = row.to(tl.int64)[:, None] * C + channel[None, :]
-    tl.store(entries_ptr + offset, entry.to(entries_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def codebook_scatter(dentries_ptr, indices_ptr, sums_ptr, rows, V, C, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Add the gradients `[rows, C]` of each code's entries to sums, fp32 `[V, C]`, in no certain order."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    dentries, _, inside = load_rows(dentries_ptr, row, rows, C, BLOCK_C)
-    index = tl.load(indices_ptr + row, mask=row < rows, other=-1)[:, None]
-    target = sums_ptr + index * C + tl.arange(0, BLOCK_C)[None, :]
-    tl.atomic_add(target, dentries, mask=inside & (index >= 0) & (index < V), sem="relaxed")
 
 
 @triton.jit
@@ -310,7 +124,7 @@ def finite_shift(maximum):
 
 
 @triton.jit
-def straight_through_forward(
+def straight_through_forward_kernel(
     logits_ptr,
     codebook_ptr,
     seed_ptr,
@@ -381,7 +195,7 @@ def straight_through_forward(
 
 
 @triton.jit
-def straight_through_finish(
+def straight_through_finish_kernel(
     logits_ptr,
     codebook_ptr,
     seed_ptr,
@@ -453,7 +267,7 @@ def straight_through_finish(
 
 
 @triton.jit
-def straight_through_backward(
+def straight_through_backward_kernel(
     dz_ptr,
     logits_ptr,
     codebook_ptr,
@@ -510,3 +324,111 @@ def straight_through_backward(
             dcodebook = dot_fp32(tl.trans(y), dz, dcodebook, logits_ptr.dtype.element_ty == tl.float32)
     if NEEDS_CODEBOOK:
         tl.store(dcodebook_ptr + tl.cast(split, tl.int64) * V * C + offset, dcodebook, mask=inside)
+
+
+def dot_blocks(settings: dict[str, int], channels: int) -> dict[str, int]:
+    """A kernel's blocks of rows and of codes, smaller ones where channels are many, and all channels."""
+    block_c = next_power_of_2(max(channels, MIN_DOT))
+    most = max(MAX_OPERAND // block_c, MIN_DOT)
+    return settings | {"BLOCK_C": block_c} | {name: min(settings[name], most) for name in ("BLOCK_ROWS", "BLOCK_V")}
+
+
+@torch.library.custom_op("vapi_fast::straight_through_lookup", mutates_args=())
+def straight_through_lookup_op(
+    logits: Tensor, codebook: Tensor, seed: Tensor, sample_ids: Tensor | None, tau: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z_q and indices; with `soft` also the softmax's statistics `[2, B·T]` and mean entries `[B·T, C]`."""
+    (_, length, vocab_size), channels = logits.shape, codebook.shape[1]
+    rows = rows_of(logits)
+    results = empty_results(logits, codebook, soft)
+
+    block = dot_blocks(FORWARD, channels + 1)  # one more for the sum of the weights
+    splits, codes_per_split = code_splits(CODES_PER_SPLIT, block["BLOCK_V"], vocab_size)
+    maximum, total = logits.new_empty(2, splits, len(rows), dtype=torch.float32)
+    first = logits.new_empty(splits, len(rows), dtype=torch.int32)
+    sums = logits.new_empty(splits, len(rows), channels if soft else 0, dtype=torch.float32)
+    inputs = (rows, codebook.contiguous(), seed, contiguous(sample_ids))
+    parts = (maximum, first, total, sums)
+    sizes = (len(rows), length, vocab_size, channels, rows.stride(0), LOG2E / tau, splits)
+    grid = (triton.cdiv(len(rows), block["BLOCK_ROWS"]) * splits,)
+    launch(straight_through_forward_kernel, grid, *inputs, *parts, *sizes, codes_per_split, SOFT=soft, **block)
+    grid = (triton.cdiv(len(rows), FINISH["BLOCK_ROWS"]),)
+    constants = {"SOFT": soft, "BLOCK_V": block["BLOCK_V"], "BLOCK_C": block["BLOCK_C"], **FINISH}
+    launch(straight_through_finish_kernel, grid, *inputs, *parts, *results, *sizes, **constants)
+    return results
+
+
+def empty_results(logits: Tensor, codebook: Tensor, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z_q, indices, statistics and mean entries, before they are known."""
+    (batch, length, _), channels = logits.shape, codebook.shape[1]
+    rows = batch * length if soft else 0
+    z_q, indices = codebook.new_empty(batch, length, channels), logits.new_empty(batch, length, dtype=torch.int64)
+    statistics, mean_entry = (logits.new_empty(shape, dtype=torch.float32) for shape in ((2, rows), (rows, channels)))
+    return z_q, indices, statistics, mean_entry
+
+
+@torch.library.custom_op("vapi_fast::straight_through_lookup_backward", mutates_args=())
+def straight_through_lookup_backward_op(
+    dz: Tensor,
+    logits: Tensor,
+    codebook: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    statistics: Tensor,
+    mean_entry: Tensor,
+    tau: float,
+    needs_logits: bool,
+    needs_codebook: bool,
+) -> list[Tensor]:
+    """Gradients to logits and to the codebook, as far as needed, in this order."""
+    (vocab_size, channels), rows = codebook.shape, rows_of(logits)
+    dz = dz.reshape(-1, channels).contiguous()
+    block = dot_blocks(BACKWARD, channels)
+    rows_per_split = triton.cdiv(ROWS_PER_SPLIT, block["BLOCK_ROWS"]) * block["BLOCK_ROWS"]
+    splits, v_blocks = triton.cdiv(len(rows), rows_per_split), triton.cdiv(vocab_size, block["BLOCK_V"])
+    dlogits = logits.new_empty(logits.shape) if needs_logits else None
+    shares = logits.new_empty(splits, vocab_size, channels, dtype=torch.float32) if needs_codebook else None
+    mean = (mean_entry * dz).sum(-1) / tau
+    tensors = (dz, rows, codebook.contiguous(), seed, contiguous(sample_ids), statistics, mean, dlogits, shares)
+    sizes = (len(rows), logits.shape[1], vocab_size, channels, rows.stride(0), LOG2E / tau, 1 / tau)
+    constants = {"NEEDS_LOGITS": needs_logits, "NEEDS_CODEBOOK": needs_codebook, **block}
+    grid = (splits * v_blocks,)
+    launch(straight_through_backward_kernel, grid, *tensors, *sizes, v_blocks, rows_per_split, **constants)
+    dcodebook = shares.sum(0).to(codebook.dtype) if needs_codebook else None
+    return [gradient for gradient in (dlogits, dcodebook) if gradient is not None]
+
+
+@straight_through_lookup_op.register_fake
+def _(logits: Tensor, codebook: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_results(logits, codebook, soft=options[-1])
+
+
+@straight_through_lookup_backward_op.register_fake
+def _(dz: Tensor, logits: Tensor, codebook: Tensor, *options: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, needed in zip((logits, codebook), options[-2:], strict=True) if needed]
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.tau, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:2]
+    gradients = iter(straight_through_lookup_backward_op(dz, *ctx.saved_tensors, ctx.tau, *needs))
+    return *(next(gradients) if need else None for need in needs), None, None, None, None
+
+
+straight_through_lookup_op.register_autograd(_gradient, setup_context=_context)
+
+
+def straight_through_lookup(
+    logits: Tensor, codebook: Tensor, *, tau: float, seed: int | Tensor, sample_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw and softmax from one read of the logits; see `vapi_fast.ops.straight_through_lookup`."""
+    check_dtypes("straight_through_lookup", logits=logits, codebook=codebook)
+    soft = torch.is_grad_enabled() and (logits.requires_grad or codebook.requires_grad)
+    seed = seed_tensor(seed, logits.device)
+    return straight_through_lookup_op(logits, codebook, seed, sample_ids, float(tau), soft)[:2]
