@@ -19,6 +19,7 @@ four, and the backward only multiplies by the incoming gradient. Until then grad
 rows: the mean's would vanish in fp16, before the loss scaling that the incoming gradient brings.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -237,7 +238,7 @@ class Objective(NamedTuple):
 
 
 def head_loss(
-    head: Head, targets: Tensor, rollouts: Rollouts, objective: Objective, needs: list[bool]
+    head: Head, targets: Tensor, rollouts: Rollouts, objective: Objective, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Terms of the loss at each row `[6, B·T]`; the gradients of their sum to hidden, weight and bias, as `needs` says.
 
@@ -284,7 +285,7 @@ def head_loss(
     return terms, *gradients
 
 
-def empty_gradients(head: Head, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(head: Head, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Those to hidden, weight and bias, before they are known; without elements where they are not needed."""
     shapes = (head.hidden.shape, head.weight.shape, head.weight.shape[:1])
     dtypes = (head.hidden.dtype, torch.float32, torch.float32)
@@ -308,23 +309,33 @@ def policy_loss_op(
     prior_weight: float,
     kl_weight: float,
     temperature: float,
-    needs: list[bool],
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; policy, prior, KL, ratio and clip fraction; gradients of B·T times the loss to hidden, weight and bias.
 
-    advantages, old_logprobs and base_logprobs are fp32. needs: for each gradient, whether a backward will want it.
+    advantages, old_logprobs and base_logprobs are fp32. `needs_…` must be true where a backward will want a gradient.
     """
     rollouts = Rollouts(tokens, advantages, old_logprobs, base_logprobs)
     objective = Objective(clip_range, prior_weight, kl_weight, temperature)
+    needs = [needs_hidden, needs_weight, needs_bias]
     terms, *gradients = head_loss(Head(hidden, weight, bias), targets, rollouts, objective, needs)
     return terms[0].mean(), terms[1:].mean(1), *gradients
 
 
 @torch.library.custom_op("vapi_fast::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: list[bool]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy; gradients of B·T times it to hidden, weight and bias where needed."""
+    needs = [needs_hidden, needs_weight, needs_bias]
     terms, *gradients = head_loss(Head(hidden, weight, bias), targets, Rollouts(), Objective(), needs)
     return terms[0].mean(), *gradients
 
@@ -344,11 +355,11 @@ scale_gradient_op.register_fake(lambda gradient, scale, dtype: gradient.new_empt
 @policy_loss_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     terms = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (5,)))
-    return *terms, *empty_gradients(Head(hidden, weight, bias), options[-1])
+    return *terms, *empty_gradients(Head(hidden, weight, bias), options[-3:])
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *needs: bool) -> tuple[Tensor, ...]:
     return hidden.new_empty((), dtype=torch.float32), *empty_gradients(Head(hidden, weight, bias), needs)
 
 
@@ -398,14 +409,15 @@ def policy_loss(
     )
     sides = (tokens, advantages, targets, old_logprobs, base_logprobs)
     objective = (clip_range, prior_weight, kl_weight, temperature)
-    loss, report, *_ = policy_loss_op(hidden, weight, bias, *sides, *objective, gradients_needed(hidden, weight, bias))
+    head = (hidden, weight, bias)
+    loss, report, *_ = policy_loss_op(*head, *sides, *objective, *gradients_needed(*head))
     return PolicyLoss(loss, *report.unbind())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Mean cross-entropy, with its gradients, from chunks of logits; see `vapi_fast.ops.linear_cross_entropy`."""
     check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight, bias=bias)
-    return linear_cross_entropy_op(hidden, weight, bias, targets, gradients_needed(hidden, weight, bias))[0]
+    return linear_cross_entropy_op(hidden, weight, bias, targets, *gradients_needed(hidden, weight, bias))[0]
 
 
 def gradients_needed(*inputs: Tensor | None) -> list[bool]:
