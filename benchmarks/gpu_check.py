@@ -130,7 +130,7 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
     ]
     if cpu:  # one operation timed, one family's tests, and all operations interpreted, under no tool
         one = ["bench_ops.py", "-k", "mse and forward and not pairs and not backward"]
-        last = [tests(120, ["ops/test_fused_normalization.py", "-k", "rms_norm"]), memcheck(120)]
+        last = [tests(120, ["ops/test_rms_norm.py"]), memcheck(120)]
         return [*first, [benchmarks(110, *one)], last]
     code = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture]
     last = [

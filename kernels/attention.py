@@ -17,6 +17,8 @@ decode_attention takes scores in base 2. What a program knows of a query is a *p
 2^(score − largest) and the values weighted by the same, all fp32. Pieces are merged in an order that never changes.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

@@ -18,6 +18,8 @@ distances stay in registers. |e|² − 2 z·e would take half the instructions, 
 the distance.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

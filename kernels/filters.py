@@ -7,6 +7,8 @@ No step needs a sort: a filter's threshold is found bit by bit from an integer t
 are compared before they are divided by the temperature, which does not change their order.
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 

@@ -18,6 +18,8 @@ norm, 3x, and add the convolution's bias on the way. A residual block moves 8x, 
 bf16 moves 1.49 GB so, 0.50 ms at 3.0 TB/s.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -14,6 +14,8 @@ The sums of the row's chunks (see `filters`) are kept, and a draw looks first fo
 logits, read again from the cache.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch

@@ -11,6 +11,8 @@ out unrounded; those of fp32 operands are as `torch.backends.cuda.matmul` says, 
 kernel loads logits: 4·V bytes a row from the L2 cache.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

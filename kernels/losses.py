@@ -19,6 +19,8 @@ four, and the backward only multiplies by the incoming gradient. Until then grad
 rows: the mean's would vanish in fp16, before the loss scaling that the incoming gradient brings.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

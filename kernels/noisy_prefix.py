@@ -1,5 +1,7 @@
 """The corruption of a prefix: 16·(T − 1) bytes a sequence, and 100 instructions a token (Philox); no gradients."""
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -16,6 +16,8 @@ The LPIPS kernels are launched without contraction to fused multiply-adds: a·s 
 give equal features a distance.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -6,6 +6,8 @@
 | backward | 3x (x and dy read, dx written)      | 10                |
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

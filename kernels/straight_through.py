@@ -16,6 +16,8 @@ Per logit, the noise takes 29: Philox 15, a uniform number 4, two logarithms 10.
 stored; the backward draws the same noise again.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -198,7 +198,7 @@ def test_every_test_file_is_in_one_process() -> None:
     kernels = [name for marker, names in shards if marker == "not gpu" for name in names]
     marked = [name for marker, names in shards if marker == "gpu" for name in names]
     assert sorted(kernels) == sorted(f"ops/{path.name}" for path in (BENCHMARKS.parent / "tests/ops").glob("test_*.py"))
-    assert {"models/test_frozen.py", "runtime/test_graphs.py", "ops/test_fused_losses.py"} <= set(marked)
+    assert {"models/test_frozen.py", "runtime/test_graphs.py", "ops/test_losses_kernels.py"} <= set(marked)
     assert len(marked) == len(set(marked))
     assert [marker for marker, _ in shards] == ["not gpu"] * 4 + ["gpu"] * 2
 
