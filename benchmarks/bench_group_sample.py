@@ -1,4 +1,4 @@
-"""Draws: a group from logits or hidden states, and the noisy prefix."""
+"""A group's draws from logits or hidden states."""
 
 from __future__ import annotations
 
@@ -37,18 +37,6 @@ def drawn(logits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return tokens.transpose(1, 2), probabilities.gather(-1, tokens).log().transpose(1, 2)
 
 
-def random_prefix(tokens: Tensor, vocab_size: int) -> Tensor:
-    inputs = tokens[:, :-1]
-    replaced = torch.rand(inputs.shape, device=tokens.device) < 0.5
-    return torch.where(replaced, torch.randint_like(inputs, vocab_size), inputs)
-
-
-def drawn_prefix(tokens: Tensor, vocab_size: int) -> Tensor:
-    choice, code, *_ = words(len(tokens), tokens.shape[1] - 1, 0, 2, tokens.device)
-    replaced = (choice[..., 0] >> 8).double() / 2**24 < 0.5
-    return torch.where(replaced, code[..., 0] * vocab_size // 2**32, tokens[:, :-1])
-
-
 OPERATIONS = [
     Operation(
         "group_sample",
@@ -69,8 +57,5 @@ OPERATIONS = [
         lambda s, e: (e * s.width * (s.rows + s.vocabulary) + 12 * s.group * s.rows, 0),
         lambda s: (s.gemm, 0),
         drawn=lambda hidden, weight, group_size: drawn(F.linear(hidden, weight), group_size),
-    ),
-    Operation(
-        "noisy_prefix", ("rand, randint, where", random_prefix), lambda s, e: (16 * s.rows, 0), drawn=drawn_prefix
     ),
 ]

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_group_sample import random_prefix
-from cases import GivenHidden
 from operations import BOTH, Operation, test_operation, wide
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,12 +47,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten())
 
 
-def noisy_prefix_cross_entropy(model: GivenHidden, tokens: Tensor, _: None) -> Tensor:
-    """The hidden states are given, whatever the prefix."""
-    random_prefix(tokens, len(model.weight))
-    return cross_entropy(*model, tokens)
-
-
 def standardized(rewards: Tensor) -> Tensor:
     return ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-8)).clamp(-5, 5)
 
@@ -89,6 +81,5 @@ OPERATIONS = [
     of_head("policy_loss", policy_loss, liger=liger_grpo, targets={BOTH: [("gemms", 1.6), ("memory", 0.15)]}),
     of_head("policy_loss off-policy", off_policy_loss, forward=False),
     of_head("linear_cross_entropy", cross_entropy, liger=liger_cross_entropy),
-    of_head("noisy_prefix_cross_entropy", noisy_prefix_cross_entropy, forward=False),
     Operation("group_advantages", ("mean and std", standardized), lambda s, e: (8 * s.images * s.group, 0)),
 ]

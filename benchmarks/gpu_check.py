@@ -129,7 +129,7 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
     ]
     if cpu:  # one operation timed, one operation's tests, and all operations interpreted, under no tool
         one = benchmarks("bench_perceptual.py", "-k", "mse and forward and not pairs and not backward")
-        return [*first, [one], [tests(["ops", "-k", "test_rms_norm"]), memcheck()]]
+        return [*first, [one], [tests(["ops/test_rms_norm.py"]), memcheck()]]
     number = 10 * capability[0] + capability[1]
     architecture = f"sm_{max((each for each in ARCHITECTURES if each <= number), default=ARCHITECTURES[0])}"
     code = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture]

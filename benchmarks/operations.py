@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 STEMS = (
     "group_sample",
     "losses",
+    "noisy_prefix",
     "codebook",
     "straight_through",
     "perceptual",

@@ -15,7 +15,8 @@ PACKAGE = Path(vapi_fast.__file__).parent
 # From the ground up; a room imports what lies below it, and itself.
 FLOORS = (
     {"_lazy"},
-    {"kernels", "reference"},
+    {"reference"},
+    {"kernels"},
     {"ops"},
     {"runtime"},
     {"tiny"},

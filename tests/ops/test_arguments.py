@@ -105,6 +105,7 @@ def options(draw: Draw, given: Arguments, s: Sizes) -> Arguments:
         "prior_weight": draw(st.sampled_from((0, 0.1))),
         "kl_weight": draw(st.sampled_from((0.0, 1))),
         "tau": draw(st.sampled_from((1, 0.5))),
+        "bias": given["weight"][:, :1].sum(1) if "hidden" in given and draw(st.booleans()) else None,
         "eps": 1e-3,
         "l2_norm": draw(st.booleans()),
         "silu": draw(st.booleans()),
@@ -152,8 +153,10 @@ def calls(draw: Draw, name: str) -> Arguments:
     torch.manual_seed(draw(st.integers(0, 1000)))
     some, source = draw(sizes()), Drawn(torch.device("cpu"), draw(st.sampled_from((torch.float32, *LOW_PRECISION))))
     arguments = case.inputs(some, source)
-    arguments |= case.options | {
-        key: value for key, value in options(draw, arguments, some).items() if key in parameters
+    further = options(draw, arguments, some)
+    arguments |= case.options
+    arguments |= {
+        key: x for key, x in further.items() if key in parameters and (key != "bias" or "hidden" in arguments)
     }
     for optional in [key for key in arguments if parameters[key].default is None]:
         if draw(st.booleans()):

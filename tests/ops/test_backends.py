@@ -29,7 +29,7 @@ def test_an_unknown_backend() -> None:
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(backends.IMPLEMENTATIONS, "triton")
+    monkeypatch.setattr(backends, "kernels", None)
     with pytest.raises(ValueError, match="needs the package triton"), ops.use_backend("triton"):
         pass
 
@@ -47,7 +47,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> str:
     """A second backend whose operations return their own name."""
     names = [name for name in ops.__all__ if name.islower()]
     fake = SimpleNamespace(**{name: lambda *_, _name=name, **__: _name for name in names})
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "triton", fake)
+    monkeypatch.setattr(backends, "kernels", fake)
     return "triton"
 
 

@@ -25,8 +25,9 @@ from vapi_fast import ops
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.transformer import Head
 from vapi_fast.ops.backends import implementation
-from vapi_fast.reference.precision import accumulation_dtype, head_logits
-from vapi_fast.reference.sampling import filter_logits
+from vapi_fast.reference.filters import filter_logits
+from vapi_fast.reference.head import head_logits
+from vapi_fast.reference.precision import accumulation_dtype
 from vapi_fast.runtime.graphs import RecordedGraph, graph_pool
 
 
