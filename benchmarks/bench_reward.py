@@ -26,9 +26,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @pytest.mark.benchmark(timer=clock)
 def test_score(guard: Guard, step: Step) -> None:
-    from reference_step import score
-
-    from vapi_fast.alignment.comparison import PublishedModels
+    from reference_step import PublishedModels, score
 
     models, config = step.models, step.config
     theirs = PublishedModels.of(models)

@@ -31,9 +31,9 @@ DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.5}
 
 @pytest.mark.benchmark(timer=clock)
 def test_gradients(guard: Guard, step: Step) -> None:
-    from reference_step import CHUNK, encode, published_step
+    from comparison import relative_error
+    from reference_step import CHUNK, PublishedModels, encode, published_step
 
-    from vapi_fast.alignment.comparison import PublishedModels, relative_error
     from vapi_fast.alignment.step import accumulate_gradients
 
     models, config = step.models, step.config

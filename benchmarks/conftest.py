@@ -191,7 +191,7 @@ def step(bench: Bench) -> Iterator[Step]:
 
     gpu = bench.device.type == "cuda"
     made_up = {"random_init": gpu, "synthetic_data": gpu}
-    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, path="both", **made_up)
+    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, **made_up)
     data = SyntheticData(config.image_size, 1000) if gpu else ImageData(config.data, config.image_size)
     batches = list(data.batches(config.batch_size, BATCHES, seed=config.seed))
     precision = torch.get_float32_matmul_precision()

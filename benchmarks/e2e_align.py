@@ -1,15 +1,38 @@
-"""The main job: `torchrun benchmarks/e2e_align.py --model tiny` (or xxl with --vq-ckpt, --gpt-ckpt and --data)."""
+"""The main job: `torchrun benchmarks/e2e_align.py --model tiny` (or xxl with --vq-ckpt, --gpt-ckpt and --data).
+
+Beside the flags of `vapi-fast align` it has `--path`: the published recipe in place of our steps, or beside them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from vapi_fast.cli import e2e_options
+from vapi_fast.cli import add_command_flags
 
-if __name__ == "__main__":
-    options = e2e_options()  # --help and a mistyped flag need not wait for torch
-    from reference_step import published_step
+PATHS = ("fast", "reference", "both")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Align a generator to pixel space with VA-π.")
+    add_command_flags(parser, "align")
+    parser.add_argument(
+        "--path",
+        choices=PATHS,
+        default="fast",
+        help="fast; reference: the published recipe instead; both: fast, and the published recipe on the batches of a "
+        "few steps, to compare time and gradients (default: fast)",
+    )
+    parser.add_argument("--compare", dest="path", action="store_const", const="both", help="the same as --path both")
+    options = parser.parse_args()
+    path = options.path
+    del options.path
+    from comparison import PATHS as SOURCES  # --help and a mistyped flag need not wait for torch
 
     from vapi_fast.commands import align_main
 
-    sys.exit(align_main(options, published_step))
+    return align_main(options, SOURCES[path]())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,11 +47,14 @@ if torch.cuda.is_available():
     found |= {"name": properties.name, "capability": [properties.major, properties.minor]}
     found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
     found |= {"cache": properties.L2_cache_size, "free": torch.cuda.mem_get_info()[0]}
+    from comparison import Comparison
     from vapi_fast.alignment import memory
     from vapi_fast.alignment.config import AlignConfig
     from vapi_fast.models import LLAMAGEN_CONFIGS
-    config = AlignConfig(model="xxl", random_init=True, synthetic_data=True, path="both")
-    found["needed"] = int(memory.plan(config, LLAMAGEN_CONFIGS["xxl"], found["free"]).total / memory.USABLE)
+    config = AlignConfig(model="xxl", random_init=True, synthetic_data=True)
+    beside = Comparison().memory(config, world_size=1)
+    plan = memory.plan(config, LLAMAGEN_CONFIGS["xxl"], found["free"], beside=beside)
+    found["needed"] = int(plan.total / memory.USABLE)
 print(json.dumps(found))
 """
 
@@ -321,7 +324,9 @@ def probe(cpu: bool) -> dict[str, Any]:
     """Versions and the device as torch sees them, with what the driver says of itself and of the limits."""
     with tempfile.TemporaryDirectory() as temporary:
         variables = os.environ | {"PYTHONPATH": f"{link(Path(temporary))}", "PYTHONDONTWRITEBYTECODE": "1"}
-        ended = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=variables)
+        ended = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, env=variables, cwd=ROOT / "benchmarks"
+        )
     if ended.returncode:
         reason = (ended.stderr.strip().splitlines() or ["no word"])[-1]
         raise CheckError(f"torch, triton or numpy cannot be used: {reason}")

@@ -9,21 +9,56 @@ not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our ker
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi_fast import ops, reference
-from vapi_fast.alignment.comparison import PublishedModels
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.models import Models, frozen_copy
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
 from vapi_fast.runtime.clock import Clock
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
+M = TypeVar("M", bound=nn.Module)
+
+
+class PublishedModels(NamedTuple):
+    """What the published recipe works with: our generator, and the frozen networks in plain layouts (NCHW)."""
+
+    generator: LlamaGen
+    tokenizer: VQTokenizer
+    lpips: LPIPS
+    base: LlamaGen
+
+    @classmethod
+    def of(cls, models: Models) -> PublishedModels:
+        tokenizer, lpips = in_plain_layout(models.tokenizer), in_plain_layout(models.reward.lpips)
+        return cls(models.generator, tokenizer, lpips, models.base or frozen_copy(models.generator))
+
+
+def in_plain_layout(module: M) -> M:
+    """The module, or a copy if a parameter lies otherwise than a new one.
+
+    Under channels-last weights, 1×1 ones among them, a convolution copies an NCHW input and gives an NHWC result.
+    """
+    if all(is_plain(parameter) for parameter in module.parameters()):
+        return module
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x has a new tensor's strides, in dimensions of size 1 as well: `is_contiguous` passes over those."""
+    return x.stride() == torch.empty(x.shape, device="meta").stride()
 
 
 def published_step(
@@ -173,10 +208,8 @@ def train(models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor],
         part = {name: value[start : start + CHUNK] for name, value in rows.items()}
         with clock("forward"):
             logits = forward(models.generator, part["inputs"], part["labels"])
-            base_logits = None
-            if models.base is not None:
-                with torch.no_grad():
-                    base_logits = forward(models.base, part["inputs"], part["labels"])
+            with torch.no_grad():
+                base_logits = forward(models.base, part["inputs"], part["labels"])
         with clock("loss"):
             loss = sequence_loss(config, part, logits, base_logits) * len(part["drawn"]) / count
         with clock("backward"):
@@ -185,14 +218,12 @@ def train(models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor],
     return total
 
 
-def sequence_loss(config: AlignConfig, part: dict[str, Tensor], logits: Tensor, base_logits: Tensor | None) -> Tensor:
+def sequence_loss(config: AlignConfig, part: dict[str, Tensor], logits: Tensor, base_logits: Tensor) -> Tensor:
     """Clipped policy loss and prior of a few sequences `[N,T]`."""
     drawn = part["drawn"].unsqueeze(-1)
     logprobs = gathered(logits, config, drawn).squeeze(-1)
-    divergence = torch.zeros_like(logprobs)
-    if base_logits is not None:
-        base = gathered(base_logits, config, drawn).squeeze(-1)
-        divergence = (base - logprobs).exp() - (base - logprobs) - 1
+    base = gathered(base_logits, config, drawn).squeeze(-1)
+    divergence = (base - logprobs).exp() - (base - logprobs) - 1
     ratio = (logprobs - part["old_logprobs"]).exp()
     advantages = part["advantages"].unsqueeze(1)
     clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vapi_fast.alignment.config import PAPER, TINY
 from vapi_fast.alignment.costs import Cost, config_costs, model_flop_utilisation, stage_table
-from vapi_fast.models import LLAMAGEN_CONFIGS
+from vapi_fast.models import LLAMAGEN_CONFIGS, catalog
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
 
@@ -145,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=int, help="default: the paper's; for a run its own")
     options = parser.parse_args(arguments)
 
-    preset = TINY if options.model == "tiny" else PAPER
+    preset = catalog.entry(options.model).preset("align")
     config = {name: preset[name] for name in ("tokenizer", "lpips", "image_size", "batch_size", "micro_batch")}
     config |= {"model": options.model, "group_size": 8, "prior": "ce", "method": "vapi"}
     seconds, processes, record = None, 1, None

@@ -64,7 +64,7 @@ def tiny_config(tmp_path: Path) -> Callable[..., AlignConfig]:
 def tiny_models(tiny_config: Callable[..., AlignConfig]) -> Models:
     from vapi_fast.alignment.models import load_models
 
-    return load_models(tiny_config(path="both"), torch.device("cpu"))
+    return load_models(tiny_config(prior="kl"), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 from vapi_fast import cli, commands
-from vapi_fast.evaluation.scoring import EvaluateConfig
-from vapi_fast.generation.folder import GenerateConfig, Sampler
+from vapi_fast.generation.folder import Sampler
 from vapi_fast.runtime.errors import CaptureError
 
 Run = Callable[..., int]
@@ -25,7 +24,7 @@ Run = Callable[..., int]
 def run() -> Run:
     def call(name: str, *arguments: object) -> int:
         parser = argparse.ArgumentParser()
-        getattr(cli, f"add_{name}_flags")(parser)
+        cli.add_command_flags(parser, name)
         return getattr(commands, f"{name}_main")(parser.parse_args([str(argument) for argument in arguments]))
 
     return call
@@ -51,22 +50,19 @@ def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    for add, config in (
-        (cli.add_generate_flags, GenerateConfig),
-        (cli.add_evaluate_flags, EvaluateConfig),
-    ):
+    for name in ("generate", "evaluate"):
         parser = argparse.ArgumentParser()
-        add(parser)
+        cli.add_command_flags(parser, name)
         flags = {action.dest for action in parser._actions} - {"help"}
-        assert flags == {field.name for field in dataclasses.fields(config)}
+        assert flags == {field.name for field in dataclasses.fields(cli.COMMANDS[name].config)}
 
 
 def test_torchrun_leaves_the_flags_alone() -> None:
     """torchrun's parser takes what abbreviates one of its own options, even after the script's name."""
     torchrun = get_args_parser()
-    for add in (cli.add_generate_flags, cli.add_evaluate_flags):
+    for name in ("generate", "evaluate"):
         parser = argparse.ArgumentParser()
-        add(parser)
+        cli.add_command_flags(parser, name)
         for action in parser._actions:
             name = max(action.option_strings, key=len)  # --num-images, as --num abbreviates --numa-binding
             if name != "--help":

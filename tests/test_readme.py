@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import flag_tables
 import numpy as np
 import pytest
 import readme
@@ -23,10 +24,8 @@ from PIL import Image
 from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
-from vapi_fast import AlignConfig, cli, tiny
+from vapi_fast import tiny
 from vapi_fast.data.dataset import ImageData
-from vapi_fast.evaluation.scoring import EvaluateConfig
-from vapi_fast.generation.folder import GenerateConfig
 from vapi_fast.runtime.checkpoint import load_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -153,41 +152,13 @@ def rows(page: str, heading: str) -> Iterator[list[str]]:
         yield re.split(r"\s*\|\s*", line)
 
 
-NEEDED = {"vq_ckpt": tiny.FILES.tokenizer, "gpt_ckpt": tiny.FILES.generator}
-DATA = {"data": tiny.FILES.train_images}
-ALIGN = AlignConfig(model="xxl", **NEEDED, **DATA), AlignConfig(model="tiny")
-SAMPLES = {"samples": tiny.FILES.train_images}
-EVALUATE = (
-    EvaluateConfig(model="xxl", reference=tiny.FILES.train_images, **SAMPLES),
-    EvaluateConfig(model="tiny", **SAMPLES),
-)
-
-
-@pytest.mark.parametrize("page", ["README.md", "flags.md generate", "flags.md evaluate"])
-def test_flags_and_their_defaults(page: str, tmp_path: Path) -> None:
-    generate = [GenerateConfig(model=m, out=tmp_path / m, **NEEDED) for m in ("xxl", "tiny")]
-    file, _, heading = page.partition(" ")
-    configs, flags = {
-        "": (ALIGN, {*map(cli.flag, cli.FLAGS), *cli.SWITCHES}),
-        "generate": (generate, {*map(cli.flag, cli.GENERATE_FLAGS), "--num-images", "--entropy-maps"}),
-        "evaluate": (EVALUATE, {*map(cli.flag, cli.EVALUATE_FLAGS)}),
-    }[heading]
-    named, compared = [], 0
-    for names, default, _ in rows(file, heading or "Flags"):
-        found = re.findall(r"`(--[a-z-]+)`", names)
-        named += found
-        paper, _, small = re.sub(r"[\s`]", "", default).replace("−", "-").rstrip(")").partition("(")
-        for config, values in zip(configs, (paper, small or paper), strict=True):
-            for flag, value in zip(found, values.split(","), strict=False):
-                actual = getattr(config, flag[2:].replace("-", "_"), None)
-                if re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
-                    assert float(value) == actual, flag
-                    compared += 1
-                elif re.fullmatch(r"[a-z-]+", value) and isinstance(actual, str) and flag != "--model":
-                    assert value == actual, flag
-                    compared += 1
-    assert sorted(named) == sorted(flags)
-    assert compared >= 4
+@pytest.mark.parametrize("page", flag_tables.PAGES, ids=lambda page: page.name)
+def test_tables_of_flags_are_those_of_the_configurations(page: Path) -> None:
+    """`python docs/flag_tables.py` writes them."""
+    text = page.read_text(encoding="utf-8")
+    assert flag_tables.with_tables(text) == text
+    assert text.count("<!-- flags: ") == (1 if page.name == "README.md" else 2)
+    assert flag_tables.with_tables(text.replace("| `--batch-size` |", "| stale |")) == text
 
 
 def test_tables_of_the_tiny_preset() -> None:
@@ -259,7 +230,7 @@ def test_what_cannot_be_filled_in(
 def literals() -> list[str]:
     """Every text of the package, with … in place of what is filled in."""
     texts = []
-    for path in (*(ROOT / "vapi_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+    for path in (path for folder in ("vapi_fast", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]

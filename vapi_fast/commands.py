@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vapi_fast.alignment.comparison import PublishedStep
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.run import align
 from vapi_fast.runtime.errors import CaptureError, ConfigError, Error
 from vapi_fast.runtime.packages import require
@@ -26,13 +26,13 @@ LOWER_BATCH_SIZE = "out of GPU memory: lower --batch-size"
 OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
 
 
-def align_main(options: argparse.Namespace, published_step: PublishedStep | None = None) -> int:
+def align_main(options: argparse.Namespace, source: GradientSource | None = None) -> int:
     """Run the alignment; every expected failure is one line on standard error.
 
     One of several ranks that fails ends at once, without a word to the others, so that torchrun ends them.
     """
     try:
-        code = align_status(options, published_step)
+        code = align_status(options, source)
     except BaseException:
         if not dist.is_initialized():
             raise
@@ -45,13 +45,13 @@ def align_main(options: argparse.Namespace, published_step: PublishedStep | None
     return code
 
 
-def align_status(options: argparse.Namespace, published_step: PublishedStep | None) -> int:
+def align_status(options: argparse.Namespace, source: GradientSource | None) -> int:
     config: AlignConfig | None = None
 
     def run() -> None:
         nonlocal config
         config = AlignConfig(**vars(options))
-        align(config, published_step=published_step, started=process_start())
+        align(config, source=source, started=process_start())
 
     return run_command(run, lambda: interrupted(config), OUT_OF_MEMORY)
 
@@ -77,7 +77,8 @@ def generate_main(options: argparse.Namespace) -> int:
 
     def draw() -> None:
         require(ConfigError, "vapi-fast generate", "PIL", "safetensors")
-        from vapi_fast.generation.folder import GenerateConfig, draw_samples
+        from vapi_fast.generation.config import GenerateConfig
+        from vapi_fast.generation.folder import draw_samples
 
         draw_samples(GenerateConfig(**vars(options)))
 
@@ -89,7 +90,8 @@ def evaluate_main(options: argparse.Namespace) -> int:
 
     def score() -> None:
         require(ConfigError, "vapi-fast evaluate", "PIL")
-        from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
+        from vapi_fast.evaluation.config import EvaluateConfig
+        from vapi_fast.evaluation.scoring import evaluate
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

@@ -9,11 +9,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference_step import published_step
+from reference_step import PublishedModels, published_step
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment.comparison import PublishedModels
 from vapi_fast.alignment.figures import METRICS
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import roll_out, teacher_forced_hidden, token_logprobs

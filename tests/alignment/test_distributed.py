@@ -23,20 +23,20 @@ SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evalua
 def train(rank: int, world_size: int, port: int, output: Path) -> None:
     """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
     import vapi_fast
-    from vapi_fast.alignment import run
+    from vapi_fast.alignment import loop
 
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
     drawn = []
-    compute = run.accumulate_gradients
+    compute = loop.accumulate_gradients
 
     def noted(*arguments: object) -> object:
         gradients = compute(*arguments)
         drawn.append((arguments[2].sample_ids, gradients.tokens, gradients.rollouts))
         return gradients
 
-    run.accumulate_gradients = noted
+    loop.accumulate_gradients = noted
     vapi_fast.align(vapi_fast.AlignConfig(model="tiny", output_dir=output, **SMALL))
     torch.save(
         [torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1) for parts in drawn],
@@ -97,13 +97,13 @@ def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None
     (tmp_path / "breaks.py").write_text(
         f"import os, runpy, sys\n"
         f"sys.path.insert(0, {str(E2E.parent)!r})\n"
-        "from vapi_fast.alignment import run\n"
-        "step = run.align_step\n"
+        "from vapi_fast.alignment import loop\n"
+        "step = loop.align_step\n"
         "def broken(*arguments, **options):\n"
         "    if os.environ['RANK'] == '1' and arguments[2] == 1:\n"
         "        raise RuntimeError('the disk of rank 1 is on fire')\n"
         "    return step(*arguments, **options)\n"
-        "run.align_step = broken\n"
+        "loop.align_step = broken\n"
         f"sys.argv[0] = {str(E2E)!r}\n"
         f"runpy.run_path({str(E2E)!r}, run_name='__main__')\n"
     )

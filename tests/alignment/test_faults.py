@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_snapshots import truncate
 
+import vapi_fast.alignment.loop
 import vapi_fast.alignment.run
 from vapi_fast import commands
 from vapi_fast.alignment.snapshots import saved_steps
@@ -48,7 +49,7 @@ def child(
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    align_step = vapi_fast.alignment.run.align_step
+    align_step = vapi_fast.alignment.loop.align_step
 
     def held(trainer: Any, batch: Any, step: int, **options: Any) -> Any:
         if step == hold:
@@ -57,7 +58,7 @@ def child(
                 time.sleep(0.001)
         return align_step(trainer, batch, step, **options)
 
-    vapi_fast.alignment.run.align_step = held
+    vapi_fast.alignment.loop.align_step = held
     flags = {"output_dir": output, "checkpoint_every": checkpoint_every} | ({"resume": True} if resume else {})
     sys.exit(commands.align_main(argparse.Namespace(**SMALL, **flags)))
 

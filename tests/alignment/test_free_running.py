@@ -138,7 +138,6 @@ def test_bad_rewards_are_refused(tiny_config: Make, tiny_models: Models, tiny_ba
         ({"reward": f"{__name__}:SEED"}, "not a function"),
         ({"rollouts": "free", "method": "ntp"}, "need --method vapi"),
         ({"rollouts": "free", "noise_prob": 0.5}, "needs --noise-prob 0"),
-        ({"rollouts": "free", "path": "both"}, "--path both needs"),
     ]
     for changes, message in cases:
         with pytest.raises(ConfigError, match=message):

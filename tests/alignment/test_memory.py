@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import Comparison, published_bytes
 from torch import Tensor
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment.memory import activation_bytes, check, chunks, frozen_parameters, plan, published_bytes
+from vapi_fast.alignment.memory import activation_bytes, check, chunks, frozen_parameters, plan
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.runtime.errors import ConfigError
 
@@ -96,7 +97,7 @@ def test_options_that_need_more_are_counted() -> None:
     divergence = plan(config(prior="kl"), XXL, 200 * GB)
     assert divergence.parts["base model"] == 2 * PARAMETERS
     assert divergence.parts["loss"] - plain.parts["loss"] == 12 * 16 * 576 * 16384
-    both = plan(config(path="both"), XXL, 200 * GB)
+    both = plan(config(), XXL, 200 * GB, beside=Comparison().memory(config(), world_size=1))
     held = (2 + 4) * PARAMETERS + 4 * frozen_parameters("vq-16", "vgg16")
     assert both.total - plain.total == held + published_bytes(XXL, 128) - sum(plain.step.values())
     assert plan(config(method="ste"), XXL, 200 * GB).parts["activations"] > 2 * plain.parts["activations"]

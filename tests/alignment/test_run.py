@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import roofline
 import torch
+from comparison import Comparison, PublishedRecipe
 from PIL import Image
-from reference_step import published_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vapi_fast
 from vapi_fast import AlignConfig
-from vapi_fast.alignment import run
+from vapi_fast.alignment import loop, run
 from vapi_fast.alignment import step as alignment
 from vapi_fast.alignment.figures import StepResult
 from vapi_fast.alignment.step import Trainer, align_step
@@ -38,8 +38,8 @@ def weights(path: Path) -> torch.Tensor:
 
 @pytest.mark.usefixtures("image_sets")
 def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(evaluate=True, path="both", eval_samples=140, steps=3, lr=1e-3)
-    returned = vapi_fast.align(config, published_step=published_step)
+    config = tiny_config(evaluate=True, eval_samples=140, steps=3, lr=1e-3)
+    returned = vapi_fast.align(config, source=Comparison())
     output = config.output_dir
     assert {path.name for path in output.iterdir()} == {
         "run.json",
@@ -129,7 +129,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Pa
     record = vapi_fast.align(whole)
     half = {"steps": 5, "output_dir": tmp_path / "half", "checkpoint_every": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "align_step", interrupted_at(3))
+        patch.setattr(loop, "align_step", interrupted_at(3))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**half))
     resumed = vapi_fast.align(tiny_config(**half, resume=True))
@@ -142,7 +142,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Make, tmp_path: Pa
 def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_config: Make, monkeypatch: Any) -> None:
     evaluated = {"evaluate": True, "eval_samples": 8, "eval_batch": 8}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "align_step", interrupted_at(0))
+        patch.setattr(loop, "align_step", interrupted_at(0))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**evaluated))
     measured = []
@@ -157,7 +157,7 @@ def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_c
 @pytest.mark.usefixtures("image_sets")
 def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run, "align_step", interrupted_at(1))
+        patch.setattr(loop, "align_step", interrupted_at(1))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(checkpoint_every=1))
     with pytest.raises(ConfigError, match=r"was started with --clip-range .*, now it is 0\.5"):
@@ -174,7 +174,7 @@ def test_non_finite_step_keeps_the_last_good_weights(tiny_config: Make, tmp_path
         return align_step(trainer, batch, step, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "align_step", broken_at_2)
+        patch.setattr(loop, "align_step", broken_at_2)
         with pytest.raises(NonFiniteError, match=r"step 3: mse is not finite .*weights up to step 2"):
             vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan"))
     vapi_fast.align(tiny_config(steps=4, output_dir=tmp_path / "nan", resume=True))
@@ -202,7 +202,7 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
     def killed(self: run.Run, name: str) -> None:
         if name == "aligned":
             raise KeyboardInterrupt
-        self.measured[name] = {"fid": 1.0}
+        self.outcome.measured[name] = {"fid": 1.0}
 
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "measure", killed)
@@ -211,7 +211,7 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
     with pytest.raises(ConfigError, match="2 steps are done already; pass --steps 2 or more"):
         vapi_fast.align(tiny_config(**options, resume=True, steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "measure", lambda self, name: self.measured.update({name: {"fid": 2.0}}))
+        patch.setattr(run.Run, "measure", lambda self, name: self.outcome.measured.update({name: {"fid": 2.0}}))
         patch.setattr(run.report, "scores_table", lambda *_: [])
         record = vapi_fast.align(tiny_config(**options, resume=True))
     assert (record["base"], record["aligned"]) == ({"fid": 1.0}, {"fid": 2.0})
@@ -227,7 +227,7 @@ def test_a_lower_learning_rate_on_resume(tiny_config: Make, tmp_path: Path, monk
     """What the message about infinities advises."""
     options = {"steps": 3, "checkpoint_every": 1, "output_dir": tmp_path / "a"}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "align_step", interrupted_at(2))
+        patch.setattr(loop, "align_step", interrupted_at(2))
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**options, lr=1e-3))
     used = []
@@ -253,22 +253,39 @@ def test_straight_through_and_next_token_runs(tiny_config: Make, tmp_path: Path)
 def test_the_published_recipe_alone_and_made_up_images(tiny_config: Make, tmp_path: Path) -> None:
     """--path reference trains too; --random-init and --synthetic-data need no files, and nothing is measured."""
     bare = {"gpt_ckpt": None, "vq_ckpt": None, "vgg_weights": None, "data": None}
-    config = tiny_config(
-        path="reference", random_init=True, synthetic_data=True, evaluate=True, output_dir=tmp_path / "a", **bare
-    )
-    record = vapi_fast.align(config, published_step=published_step)
+    config = tiny_config(random_init=True, synthetic_data=True, evaluate=True, output_dir=tmp_path / "a", **bare)
+    record = vapi_fast.align(config, source=PublishedRecipe())
     assert record["config"]["evaluate"] is False
     assert "comparison" not in record
     assert all(math.isfinite(value) for value in record["curves"]["loss"] + record["reward"])
     median = float(weights(config.output_dir / "aligned.pt").abs().median())
     assert median == pytest.approx(0.6745 * 0.02, rel=0.01)  # normal with deviation 0.02, as initialised
-    again = vapi_fast.align(dataclasses.replace(config, path="fast", output_dir=tmp_path / "b"))
+    again = vapi_fast.align(dataclasses.replace(config, output_dir=tmp_path / "b"))
     assert again["reward"][0] == pytest.approx(record["reward"][0], abs=0.1)  # the same models and images, other draws
 
 
-def test_path_needs_one_process_and_the_recipe(tiny_config: Make) -> None:
-    with pytest.raises(ConfigError, match="--path both needs the published recipe"):
-        vapi_fast.align(tiny_config(path="both"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout": 0.1}, "needs --dropout 0: the two paths would draw different masks"),
+        ({"method": "ntp"}, "needs --method vapi: the published recipe is VA-π"),
+        ({"rollouts": "free"}, "needs the published recipe's own --rollouts and --reward"),
+        ({"top_p": 0.9}, "needs --top-k 0 and --top-p 1: the published recipe has no filters"),
+        ({"steps": 1}, "needs --steps 2 or more: it does not compare the first, which warms up"),
+        ({}, "needs one process, this is one of 2"),
+    ],
+)
+def test_what_the_published_recipe_cannot_do(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    if not changes:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    config = tiny_config(**changes)
+    for source in (PublishedRecipe(), Comparison()):
+        if "steps" not in changes or source.path == "both":
+            with pytest.raises(ConfigError, match=f"--path {source.path} {message}"):
+                vapi_fast.align(config, source=source)
+    assert not config.output_dir.exists()
 
 
 def test_the_first_rank_of_a_machine_has_kernels_compiled(

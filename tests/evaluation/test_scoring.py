@@ -17,7 +17,7 @@ from vapi_fast import tiny
 from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.image_sets import open_image_set, read_statistics
 from vapi_fast.evaluation import metrics as evaluation
-from vapi_fast.evaluation import scoring
+from vapi_fast.evaluation import networks, scoring
 from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 from vapi_fast.models import LPIPS
 from vapi_fast.runtime.errors import ConfigError, DataError, EvaluationError
@@ -140,7 +140,7 @@ def test_other_models_are_scored_by_inception(
     pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    monkeypatch.setattr(scoring, "load_inception", lambda weights: loaded.append(weights) or FlatNetwork())
+    monkeypatch.setattr(networks, "load_inception", lambda weights: loaded.append(weights) or FlatNetwork())
     np.savez(tmp_path / "a.npz", pixels[:150])
     np.savez(tmp_path / "b.npz", pixels[150:])
     (tmp_path / "weights.pth").touch()
@@ -157,8 +157,8 @@ def test_other_models_are_scored_by_inception(
 class FlatNetwork(nn.Module):
     """Mean colours instead of Inception's features."""
 
-    def forward(self, images: Tensor) -> scoring.ImageFeatures:
-        colours = images.float().mean((2, 3))
+    def image_features(self, images: Tensor) -> scoring.ImageFeatures:
+        colours = (images * 127.5 + 127.5).mean((2, 3))
         return scoring.ImageFeatures(colours, colours, colours / 100)
 
 

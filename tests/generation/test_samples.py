@@ -22,8 +22,9 @@ from vapi_fast import generate, tiny
 from vapi_fast.data import sample_files
 from vapi_fast.data.image_sets import open_image_set
 from vapi_fast.generation import folder as samples
-from vapi_fast.generation.conditions import parse_class_ids, read_captions
-from vapi_fast.generation.folder import GenerateConfig, Sampler, batch_that_fits, draw_samples, identity
+from vapi_fast.generation.conditions import read_captions
+from vapi_fast.generation.config import GenerateConfig, parse_class_ids
+from vapi_fast.generation.folder import Sampler, batch_that_fits, draw_samples, identity
 from vapi_fast.generation.heatmaps import save_entropy_maps
 from vapi_fast.generation.sequences import bytes_of_sequence
 from vapi_fast.generation.sheets import save_sheet
@@ -133,7 +134,7 @@ from vapi_fast import cli, commands
 dist.init_process_group("gloo")  # once: a command by itself joins and leaves
 for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evaluate", sys.argv[3])):
     parser = argparse.ArgumentParser()
-    getattr(cli, f"add_{name}_flags")(parser)
+    cli.add_command_flags(parser, name)
     status = getattr(commands, f"{name}_main")(parser.parse_args(line.split()))
     if status:
         sys.exit(status)

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import run
-from vapi_fast.alignment.comparison import Comparison
 from vapi_fast.generation import sequences as generation
 from vapi_fast.generation.engine import Engine
 from vapi_fast.models import LlamaGen, llamagen
@@ -31,17 +30,17 @@ DEVICE = torch.device("cuda", 0)
 Scene = Callable[[Watch], None]
 
 
-def align(watch: Watch, steps: int = 1, **options: Any) -> None:
+def align(watch: Watch, steps: int = 1, path: str = "fast", **options: Any) -> None:
     """A run's start, and its steps from the data to the figures that are read back."""
-    import reference_step
+    import comparison
 
     with tempfile.TemporaryDirectory() as folder:
         defaults = {"batch_size": IMAGES, "random_init": True, "synthetic_data": True, "steps": steps}
         config = AlignConfig(output_dir=Path(folder) / "run", **(defaults | options))
-        started = run.Run(config, DEVICE, reference_step.published_step, time.perf_counter())
+        started = run.Run(config, DEVICE, comparison.PATHS[path](), time.perf_counter())
         config.output_dir.mkdir()
         with watch.steps(), mock.patch.object(started, "save_state"):  # waits for the device, and needs its numbers
-            started.align(0)
+            started.steps(0)
 
 
 def generate(
@@ -184,6 +183,8 @@ def layers(count: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def set_ups(watch: Watch) -> Iterator[None]:
     """Inside the `with` block an engine's start and the comparison of two steps may wait for the device."""
+    from comparison import Comparison
+
     with contextlib.ExitStack() as stack:
         for owner, name in ((LlamaGen, "checked_condition"), (Engine, "__init__"), (Comparison, "gradients")):
             stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
@@ -17,7 +16,7 @@ from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
-from vapi_fast.evaluation.inception import load_inception
+from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
 from vapi_fast.models import Generator
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
@@ -28,9 +27,6 @@ PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn
 DECODED = 16  # images decoded at once
 BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
-
-
-FeatureNetwork = Callable[[Tensor], tuple[Tensor, Tensor]]  # images → pooled features, logits
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,11 @@ class Measurement:
     def as_record(self) -> dict[str, Any]:
         """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
         rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
-        return dataclasses.asdict(self.plain) | {"cfg": dataclasses.asdict(self.cfg)} | rewards
+        plain, guided = (
+            {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
+            for scores in (self.plain, self.cfg)
+        )
+        return plain | {"cfg": guided} | rewards
 
 
 class Evaluator:
@@ -59,11 +59,11 @@ class Evaluator:
         self.device = device
         classes = models.generator.config.num_classes
         data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
-        self.features_and_logits, self.network_name = feature_network(config, models, device)
+        self.network = feature_network(config, models, device)
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(data, count, config.eval_batch):
-            features.append(self.features_and_logits(batch.images.to(device))[0].cpu())
+            features.append(self.network.features(batch.images.to(device)).pooled.cpu())
             labels.append(batch.labels)
             positions.append(position)
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
@@ -80,14 +80,14 @@ class Evaluator:
     def score(self, generator: Generator, cfg_scale: float, name: str) -> evaluation.Scores:
         features, logits = [], []
         for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
-            parts = self.features_and_logits(images)
-            features.append(parts[0].cpu())
-            logits.append(parts[1].cpu())
+            found = self.network.features(images)
+            features.append(found.pooled.cpu())
+            logits.append(found.logits.cpu())
         return evaluation.score(
             self.reference,
             gather_rows(torch.cat(features)).to(self.device),
             gather_rows(torch.cat(logits)).to(self.device),
-            feature_network=self.network_name,
+            feature_network=self.network.name,
         )
 
     def samples(self, generator: Generator, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
@@ -149,14 +149,8 @@ def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Ten
             yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
 
 
-def feature_network(config: AlignConfig, models: Models, device: torch.device) -> tuple[FeatureNetwork, str]:
+def feature_network(config: AlignConfig, models: Models, device: torch.device) -> FeatureNetwork:
     """The tiny preset scores with its own classifier; every other model with Inception at 256², as papers do."""
     if config.lpips == "tiny":
-        return models.reward.lpips.features_and_logits, "tiny perceptual network"
-    inception = load_inception(config.inception_weights).to(device)
-
-    def features_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
-        side = [PAPER_SIDE, PAPER_SIDE]
-        return inception.features_and_logits(F.interpolate(images, side, mode="bicubic", antialias=False))
-
-    return features_and_logits, "Inception-v3"
+        return tiny_network(models.reward.lpips)
+    return inception_network(config.inception_weights, device, side=PAPER_SIDE)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +21,6 @@ WORKSPACES = 10**9  # of cuBLAS, cuDNN and NCCL
 LOGITS = 160 * 2**20  # that the fused head holds at once (`vapi_fast.ops.fused.head.CHUNK_BYTES`)
 LARGEST_CHUNK = 64  # rollouts decoded at once; more fill a GPU no better
 LIVE_MAPS = 5  # of the decoder: a convolution's result, the residual stream, their sum, its norm, and a workspace
-PUBLISHED_SEQUENCES = 8  # that the published recipe trains on at once
 
 
 @dataclass(frozen=True)
@@ -57,35 +58,51 @@ class MemoryPlan:
         return f"{self.total / 1e9:.1f} GB ({', '.join(parts)})"
 
 
-def plan(config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1) -> MemoryPlan:
+class Beside(NamedTuple):
+    """Bytes of GPU memory of what runs beside our steps, by part: held all the time, and each in place of a step's."""
+
+    held: Mapping[str, int] = MappingProxyType({})
+    others: Mapping[str, int] = MappingProxyType({})
+    advice: str = "choose a smaller --model or --image-size"  # where nothing else fits
+
+
+ALONE = Beside()
+
+
+def plan(
+    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1, beside: Beside = ALONE
+) -> MemoryPlan:
     """How a run would use `free` bytes of each of `world_size` GPUs, computing in bf16.
 
     Rollouts are decoded in the largest chunk that fits: whole groups and a power of two of them, or a power of two of
     rollouts. Gathered weights are kept between forward and backward if that leaves room for a whole group. The plan's
     `fits` says whether there is any way; without one it is the plan that needs least.
     """
-    return best_plan(config, generator, free, world_size, config.micro_batch, config.eval_batch)
+    return best_plan(config, generator, free, world_size, config.micro_batch, config.eval_batch, beside)
 
 
-def check(config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1) -> MemoryPlan:
+def check(
+    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int = 1, beside: Beside = ALONE
+) -> MemoryPlan:
     """`plan` if it fits. Raises ConfigError if not: the estimate by part, and which flag to lower and how far."""
-    found = plan(config, generator, free, world_size)
+    found = plan(config, generator, free, world_size, beside)
     if found.fits:
         return found
 
     need = f"about {found} are needed, and {free / 1e9:.1f} GB of the GPU are free"
-    micro_batch = largest_fitting(config.micro_batch, lambda n: best_plan(config, generator, free, world_size, n, 0))
+
+    def planned(micro_batch: int, eval_batch: int) -> MemoryPlan:
+        return best_plan(config, generator, free, world_size, micro_batch, eval_batch, beside)
+
+    micro_batch = largest_fitting(config.micro_batch, lambda count: planned(count, 0))
     if not micro_batch:
-        other = "pass --path fast" if config.path != "fast" else "choose a smaller --model or --image-size"
         raise ConfigError(
             f"{need}: --micro-batch 1 does not fit either; share the weights over more GPUs (torchrun "
-            f"--nproc_per_node), or {other}"
+            f"--nproc_per_node), or {beside.advice}"
         )
     lower = [f"--micro-batch {micro_batch}"] if micro_batch < config.micro_batch else []
     if config.evaluate:
-        eval_batch = largest_fitting(
-            config.eval_batch, lambda n: best_plan(config, generator, free, world_size, micro_batch, n)
-        )
+        eval_batch = largest_fitting(config.eval_batch, lambda count: planned(micro_batch, count))
         lower += [f"--eval-batch {eval_batch}" if eval_batch else "--no-eval"] * (eval_batch < config.eval_batch)
     raise ConfigError(f"{need}: pass {' '.join(lower)}")
 
@@ -96,7 +113,13 @@ def largest_fitting(most: int, planned: Callable[[int], MemoryPlan]) -> int:
 
 
 def best_plan(
-    config: AlignConfig, generator: GeneratorConfig, free: int, world_size: int, micro_batch: int, eval_batch: int
+    config: AlignConfig,
+    generator: GeneratorConfig,
+    free: int,
+    world_size: int,
+    micro_batch: int,
+    eval_batch: int,
+    beside: Beside = ALONE,
 ) -> MemoryPlan:
     """`plan` for these batch sizes; no evaluation if `eval_batch` is 0."""
     generator = replace(generator, grid_size=config.grid_size)
@@ -104,14 +127,14 @@ def best_plan(
     others = {}
     if config.evaluate and eval_batch:
         others["evaluation"] = evaluation_bytes(generator, eval_batch, world_size)
-    if config.path != "fast":
-        others["published recipe"] = published_bytes(generator, config.batch_size // world_size)
+    others |= beside.others
     sizes = chunks(config.group_size)
     ways = [(False, chunk) for chunk in sizes if world_size == 1 or chunk >= config.group_size]
     if world_size > 1:  # gathering again costs less than decoding few rollouts at a time
         ways += [(True, chunk) for chunk in sizes]
     for reshard, chunk in ways:
         held = held_parts(config, generator, micro_batch, world_size, reshard)
+        held |= {part: held.get(part, 0) + size for part, size in beside.held.items()}
         found = MemoryPlan(held | {"reward": reward_bytes(config, chunk)}, step, others, chunk, reshard, free)
         if found.fits:
             break
@@ -143,10 +166,8 @@ def held_parts(
         "gradients": share + (FP32 * count if world_size > 1 and passes > 1 else 0),
         "optimizer": 2 * share,
         "bf16 weights": BF16 * gathered,
-        "base model": BF16 * count if config.prior == "kl" or config.path != "fast" else 0,
-        "compared gradients": FP32 * count if config.path == "both" else 0,
-        # As loaded, and the form that rewards are computed with; the published recipe's.
-        "tokenizer and LPIPS": (3 if config.path == "both" else 2) * FP32 * frozen,
+        "base model": BF16 * count if config.prior == "kl" else 0,
+        "tokenizer and LPIPS": 2 * FP32 * frozen,  # as loaded, and the form that rewards are computed with
         "images": 2 * FP32 * images,  # of this step and the next
         "workspaces": WORKSPACES,
     }
@@ -205,13 +226,3 @@ def evaluation_bytes(generator: GeneratorConfig, images: int, world_size: int) -
     positions = generator.grid_size**2 + generator.prefix_len
     caches = 2 * images * positions * generator.layers * 2 * BF16 * generator.width
     return caches + (FP32 * parameters(generator) if world_size > 1 else 0)
-
-
-def published_bytes(generator: GeneratorConfig, images: int) -> int:
-    """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
-    width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
-    length = generator.grid_size**2
-    sampling = 4 * FP32 * images * length * vocab  # logits, scaled, probabilities, the draw's exponentials
-    layer = 34 * width + 8 * hidden + FP32 * generator.heads  # bytes that its plain layers keep of a position
-    training = PUBLISHED_SEQUENCES * length * (generator.layers * layer + 24 * vocab)
-    return max(sampling, training)

@@ -38,24 +38,28 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
     reward_chunk: rollouts to decode at once; None: by the image size.
     """
     generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
-    layout = torch.contiguous_format if config.path == "reference" else torch.channels_last
     for module in (tokenizer, lpips):
-        module.eval().requires_grad_(False).to(device, memory_format=layout)
+        module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if not isinstance(generator.config.condition, Classes):
         raise CheckpointError(
             f"{config.gpt_ckpt} is a text-conditioned generator, and the image data has class labels only: pass a "
             "class-conditional checkpoint"
         )
     generator.to(device)
-    base = None
-    if config.prior == "kl" or config.path != "fast":
-        base = copy.deepcopy(generator).eval().requires_grad_(False)
-        if device.type == "cuda":
-            base.to(torch.bfloat16)  # it computes in bf16; the released script casts it too
-            base.rotary = generator.rotary
+    base = frozen_copy(generator) if config.prior == "kl" else None
     generator.dropout = config.dropout
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
     return Models(generator.train(), tokenizer, reward, base)
+
+
+def frozen_copy(generator: Generator) -> Generator:
+    """The generator as it is now, on a GPU in bf16, which it computes in; the released script casts it too."""
+    base = copy.deepcopy(generator).eval().requires_grad_(False)
+    if next(base.parameters()).is_cuda:
+        base.to(torch.bfloat16)
+        base.rotary = generator.rotary
+    base.dropout = 0.0
+    return base
 
 
 def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:

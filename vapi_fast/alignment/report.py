@@ -9,54 +9,49 @@ import platform
 import resource
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
+from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.runtime.accelerators import attention_backend
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, world_size
 from vapi_fast.runtime.packages import installed
 
-if TYPE_CHECKING:
-    from vapi_fast.alignment.run import Run
-
-PATH_NAMES = {"vapi_fast": "vapi-fast", "published_recipe": "published recipe"}
 PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
 
 
-def run_record(run: Run) -> dict[str, Any]:
+def run_record(outcome: Outcome) -> dict[str, Any]:
     """The dictionary that becomes `run.json`; seconds are wall-clock, rewards one mean per step."""
-    config = {key: plain(value) for key, value in dataclasses.asdict(run.config).items()}
+    config = {key: plain(value) for key, value in dataclasses.asdict(outcome.config).items()}
     costs = config_costs(config, processes=world_size())
-    step_seconds, stages = run.step_seconds(), run.stage_seconds()
-    record = {
+    step_seconds, stages = outcome.step_seconds(), outcome.stage_seconds()
+    return {
         "config": config,
         "versions": versions(),
-        "device": device_name(run.device),
+        "device": device_name(outcome.device),
         "processes": world_size(),
         "commit": commit(),
-        **run.measured,
-        "reward": run.curves["reward"],
-        "curves": run.curves,
-        "seconds": run.seconds | {"stages": run.clock.seconds(wait=True)},
+        **outcome.measured,
+        "reward": outcome.curves["reward"],
+        "curves": outcome.curves,
+        "seconds": outcome.seconds | {"stages": outcome.clock.seconds(wait=True)},
         "step_seconds": step_seconds,  # median
-        "images_per_second": run.config.batch_size / step_seconds if step_seconds else None,
-        "stages": stage_table(config, stages, run.ceilings, processes=world_size()),
+        "images_per_second": outcome.config.batch_size / step_seconds if step_seconds else None,
+        "stages": stage_table(config, stages, outcome.ceilings, processes=world_size()),
         "model_flop_utilisation": (
-            model_flop_utilisation(costs, step_seconds, run.ceilings) if costs and step_seconds else None
+            model_flop_utilisation(costs, step_seconds, outcome.ceilings) if costs and step_seconds else None
         ),
-        "ceilings": dataclasses.asdict(run.ceilings),
-        "attention": attention_backend(run.device),
-        "planned_memory": run.plan.parts | {"free": run.plan.free} if run.plan else None,
-        "peak_memory": peak_memory(run.device),
-        "joules": total_joules(run.energy.joules()),
-        "skipped_images": [str(path) for path in run.data.skipped],
+        "ceilings": dataclasses.asdict(outcome.ceilings),
+        "attention": attention_backend(outcome.device),
+        "planned_memory": outcome.plan.parts | {"free": outcome.plan.free} if outcome.plan else None,
+        "peak_memory": peak_memory(outcome.device),
+        "joules": total_joules(outcome.energy.joules()),
+        "skipped_images": [str(path) for path in outcome.skipped_images],
+        **outcome.comparison,
     }
-    if run.comparison:
-        record |= run.comparison.record()
-    return record
 
 
 def total_joules(joules: float | None) -> float | None:
@@ -112,24 +107,16 @@ def curve_writer() -> type | None:
     return SummaryWriter
 
 
-def write_pictures(run: Run, output: Path) -> None:
+def write_pictures(outcome: Outcome, output: Path) -> None:
     """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward, where matplotlib is."""
-    if run.pictures:
+    if outcome.pictures:
         from vapi_fast.data.pictures import save_grid
 
-        save_grid(output / "samples.png", run.pictures)
-    if run.config.method != "ntp" and installed("matplotlib"):
+        save_grid(output / "samples.png", outcome.pictures)
+    if outcome.config.method != "ntp" and installed("matplotlib"):
         from vapi_fast.alignment.charts import save_reward_curve
 
-        save_reward_curve(output / "reward.png", run.curves["reward"])
-
-
-def stage_bars(record: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Seconds a step by stage: of this run, or of both paths where the published recipe was timed too."""
-    if "comparison" in record:
-        stages = record["comparison"]["stages"]
-        return [(name, stages[key]) for key, name in PATH_NAMES.items()]
-    return [(record["config"]["model"], {stage: figures["seconds"] for stage, figures in record["stages"].items()})]
+        save_reward_curve(output / "reward.png", outcome.curves["reward"])
 
 
 def write_record(record: dict[str, Any], output: Path) -> None:
@@ -137,7 +124,8 @@ def write_record(record: dict[str, Any], output: Path) -> None:
     if record["stages"] and installed("matplotlib"):
         from vapi_fast.alignment.charts import save_stage_bars
 
-        save_stage_bars(output / "stages.png", stage_bars(record))
+        seconds = {stage: figures["seconds"] for stage, figures in record["stages"].items()}
+        save_stage_bars(output / "stages.png", [(record["config"]["model"], seconds)])
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
@@ -146,7 +134,7 @@ def write_record(record: dict[str, Any], output: Path) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Before and after, stage timings, and the comparison, as text."""
+    """Before and after, and stage timings, as text."""
     lines = []
     if "base" in record and "aligned" in record:
         lines += scores_table(record["base"], record["aligned"], record["config"]["cfg_scale"])
@@ -164,8 +152,6 @@ def table(record: dict[str, Any]) -> str:
     )
     if record["skipped_images"]:
         lines.append(f"{len(record['skipped_images'])} unreadable images skipped: {record['skipped_images'][:5]}")
-    if "comparison" in record:
-        lines += comparison_table(record)
     return "\n".join(lines)
 
 
@@ -177,26 +163,6 @@ def stages_table(record: dict[str, Any]) -> list[str]:
         if "share" in figures:
             row += f"{figures['tflops']:10.2f}{figures['share']:11.0%} of {figures['bound']}"
         lines.append(row)
-    return lines
-
-
-def comparison_table(record: dict[str, Any]) -> list[str]:
-    """Ours beside the published recipe: seconds a step and their ratio by stage, and how well the two agree."""
-    compared, totals = record["comparison"], record["seconds_per_step"]
-    ours, published = (compared["stages"][name] for name in PATH_NAMES)
-    lines = [f"{'stage':12}{'vapi-fast':>12}{'published':>12}{'ratio':>9}   seconds a step, {compared['steps']} steps"]
-    for stage in ours:
-        lines.append(f"{stage:12}{ours[stage]:12.4f}{published[stage]:12.4f}{compared['speedup'][stage]:8.1f}×")
-    lines.append(
-        f"{'together':12}{totals['vapi_fast']:12.4f}{totals['published_recipe']:12.4f}"
-        f"{record['speedup_over_reference']:8.1f}× faster"
-    )
-    lines.append(
-        f"same rollouts in both: gradients differ by {compared['gradient_relative_error']:.1e}, cosine of the "
-        f"advantages {compared['advantages_cosine']:.5f}, image tokens equal {compared['tokens_equal']:.2%}"
-    )
-    if None not in (peaks := compared["peak_memory"]).values():
-        lines.append("peak memory: " + ", ".join(f"{PATH_NAMES[name]} {peaks[name] / 1e9:.1f} GB" for name in peaks))
     return lines
 
 

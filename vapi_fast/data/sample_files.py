@@ -20,7 +20,6 @@ from torch import Tensor
 from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages, pictures_in
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.errors import DataError
-from vapi_fast.runtime.flags import SAMPLE_FORMATS
 
 WRITE_THREADS = 4
 PARTS_FOLDER = "parts"
@@ -140,7 +139,7 @@ class NpzFiles:
                 member.write(torch.stack([images[part][row] for part, row in rows.tolist()]).numpy().tobytes())
 
 
-FORMATS: dict[str, type[SampleFiles]] = dict(zip(SAMPLE_FORMATS, (PngFiles, NpzFiles), strict=True))
+FORMATS: dict[str, type[SampleFiles]] = {"png": PngFiles, "npz": NpzFiles}
 
 
 def png_name(index: int) -> str:

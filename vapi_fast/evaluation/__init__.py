@@ -7,6 +7,7 @@ __all__, __getattr__ = offers(
     {
         "metrics": ["Scores", "frechet_distance", "inception_score", "precision_recall", "score"],
         "inception": ["load_inception"],
-        "scoring": ["EvaluateConfig", "evaluate"],
+        "config": ["EvaluateConfig"],
+        "scoring": ["evaluate"],
     },
 )

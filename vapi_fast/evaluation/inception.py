@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vapi_fast.evaluation.metrics import ImageFeatures
 from vapi_fast.runtime.checkpoint import load_into, load_state_dict
 from vapi_fast.runtime.errors import CheckpointError
 
@@ -27,14 +27,6 @@ SPATIAL_CHANNELS = 7  # of 17 × 17 positions: 2023 features, about as many as t
 
 Kernel = int | tuple[int, int]
 Layer = tuple[int, Kernel]  # output channels, kernel; a list of two Layers is a fork, concatenated
-
-
-class ImageFeatures(NamedTuple):
-    """What scores are computed from, one row an image: FID, sFID and Inception Score in this order."""
-
-    pooled: Tensor  # [N, F]
-    spatial: Tensor  # [N, S], positions major, channels minor
-    logits: Tensor  # [N, K]
 
 
 class FrozenBatchNorm(nn.Module):
@@ -185,11 +177,6 @@ class InceptionV3(nn.Module):
     def image_features(self, images: Tensor) -> ImageFeatures:
         """`forward` of images `[N,3,H,W]` in [−1, 1], seen as 8-bit."""
         return self((images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8))
-
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features `[N,2048]` and logits `[N,1008]` of images `[N,3,H,W]` in [−1, 1], seen as 8-bit."""
-        features = self.image_features(images)
-        return features.pooled, features.logits
 
 
 def resize_like_tensorflow(x: Tensor, side: int) -> Tensor:

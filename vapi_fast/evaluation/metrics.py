@@ -10,26 +10,54 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK = 1024  # rows of a distance matrix held at once: 1024 × 50 000 float64 is 0.4 GB
+NEIGHBOURS = 3  # of precision and recall
 SPLIT_SIZE = 5000  # samples of one Inception Score, as the ADM evaluator splits them
+
+
+class ImageFeatures(NamedTuple):
+    """What scores are computed from, one row an image: FID, sFID and Inception Score in this order."""
+
+    pooled: Tensor  # [N, F]
+    spatial: Tensor  # [N, S], positions major, channels minor
+    logits: Tensor  # [N, K]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A generator's scores. `fid_se` and `inception_score_se` are standard errors over the generated samples alone."""
+    """Generated samples against a reference; None where statistics without images cannot tell.
+
+    `fid_se` and `inception_score_se` are standard errors over the generated samples alone.
+    """
 
     fid: float
-    fid_se: float
-    inception_score: float
-    inception_score_se: float
-    precision: float
-    recall: float
-    samples: int
+    fid_se: float | None
+    sfid: float | None
+    inception_score: float | None
+    inception_score_se: float | None
+    precision: float | None
+    recall: float | None
+    samples: int | None
+    reference_images: int | None
     feature_network: str
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What is known of one set of images: features, Gaussians, or both."""
+
+    features: ImageFeatures | None
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+
+    @property
+    def count(self) -> int | None:
+        return None if self.features is None else len(self.features.pooled)
 
 
 def score(
@@ -53,17 +81,36 @@ def score(
         raise ValueError(
             f"logits of {len(logits)} samples given with features of {len(features)}; give one row for each"
         )
-    reference = Gaussian.fit(reference_features)
-    fid_se, inception_score_se = standard_errors(reference, features, logits, bootstrap=bootstrap, seed=seed)
-    precision, recall = precision_recall(reference_features, features)
+    none = features[:, :0]
+    samples = ImageStatistics(ImageFeatures(features, none, logits), Gaussian.fit(features))
+    reference = ImageStatistics(ImageFeatures(reference_features, none, none), Gaussian.fit(reference_features))
+    return compare(samples, reference, feature_network, bootstrap=bootstrap, seed=seed)
+
+
+def compare(
+    samples: ImageStatistics, reference: ImageStatistics, feature_network: str, *, bootstrap: int = 20, seed: int = 0
+) -> Scores:
+    """All scores that the two sets allow; their features are as wide."""
+    errors: tuple[float | None, float | None] = (None, None)
+    sfid = precision = recall = quality = None
+    if samples.features is not None:
+        drawn, logits = samples.features.pooled, samples.features.logits
+        errors = standard_errors(reference.pooled, drawn, logits, bootstrap=bootstrap, seed=seed)
+        quality = inception_score(logits)
+        if reference.features is not None:
+            precision, recall = precision_recall(reference.features.pooled, drawn)
+    if samples.spatial is not None and reference.spatial is not None:
+        sfid = float(reference.spatial.distance(samples.spatial))
     return Scores(
-        fid=float(reference.distance(Gaussian.fit(features))),
-        fid_se=fid_se,
-        inception_score=inception_score(logits),
-        inception_score_se=inception_score_se,
+        fid=float(reference.pooled.distance(samples.pooled)),
+        fid_se=errors[0],
+        sfid=sfid,
+        inception_score=quality,
+        inception_score_se=errors[1],
         precision=precision,
         recall=recall,
-        samples=len(features),
+        samples=samples.count,
+        reference_images=reference.count,
         feature_network=feature_network,
     )
 
@@ -110,7 +157,7 @@ def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
     return float(torch.stack([_inception_score(part, part.new_ones(len(part))) for part in splits]).mean())
 
 
-def precision_recall(reference_features: Tensor, features: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(reference_features: Tensor, features: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall of features [N, F] against reference [M, F] (Kynkäänniemi et al. 2019, 1904.06991).
 
     A set's manifold is the union of balls around its points, each reaching to the point's `neighbours`-th nearest

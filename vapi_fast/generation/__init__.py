@@ -7,6 +7,7 @@ __all__, __getattr__ = offers(
     {
         "engine": ["Engine", "Generation", "KVCache"],
         "sequences": ["generate", "guidance_scales", "sample_groups"],
-        "folder": ["GenerateConfig", "draw_samples"],
+        "config": ["GenerateConfig"],
+        "folder": ["draw_samples"],
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +13,6 @@ from vapi_fast.models import Condition, Generator
 from vapi_fast.models.sizes import Classes
 from vapi_fast.runtime.checkpoint import load_file_checked
 from vapi_fast.runtime.errors import ConfigError
-
-
-def parse_class_ids(text: str) -> tuple[int, ...]:
-    """Class ids from "0,7,20-29" (both ends included), in the order given; raises ConfigError for anything else."""
-    ids: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not found:
-            raise ConfigError(f"--class-ids {text}: expected numbers and ranges such as 0,7,20-29")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first or last - first > 10**6:
-            raise ConfigError(f"--class-ids {text}: {part.strip()} is not a range from low to high")
-        ids += range(first, last + 1)
-    return tuple(ids)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vapi_fast import tiny
 from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
 from vapi_fast.data.pictures import save_grid
 from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
-from vapi_fast.generation.conditions import Conditions, parse_class_ids, read_conditions
+from vapi_fast.generation.conditions import Conditions, read_conditions
+from vapi_fast.generation.config import LARGEST_BATCH, GenerateConfig
 from vapi_fast.generation.engine import Engine, compute_dtype
 from vapi_fast.generation.sequences import (
     CACHE_DTYPES,
@@ -32,25 +31,17 @@ from vapi_fast.generation.sequences import (
     sample_groups,
 )
 from vapi_fast.generation.sheets import save_sheet
-from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, VQTokenizer
+from vapi_fast.models import Generator, VQTokenizer
+from vapi_fast.models.families import load_generator
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.flags import CFG_SCHEDULES, flag
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
-PAPER: dict[str, Any] = {"num": 50_000, "image_size": 384, "gpt_ckpt": None, "vq_ckpt": None}
-TINY: dict[str, Any] = {
-    "num": 1000,
-    "image_size": tiny.IMAGE_SIZE,
-    "gpt_ckpt": tiny.FILES.generator,
-    "vq_ckpt": tiny.FILES.tokenizer,
-}
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
 FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features"}
-LARGEST_BATCH = 256
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
@@ -60,99 +51,6 @@ DRAW = "token t of image i takes its random bits from seed, i and t alone"
 SHEET_IMAGES = 64
 COMPARED_IMAGES = 24
 ENTROPY_IMAGES = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """One `vapi-fast generate`. Fields left at None take the paper's value, or the tiny preset's for `model="tiny"`.
-
-    Raises:
-        ConfigError: a field out of range, a missing file, or fields that contradict each other.
-    """
-
-    out: Path
-    model: str = "xxl"
-    gpt_ckpt: Path | None = None
-    vq_ckpt: Path | None = None
-    num: int | None = None
-    class_ids: tuple[int, ...] | str | None = None  # "0,7,20-29"; image i has the (i mod count)-th; None: all classes
-    caption_features: Path | None = None  # of a text-conditioned model
-    cfg_scale: float = 1.0
-    cfg_interval: int = -1  # guide tokens up to this one only; −1: all
-    cfg_schedule: str = "constant"
-    cfg_power: float = 1.0  # of the power-cosine schedule
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    kv_dtype: str | None = None  # "fp8": keys and values in 8 bits
-    batch_size: int | None = None  # images drawn at once on one rank; None: at most 256, as memory allows
-    image_size: int | None = None
-    save_size: int | None = None  # None: image_size
-    format: str = "png"
-    compare_ckpt: Path | None = None
-    entropy_maps: bool = False
-
-    def __post_init__(self) -> None:
-        if self.model.lower() not in LLAMAGEN_CONFIGS:
-            raise ConfigError(f"--model {self.model}: unknown, choose one of {', '.join(LLAMAGEN_CONFIGS)}")
-        if self.caption_features is not None and self.num is None:
-            raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
-        for name, value in (TINY if self.model.lower() == "tiny" else PAPER).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.save_size is None:
-            object.__setattr__(self, "save_size", self.image_size)
-        if isinstance(self.class_ids, str):
-            object.__setattr__(self, "class_ids", parse_class_ids(self.class_ids))
-        self.check_ranges()
-        self.check_files()
-
-    def check_ranges(self) -> None:
-        bounds = dict.fromkeys(("num", "batch_size", "image_size", "save_size", "cfg_scale"), 1)
-        for name, low in (bounds | {"top_k": 0, "seed": 0, "cfg_interval": -1}).items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**63:
-                bound = "finite and less than 2^63" if value >= 2**63 else f"at least {low}"
-                raise ConfigError(f"{flag(name)} must be {bound}, got {value}")
-        for name in ("temperature", "cfg_power"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{flag(name)} must be greater than 0 and finite, got {getattr(self, name)}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {self.top_p}")
-        choices = {"format": tuple(FORMATS), "cfg_schedule": CFG_SCHEDULES, "kv_dtype": tuple(CACHE_DTYPES)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{flag(name)} {getattr(self, name)}: choose one of {', '.join(filter(None, allowed))}"
-                )
-        downsample = VQ_CONFIGS[self.tokenizer].downsample
-        if self.image_size % downsample:
-            raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")
-        if self.class_ids is not None and self.caption_features is not None:
-            raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
-
-    def check_files(self) -> None:
-        for name in ("gpt_ckpt", "vq_ckpt"):
-            if getattr(self, name) is None:
-                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
-        for name in ("gpt_ckpt", "vq_ckpt", "caption_features", "compare_ckpt"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ConfigError(f"{flag(name)} {path}: no such file")
-        if self.out.suffix == ".npz":
-            raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/{SAMPLES_FILE}: leave out the .npz")
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"--out {self.out} is a file: pass a folder")
-
-    @property
-    def tokenizer(self) -> str:
-        return "tiny" if self.model.lower() == "tiny" else "vq-16"
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens along one side of the image."""
-        return self.image_size // VQ_CONFIGS[self.tokenizer].downsample
 
 
 def draw_samples(config: GenerateConfig) -> None:
@@ -209,7 +107,7 @@ class Sampler:
     def __init__(
         self,
         config: GenerateConfig,
-        generator: LlamaGen,
+        generator: Generator,
         tokenizer: VQTokenizer,
         conditions: Conditions,
         device: torch.device,
@@ -224,7 +122,6 @@ class Sampler:
         self.batch_size = min(limit, config.num)
         # In float32: bf16 would move a quarter of the pixels.
         self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
-        self.filters = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
         self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
 
     @classmethod
@@ -232,7 +129,7 @@ class Sampler:
         """Read the checkpoints and the conditions, and see that they fit each other and the device."""
         with refusals():
             check_engine(device, 1, config.batch_size, config.kv_dtype)
-        generator = LlamaGen.from_checkpoint(checkpoint, config.model, grid_size=config.grid_size)
+        generator = load_generator(checkpoint, config.model, grid_size=config.grid_size)
         conditions = read_conditions(config.class_ids, config.caption_features, generator)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         for module in (generator, tokenizer):
@@ -252,7 +149,7 @@ class Sampler:
             scales=guidance_scales(self.config.grid_size**2, **self.guidance),
             masked=self.conditions.mask is not None,
             cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
-            **self.filters,
+            **self.config.filters,
         )
 
     @refusals()
@@ -282,7 +179,7 @@ class Sampler:
             kv_dtype=self.config.kv_dtype,
             return_entropies=True,
             **{f"cfg_{name}": value for name, value in self.guidance.items()},
-            **self.filters,
+            **self.config.filters,
         )
         return self.decode(drawn.tokens[:, 0]), drawn.entropies[:, 0] / math.log(2)
 
@@ -298,7 +195,7 @@ class Sampler:
         return torch.cat(images)[: len(tokens)]
 
 
-def batch_that_fits(config: GenerateConfig, generator: LlamaGen, device: torch.device) -> int:
+def batch_that_fits(config: GenerateConfig, generator: Generator, device: torch.device) -> int:
     """Images drawn at once by default: what memory holds beside a batch in the tokenizer, at most LARGEST_BATCH."""
     cache_dtype, guided = CACHE_DTYPES[config.kv_dtype], config.cfg_scale > 1
     fitting = rows_that_fit(generator, cache_dtype, guided=guided)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vapi_fast.generation.config import CFG_SCHEDULES
 from vapi_fast.generation.engine import Engine, Generation, KVCache, compute_dtype
 from vapi_fast.models import Generator, GeneratorConfig
-from vapi_fast.runtime.flags import CFG_SCHEDULES
 
 __all__ = ["Generation", "KVCache", "generate", "guidance_scales", "sample_groups"]
 

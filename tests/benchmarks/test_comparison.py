@@ -7,14 +7,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import comparison
 import pytest
 import torch
-from reference_step import published_step
+from comparison import Comparison, PublishedRecipe, held_bytes
+from reference_step import PublishedModels, is_plain, published_step
 from torch import Tensor, nn
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment import comparison, report
-from vapi_fast.alignment.comparison import Comparison, PublishedModels, held_bytes, is_plain, published_gradients
 from vapi_fast.alignment.models import Models, load_models
 from vapi_fast.alignment.step import accumulate_gradients
 from vapi_fast.data.dataset import ImageBatch
@@ -34,18 +34,19 @@ def watched_maps(networks: tuple[nn.Module, ...]) -> list[Tensor]:
     return maps
 
 
-@pytest.mark.parametrize("path", ["both", "reference"])
-def test_the_published_side_has_plain_layouts(tiny_config: Make, tiny_batch: ImageBatch, path: str) -> None:
+def compared_with(models: Models, device: torch.device = CPU) -> Comparison:
+    found = Comparison()
+    found.prepare(models, None, device)
+    return found
+
+
+def test_the_published_side_has_plain_layouts(tiny_config: Make, tiny_batch: ImageBatch) -> None:
     """In every convolution, as in the released code; our own networks stay as they are."""
-    config = tiny_config(path=path)
+    config = tiny_config()
     models = load_models(config, CPU)
     ours = [parameter.stride() for parameter in models.tokenizer.parameters()]
     theirs = PublishedModels.of(models)
-    if path == "reference":  # nothing is copied
-        assert theirs.tokenizer is models.tokenizer
-        assert theirs.lpips is models.reward.lpips
-    else:
-        assert not all(is_plain(parameter) for parameter in models.tokenizer.parameters())
+    assert not all(is_plain(parameter) for parameter in models.tokenizer.parameters())
     maps = watched_maps((theirs.tokenizer, theirs.lpips))
     published_step(theirs, config, tiny_batch, seed=0)
     assert len(maps) > 300
@@ -94,12 +95,13 @@ class Published:
 
 
 def test_a_chunk_is_run_before_the_first_compared_step(
-    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in no figure but in what the comparison took, and leaves our gradients and the agreement as they are."""
     config = tiny_config()
     published = Published()
-    compared = Comparison(published, tiny_models, CPU)
+    monkeypatch.setattr(comparison, "published_step", published)
+    compared = compared_with(tiny_models)
     clock = StageClock()
     for seed in (1, 2):
         tiny_models.generator.zero_grad()
@@ -109,7 +111,7 @@ def test_a_chunk_is_run_before_the_first_compared_step(
     record = compared.record()
     counted = [sum(step.values()) for step in compared.stages["published_recipe"]]
     assert counted == pytest.approx(published.seconds[1:])
-    assert compared.seconds() == pytest.approx(sum(published.seconds))
+    assert compared.seconds == pytest.approx(sum(published.seconds))
     assert record["seconds_per_step"]["published_recipe"] == pytest.approx(sum(counted) / 2)
     assert record["comparison"]["gradient_relative_error"] < 1e-5
     assert record["comparison"]["tokens_equal"] == 1
@@ -119,10 +121,13 @@ def test_a_chunk_is_run_before_the_first_compared_step(
         assert torch.equal(mine, parameter.grad)
 
 
-def test_the_published_recipe_alone_is_warm_only_by_itself(tiny_config: Make, tiny_batch: ImageBatch) -> None:
-    config = tiny_config(path="reference")
-    published = Published()
-    published_gradients(published)(load_models(config, CPU), config, tiny_batch, 1, StageClock())
+def test_the_published_recipe_alone_is_warm_only_by_itself(
+    tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, alone = Published(), PublishedRecipe()
+    monkeypatch.setattr(comparison, "published_step", published)
+    alone.prepare(tiny_models, tiny_config(), CPU)
+    alone.of_step(0, 0, tiny_config())(tiny_models, tiny_config(), tiny_batch, 1, StageClock())
     assert published.images == [4]
 
 
@@ -158,7 +163,7 @@ def test_each_side_is_charged_for_its_own_memory_alone(
     for name, method in (("reset_peak_memory_stats", gpu.reset), ("max_memory_allocated", gpu.read)):
         monkeypatch.setattr(torch.cuda, name, method)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", gpu.snapshot)
-    compared = Comparison(published_step, tiny_models, CPU)
+    compared = compared_with(tiny_models)
     compared.device = torch.device("cuda")
     clock = StageClock()
     gpu.peak = 10**6
@@ -172,7 +177,7 @@ def test_each_side_is_charged_for_its_own_memory_alone(
 
 def test_what_the_other_side_holds(tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch) -> None:
     """Ours is not charged for the published networks, nor they for our reward's and our gradients."""
-    compared = Comparison(published_step, tiny_models, CPU)
+    compared = compared_with(tiny_models)
     charged = {}
 
     def measured(name: str, clock: Any, run: Any, others: list[object], pool: Any = None) -> Any:
@@ -193,17 +198,17 @@ def test_what_the_other_side_holds(tiny_config: Make, tiny_models: Models, tiny_
 
 
 def test_the_table_shows_both_peaks() -> None:
-    stages = {name: {"decode": 2.0} for name in report.PATH_NAMES}
+    stages = {name: {"decode": 2.0} for name in comparison.PATH_NAMES}
     agreement = {"gradient_relative_error": 1e-6, "advantages_cosine": 1.0, "tokens_equal": 1.0}
     peaks = {"vapi_fast": 61_000_000_000, "published_recipe": 70_500_000_000}
     record = {
         "comparison": {"steps": 2, "stages": stages, "speedup": {"decode": 1.0}, "peak_memory": peaks, **agreement},
-        "seconds_per_step": dict.fromkeys(report.PATH_NAMES, 2.0),
+        "seconds_per_step": dict.fromkeys(comparison.PATH_NAMES, 2.0),
         "speedup_over_reference": 1.0,
     }
-    assert report.comparison_table(record)[-1] == "peak memory: vapi-fast 61.0 GB, published recipe 70.5 GB"
+    assert comparison.comparison_table(record)[-1] == "peak memory: vapi-fast 61.0 GB, published recipe 70.5 GB"
     record["comparison"]["peak_memory"] = dict.fromkeys(peaks)
-    assert "peak memory" not in report.comparison_table(record)[-1]
+    assert "peak memory" not in comparison.comparison_table(record)[-1]
 
 
 @pytest.mark.gpu
@@ -212,14 +217,14 @@ def test_our_peak_is_that_of_a_run_without_a_comparison(tiny_config: Make, tiny_
     batch = tiny_batch.to(device)
     clock = StageClock(device)
 
-    def loaded(path: str) -> Models:
-        models = load_models(tiny_config(path=path), device)
+    def loaded() -> Models:
+        models = load_models(tiny_config(), device)
         accumulate_gradients(models, tiny_config(), batch, 0, clock)
         models.generator.zero_grad()
         return models
 
-    models = loaded("fast")
-    compared = Comparison(published_step, models, device)
+    models = loaded()
+    compared = compared_with(models, device)
     compared.measured(
         "vapi_fast",
         clock,
@@ -231,8 +236,8 @@ def test_our_peak_is_that_of_a_run_without_a_comparison(tiny_config: Make, tiny_
     models = compared = None
     gc.collect()
 
-    models = loaded("both")
-    compared = Comparison(published_step, models, device)
+    models = loaded()
+    compared = compared_with(models, device)
     compared.gradients(models, tiny_config(), batch, 0, clock)
     assert compared.peaks["vapi_fast"][0] == pytest.approx(alone, rel=0.02)
     assert compared.peaks["published_recipe"][0] > 2 * held_bytes([models.generator])  # weights and gradients

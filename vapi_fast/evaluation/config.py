@@ -1,0 +1,60 @@
+"""What `vapi-fast evaluate` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vapi_fast.models import catalog
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.options import PRESET, check, check_files, fill_in, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One `vapi-fast evaluate`: what is scored against what.
+
+    Raises:
+        ConfigError: a field out of range, a missing file, or fields that contradict each other.
+    """
+
+    model: str = option(
+        "xxl",
+        "tiny brings its own reference and feature network, all others take Inception",
+        choices=tuple(catalog.CATALOG),
+    )
+    samples: Path = option(
+        help="folder of `generate`, `.npz` of images or statistics, folder of pictures, or what `align --data` takes",
+        file="file or folder",
+    )
+    reference: Path | None = option(
+        PRESET,
+        "images or statistics to score against, in the same forms",
+        shown="required (shipped)",
+        file="file or folder",
+    )
+    inception_weights: Path | None = option(
+        None,
+        "`weights-inception-2015-12-05-6726825d.pth`, for machines that are offline",
+        shown="download (none)",
+        file="file or folder",
+    )
+    batch_size: int = option(PRESET, "images in the network at once", at_least=1)
+    image_size: int = option(PRESET, "crop of images in class folders, parquet or tars", at_least=1)
+    output: Path | None = option(None, "also write the scores there, as JSON")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.model.lower())
+        fill_in(self, catalog.entry(self.model).preset("evaluate"))
+        check(self)
+        if self.is_tiny and self.inception_weights is not None:
+            raise ConfigError("--model tiny scores with its own network: leave --inception-weights out")
+        if self.reference is None:
+            raise ConfigError(f"--reference is required for --model {self.model}; only tiny brings its own")
+        check_files(self)
+        if self.output is not None and self.output.exists():
+            raise ConfigError(f"--output {self.output} exists: choose another name")
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.model == "tiny"

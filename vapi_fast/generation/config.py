@@ -1,0 +1,163 @@
+"""What `vapi-fast generate` does: the model that draws, how tokens are drawn, and one run's options."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vapi_fast.models import catalog
+from vapi_fast.models.sizes import VQ_CONFIGS
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.options import PRESET, check, check_files, fill_in, flag, option
+
+CFG_SCHEDULES = ("constant", "power-cosine")
+LARGEST_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which generator and tokenizer, and the size of their images."""
+
+    model: str = option(
+        "xxl",
+        f"size of the generator: {', '.join(catalog.CATALOG)}; tiny brings its own files",
+        choices=tuple(catalog.CATALOG),
+    )
+    gpt_ckpt: Path | None = option(
+        PRESET,
+        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or `.safetensors`",
+        shown="required (shipped)",
+        file="file or folder",
+    )
+    vq_ckpt: Path | None = option(
+        PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="required (shipped)", file="file or folder"
+    )
+    image_size: int = option(
+        PRESET,
+        "pixels per side as drawn; that the checkpoint was trained at (`c2i_…_256.pt`: 256)",
+        at_least=1,
+    )
+
+    def prepare(self, command: str) -> None:
+        """Fill in what `--model` decides for the command, and check ranges. Raises ConfigError."""
+        object.__setattr__(self, "model", self.model.lower())
+        fill_in(self, catalog.entry(self.model).preset(command))
+        check(self)
+        downsample = VQ_CONFIGS[self.tokenizer].downsample
+        if self.image_size % downsample:
+            raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")
+
+    def check_required(self, *names: str) -> None:
+        """Raise ConfigError where a file is missing that the model does not bring, or names none."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
+        check_files(self)
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the image."""
+        return self.image_size // VQ_CONFIGS[self.tokenizer].downsample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How tokens are drawn from the generator's distribution."""
+
+    temperature: float = option(1.0, "of the draws", above=0)
+    top_k: int = option(0, "keep the k likeliest tokens in the draws; 0: all", at_least=0)
+    top_p: float = option(1.0, "nucleus of the draws; 1: all", above=0, at_most=1)
+    seed: int = option(0, "decides every random draw", at_least=0)
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(DrawOptions, ModelOptions):
+    """One `vapi-fast generate`. Fields left out take the paper's value, or the tiny preset's for `model="tiny"`.
+
+    Raises:
+        ConfigError: a field out of range, a missing file, or fields that contradict each other.
+    """
+
+    out: Path = option(help="folder of the results; an interrupted run is finished by the same command")
+    num: int = option(
+        PRESET,
+        "images to draw; torchrun takes `--num` for its own, use the second there",
+        at_least=1,
+        flags=("--num", "--num-images"),
+    )
+    class_ids: tuple[int, ...] | str | None = option(
+        None,
+        "such as `0,7,20-29`: one image of each in turn",
+        shown="all",
+        kind=str,
+    )
+    caption_features: Path | None = option(
+        None,
+        "text-encoder features `[N, 120, 2048]` (`.npy`, `.safetensors`) for a text-conditioned model, in turn",
+        file="file",
+    )
+    cfg_scale: float = option(1.0, "classifier-free guidance; 1: none", at_least=1)
+    cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
+    cfg_schedule: str = option(
+        "constant", "or `power-cosine`: guidance rises from 1 to `--cfg-scale`", choices=CFG_SCHEDULES
+    )
+    cfg_power: float = option(1.0, "of the power-cosine; above 1 it rises later", above=0)
+    save_size: int | None = option(
+        None, "pixels per side as written; papers draw 384 and score 256", at_least=1, shown="`--image-size`"
+    )
+    format: str = option("png", "or `npz`: one file in the ADM evaluator's layout", choices=("png", "npz"))
+    batch_size: int | None = option(
+        None,
+        "images drawn at once on one GPU; lower it when memory runs out",
+        at_least=1,
+        shown=f"up to {LARGEST_BATCH}",
+    )
+    kv_dtype: str | None = option(
+        None,
+        "`fp8`: keys and values in 8 bits, from compute capability 8.9 on; faster, less memory, rounded",
+        choices=("fp8",),
+    )
+    compare_ckpt: Path | None = option(
+        None, "another generator: `comparison.png` shows both at equal seeds", file="file"
+    )
+    entropy_maps: bool = option(False, "also draw where the generator is unsure: `entropy.png`")
+
+    def __post_init__(self) -> None:
+        if self.caption_features is not None and self.num is PRESET:
+            raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
+        self.prepare("generate")
+        if self.save_size is None:
+            object.__setattr__(self, "save_size", self.image_size)
+        if isinstance(self.class_ids, str):
+            object.__setattr__(self, "class_ids", parse_class_ids(self.class_ids))
+        if self.class_ids is not None and self.caption_features is not None:
+            raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
+        self.check_required("gpt_ckpt", "vq_ckpt")
+        if self.out.suffix == ".npz":
+            raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/samples.npz: leave out the .npz")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a file: pass a folder")
+
+    @property
+    def tokenizer(self) -> str:
+        return catalog.entry(self.model).tokenizer
+
+
+def parse_class_ids(text: str) -> tuple[int, ...]:
+    """Class ids from "0,7,20-29" (both ends included), in the order given; raises ConfigError for anything else."""
+    ids: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not found:
+            raise ConfigError(f"--class-ids {text}: expected numbers and ranges such as 0,7,20-29")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last - first > 10**6:
+            raise ConfigError(f"--class-ids {text}: {part.strip()} is not a range from low to high")
+        ids += range(first, last + 1)
+    return tuple(ids)

@@ -1,0 +1,174 @@
+"""Fields of a command's configuration that carry their help and range, once: flags, checks and tables are made of them.
+
+A configuration is a frozen dataclass whose fields are made by `option`; `fill_in` and `check` are its `__post_init__`.
+Nothing here imports torch, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Any
+
+from vapi_fast.runtime.errors import ConfigError
+
+PRESET: Any = ...  # default of a field whose value `--model` decides
+LIMIT = 2**63  # what a number has to stay below
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    shown: str | None = None,
+    flags: tuple[str, ...] | None = None,
+    kind: type | None = None,
+    file: str = "",
+) -> Any:
+    """A field with its flag.
+
+    Args:
+        default: PRESET where the model's catalog entry has it; none: the flag is required.
+        help: of the flag, in Markdown; empty: the field has no flag.
+        at_least, above, at_most, below: range of a number, or of one that is not None. NaN is outside of any, and what
+            has no upper bound must be finite and below 2^63.
+        choices: what a string can be, or one that is not None.
+        shown: the default in tables and --help, where the value itself would say less.
+        flags: names of the flag, if not the field's own.
+        kind: what the flag's text is made into, if not the field's type.
+        file: a path that must exist: "file" or "file or folder".
+    """
+    return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+
+
+def flag(field: str) -> str:
+    """The command line's name of a config field."""
+    return "--" + field.replace("_", "-")
+
+
+def flags_of(field: Field[Any]) -> tuple[str, ...]:
+    return field.metadata["flags"] or (flag(field.name),)
+
+
+def options(config: type) -> Iterator[Field[Any]]:
+    """The fields that have a flag."""
+    return (field for field in dataclasses.fields(config) if field.metadata.get("help"))
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """A flag for each field that has one; `presets`: the defaults that a model decides, by model."""
+    for field in options(config):
+        kind, text = kind_of(config, field), field.metadata["help"]
+        arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            arguments["action"] = "store_false" if field.default is True else "store_true"
+        else:
+            arguments |= {"choices": field.metadata["choices"]} if field.metadata["choices"] else {"type": kind}
+            arguments["required"] = field.default is MISSING
+            default = shown_default(field, presets)
+            if default:
+                text += f" ({default})" if default.startswith("required") else f" (default: {default})"
+        parser.add_argument(*flags_of(field), help=text.replace("`", "").replace("%", "%%"), **arguments)
+
+
+def kind_of(config: type, field: Field[Any]) -> type:
+    """What a flag's text is made into: the field's type, None aside."""
+    if field.metadata["kind"]:
+        return field.metadata["kind"]
+    hint = typing.get_type_hints(config)[field.name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = (each for each in hint.__args__ if each is not type(None))
+    return hint
+
+
+def shown_default(field: Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """`384 (32)`: the default, and in brackets the tiny preset's where it has its own."""
+    if field.metadata["shown"] is not None:
+        return field.metadata["shown"]
+    if field.default is MISSING:
+        return "required"
+    if field.default is PRESET:
+        values = [as_text(presets[model][field.name]) for model in ("xxl", "tiny")]
+        return values[0] if values[0] == values[1] else f"{values[0]} ({values[1]})"
+    return as_text(field.default)
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:,}".replace(",", " ")
+    return "" if value is None or isinstance(value, bool) else str(value)
+
+
+def table(config: type, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The flags as a Markdown table."""
+    lines = ["| flag | default (tiny) | what it does |", "|---|---|---|"]
+    for field in options(config):
+        names = " or ".join(f"`{name}`" for name in flags_of(field))
+        lines.append(f"| {names} | {shown_default(field, presets)} | {field.metadata['help']} |")
+    return "\n".join(lines)
+
+
+def fill_in(config: Any, preset: Mapping[str, Any]) -> None:
+    """Put the preset's values where the fields are left to it, and paths where text names them."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is PRESET:
+            value = preset[field.name]
+        if isinstance(value, str) and kind_of(type(config), field) is Path:
+            value = Path(value)
+        object.__setattr__(config, field.name, value)
+
+
+def check(config: Any) -> None:
+    """Raise ConfigError for the first field that is out of range, no choice of its own, or names no file."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        if value is None:
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            raise ConfigError(f"{flag(field.name)} {value}: choose one of {', '.join(limits['choices'])}")
+        if wrong := out_of_range(value, limits):
+            raise ConfigError(f"{flag(field.name)} must be {wrong}, got {value}")
+
+
+def check_files(config: Any) -> None:
+    """Raise ConfigError for the first field that must name a file and names none."""
+    for field in dataclasses.fields(config):
+        path, expected = getattr(config, field.name), field.metadata["file"]
+        if path is not None and expected == "file" and not path.is_file():
+            raise ConfigError(f"{flag(field.name)} {path}: no such file")
+        if path is not None and expected == "file or folder" and not path.exists():
+            raise ConfigError(f"{flag(field.name)} {path}: no such file or folder")
+
+
+def out_of_range(value: Any, limits: Mapping[str, Any]) -> str:
+    """What a number must be, if it is not; else nothing."""
+    at_least, above, at_most, below = (limits[name] for name in ("at_least", "above", "at_most", "below"))
+    if (at_least is None and above is None) or isinstance(value, bool):
+        return ""
+    low = f"at least {at_least}" if above is None else f"greater than {above}"
+    expected = low
+    if at_most is not None:
+        expected = f"between {at_least} and {at_most}" if above is None else f"{low} and at most {at_most}"
+    elif below is not None:
+        expected = f"{low} and less than {below}"
+    if not (value >= at_least if above is None else value > above):
+        return expected
+    if at_most is not None or below is not None:
+        return "" if (value <= at_most if below is None else value < below) else expected
+    if value >= LIMIT:
+        return f"{low} and finite" if above is not None and math.isinf(value) else "finite and less than 2^63"
+    return ""
