@@ -158,7 +158,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(masked: bool) -> None:
     expected = plain_logits(model, context, condition)
     hidden = model.hidden(context, condition)
     assert hidden.shape == (3, 9, 16)
-    assert relative_l2(F.linear(hidden, *model.head).detach(), expected.detach()) < 1e-6  # the rotary table is float32
+    assert relative_l2(model.head.logits(hidden).detach(), expected.detach()) < 1e-6  # the rotary table is float32
     logprobs = expected.log_softmax(-1).gather(-1, rollouts.transpose(1, 2)).transpose(1, 2)
     assert relative_l2(token_logprobs(hidden, model.head, rollouts, 1.0).detach(), logprobs.detach()) < 1e-6
     assert relative_l2(model(context, condition.rows, condition_mask=condition.mask).detach(), expected.detach()) < 1e-6
