@@ -77,8 +77,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A generator's weights in one dtype; those of a width's square and more that have it already are not copied, w13
-    excepted."""
+    """A generator's weights in one dtype; those that have it already are not copied, w13 and the readout excepted."""
 
     embeddings: Tensor  # [V,D], of each token
     layers: list[Layer]

@@ -42,6 +42,7 @@ class CaptionEmbedding(nn.Module):
 class LlamaGen(Generator):
     """LlamaGen's transformer, with its parameters' names."""
 
+    sizes = LLAMAGEN_CONFIGS
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:
