@@ -44,15 +44,9 @@ class Head(NamedTuple):
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
     def operands(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The states and the head in their dtype, as `ops.policy_loss` and its like take them.
-
-        A bias becomes a column of the weight, for hidden states that end in a one.
-        """
-        weight = self.weight.to(hidden.dtype)
-        if self.bias is not None:
-            hidden = F.pad(hidden, (0, 1), value=1.0)
-            weight = torch.cat([weight, self.bias.to(hidden.dtype)[:, None]], dim=1)
-        return {"hidden": hidden, "weight": weight}
+        """The states and the head in their dtype, as `ops.policy_loss` and its like take them."""
+        operands = {"hidden": hidden, "weight": self.weight.to(hidden.dtype)}
+        return operands if self.bias is None else operands | {"bias": self.bias.to(hidden.dtype)}
 
 
 class Cache(Protocol):
