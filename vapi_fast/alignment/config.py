@@ -29,6 +29,17 @@ class DataOptions:
         shown="required (shipped)",
         file="file or folder",
     )
+    split: str | None = option(
+        None,
+        "which split of `--data`, in any case; a measurement takes the held-out one",
+        shown="train, or the only one",
+    )
+    class_index: Path | None = option(
+        None,
+        "JSON or text list: class names and their ids, where the order of the names is not the ids'",
+        shown="in the order of the names",
+        file="file",
+    )
     synthetic_data: bool = option(False, "made-up images instead of `--data`, to time a model; align only")
 
 

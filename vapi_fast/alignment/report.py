@@ -33,6 +33,7 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "versions": versions(),
         "device": device_name(outcome.device),
         "processes": world_size(),
+        "data": outcome.data,
         "commit": commit(),
         **outcome.measured,
         "reward": outcome.curves["reward"],

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.snapshots import Snapshots
 from vapi_fast.alignment.step import make_trainer
-from vapi_fast.data.dataset import ImageData, ahead, reader
+from vapi_fast.data.dataset import ImageData, ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
 from vapi_fast.runtime import packages
@@ -116,6 +117,14 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
     return compile.in_background(device_architecture(device.index))
 
 
+def comparable(config: AlignConfig) -> dict[str, str]:
+    """A configuration's values as text that tells two of them apart: a path as it is from anywhere."""
+    return {
+        key: str(value.resolve() if isinstance(value, Path) else value)
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
 class Run:
     """The parts of a run: models, optimizer, data, evaluator, states, and what it has found so far."""
 
@@ -143,7 +152,14 @@ class Run:
         if config.synthetic_data:
             self.data = SyntheticData(config.image_size, classes)
         else:
-            self.data = ImageData(config.data, config.image_size, num_classes=classes)
+            self.data = ImageData(
+                config.data,
+                config.image_size,
+                num_classes=classes,
+                split=config.split,
+                class_index=config.class_index,
+            )
+        self.outcome.data = self.data.summary()
         self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
         shard(generator, reshard_after_forward=plan is None or plan.reshard_after_forward)
         self.trainer = make_trainer(self.models, config, self.outcome.clock)
@@ -163,7 +179,8 @@ class Run:
         text += f"; results in {config.output_dir}"
         text += f"\nstart-up {seconds['startup']:.1f} s, {seconds['kernels']:.1f} of it waiting for kernels"
         plan = f"memory per GPU, as planned: {self.outcome.plan}" if self.outcome.plan else ""
-        return "\n".join(filter(None, (text, plan, packages.left_out())))
+        images = "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.num_classes)
+        return "\n".join(filter(None, (text, images, plan, packages.left_out())))
 
     def begin(self) -> int:
         """Measure the generator, or go on from the newest state; returns the steps that are done."""
@@ -209,21 +226,23 @@ class Run:
     def save_state(self, step: int) -> None:
         """Everything that `--resume` needs after `step` steps; all ranks call it."""
         extra = {
-            "config": {key: str(value) for key, value in dataclasses.asdict(self.config).items()},
+            "config": comparable(self.config),
             "curves": self.outcome.curves,
             "measured": self.outcome.measured,
+            "data": self.outcome.data,
         }
         self.snapshots.save(step, self.models.generator, self.trainer.optimizer, extra)
 
     def load_state(self) -> int:
         """Go on from the newest snapshot; returns the steps behind it. Raises ConfigError if the run was another."""
         step, extra = self.snapshots.restore(self.models.generator, self.trainer.optimizer)
-        for key, value in dataclasses.asdict(self.config).items():
-            if key not in RESUMABLE and extra["config"].get(key) != str(value):
-                before = extra["config"].get(key)
+        for key, value in comparable(self.config).items():
+            if key not in RESUMABLE and (before := extra["config"].get(key)) != value:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
+        if changed := difference(extra["data"], self.outcome.data):
+            raise ConfigError(f"--resume: {self.config.snapshots} was started on other images: {changed}")
         if step > self.config.steps:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")
         for group in self.trainer.optimizer.param_groups:
