@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from vapi_fast.runtime.distributed import rank, world_size
-from vapi_fast.runtime.errors import CheckpointError
+from vapi_fast.runtime.errors import CheckpointError, warn
 
 MANIFEST = "manifest.json"
 READ_SIZE = 1 << 24
@@ -289,7 +288,3 @@ def reason(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def warn(message: str) -> None:
-    print(f"vapi-fast: warning: {message}", file=sys.stderr, flush=True)
