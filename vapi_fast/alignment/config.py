@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -198,7 +199,7 @@ class AlignConfig(
     def check_folder(self) -> None:
         if (self.output_dir / "run.json").exists():
             raise ConfigError(f"--output-dir {self.output_dir} holds a finished run: choose another folder")
-        unfinished = any(self.snapshots.glob("step-*"))
+        unfinished = bool(saved_steps(self.snapshots))
         if self.resume and not unfinished:
             raise ConfigError(f"--resume: {self.output_dir} holds no snapshots to go on from; pass its --output-dir")
         if not self.resume and unfinished:
@@ -206,6 +207,12 @@ class AlignConfig(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps whose states are in `directory`, whole or damaged, in ascending order."""
+    names = (re.fullmatch(r"step-(\d{6,18})", path.name) for path in directory.glob("step-*") if path.is_dir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def reward_function(name: str) -> Callable[..., Any]:
