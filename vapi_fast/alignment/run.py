@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
@@ -37,8 +39,9 @@ from vapi_fast.runtime.distributed import (
     world_size,
 )
 from vapi_fast.runtime.energy import EnergyMeter
-from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 from vapi_fast.runtime.options import flag
+from vapi_fast.runtime.ownership import not_written, owned
 
 GRID_IMAGES = 24
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
@@ -78,17 +81,17 @@ def align(config: AlignConfig, *, source: GradientSource | None = None, started:
     with process_group() as device:
         # The default folder has the time in its name: that of rank 0.
         config = dataclasses.replace(config, output_dir=gather_objects(config.output_dir)[0])
-        run = Run(config, device, source, started)
-        if rank() == 0:
-            print(run.introduction())
-        try:
-            start_step = run.begin()
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            run.steps(start_step)
-            run.end()
-            return run.write_results(started)
-        finally:
-            run.snapshots.finish()
+        with owned(config.output_dir, "--output-dir"):
+            config.check_folder()  # once more: what was there before may have ended meanwhile
+            run = Run(config, device, source, started)
+            if rank() == 0:
+                print(run.introduction())
+            try:
+                run.steps(run.begin())
+                run.end()
+                return run.write_results(started)
+            finally:
+                run.snapshots.finish()
 
 
 def memory_plan(config: AlignConfig, device: torch.device, source: GradientSource) -> memory.MemoryPlan | None:
@@ -123,6 +126,13 @@ def comparable(config: AlignConfig) -> dict[str, str]:
         key: str(value.resolve() if isinstance(value, Path) else value)
         for key, value in dataclasses.asdict(config).items()
     }
+
+
+@torch.no_grad()
+def all_finite(generator: nn.Module) -> bool:
+    """Whether all weights are, on every rank."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in generator.parameters())
+    return all(gather_objects(bool(torch.stack([p.isfinite().all() for p in local]).all())))
 
 
 class Run:
@@ -201,8 +211,8 @@ class Run:
             Loop(self.trainer, self.source, self.outcome, start_step, self.save_state).run(moved)
 
     def end(self) -> None:
+        self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
-            self.save_state(self.config.steps)
             self.measure("aligned")
             self.picture("aligned sample")
 
@@ -224,7 +234,15 @@ class Run:
         self.outcome.pictures.append((title, samples.cpu()))
 
     def save_state(self, step: int) -> None:
-        """Everything that `--resume` needs after `step` steps; all ranks call it."""
+        """Everything that `--resume` needs after `step` steps; all ranks call it.
+
+        Raises NonFiniteError, and saves nothing, where the last update has left weights that are not finite.
+        """
+        if not all_finite(self.models.generator):
+            raise NonFiniteError(
+                f"the weights after step {step} are not finite though the step's gradient is: lower --lr; earlier "
+                f"states stay in {self.config.snapshots}"
+            )
         extra = {
             "config": comparable(self.config),
             "curves": self.outcome.curves,
@@ -254,14 +272,18 @@ class Run:
         """The aligned checkpoint, the pictures, `run.json` and the table; the snapshots go."""
         output = self.config.output_dir
         weights = whole_state(self.models.generator)
-        if rank() == 0:
-            save_generator(output / "aligned.pt", weights)
-            report.write_pictures(self.outcome, output)
-        self.outcome.skipped_images = self.data.skipped
-        self.outcome.seconds["total"] = time.perf_counter() - started
-        record = report.run_record(self.outcome)
-        if rank() == 0:
-            report.write_record(record, output)
-            self.source.write(record, output)
+        try:
+            if rank() == 0:
+                save_generator(output / "aligned.pt", weights)
+                report.write_pictures(self.outcome, output)
+            self.outcome.skipped_images = self.data.skipped
+            self.outcome.seconds["total"] = time.perf_counter() - started
+            record = report.run_record(self.outcome)
+            if rank() == 0:
+                report.write_record(record, output)
+                self.source.write(record, output)
+        except OSError as error:
+            self.snapshots.finish()
+            raise not_written(error, output, f"go on with --resume --output-dir {output}") from error
         self.snapshots.clear()
         return record

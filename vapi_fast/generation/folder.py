@@ -37,6 +37,7 @@ from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.ownership import LOCK, owned
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
@@ -67,7 +68,7 @@ def draw_samples(config: GenerateConfig) -> None:
     """
     if config.entropy_maps:
         require(ConfigError, "--entropy-maps", "matplotlib")
-    with process_group() as device:
+    with process_group() as device, owned(config.out, "--out"):
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
         manifest = make_manifest(config, sampler.conditions)
@@ -270,7 +271,7 @@ def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
     path = out / MANIFEST
     if not path.exists():
         # A run that was killed while it wrote the manifest leaves a temporary file.
-        if out.exists() and any(not found.name.startswith(f".{MANIFEST}.") for found in out.iterdir()):
+        if out.exists() and any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
             raise ConfigError(f"--out {out} holds other files: choose another folder")
         return True
     try:

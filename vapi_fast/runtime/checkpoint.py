@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -257,4 +258,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def save_generator(path: str | Path, state: dict[str, Tensor]) -> None:
     """Write a generator's weights as LlamaGen's FSDP export does: a bare state dict of CPU tensors."""
     state = {key: value.cpu() for key, value in state.items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    try:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    except RuntimeError as error:  # of torch's own writer, which does not say what the system said
+        size = sum(value.nbytes for value in state.values())
+        raise OSError(errno.EIO, f"{size / 1e6:.0f} MB did not fit or could not be written", str(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -38,6 +38,10 @@ class NonFiniteError(Error, RuntimeError):
     """A reward, loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are good."""
 
 
+class RewardError(Error, RuntimeError):
+    """The user's reward raised an error, or returned what is no reward."""
+
+
 class StoppedError(Error, RuntimeError):
     """The run was asked to stop; its state is saved."""
 
