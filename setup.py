@@ -13,16 +13,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        *find_packages(include=["vapi_fast", "vapi_fast.*"]),
-        "vapi_fast.kernels",
-        "vapi_fast.kernels.tables",
-    ],
+    packages=[*find_packages(include=["vapi_fast", "vapi_fast.*"]), "vapi_fast.kernels"],
     package_dir={"vapi_fast": "vapi_fast", "vapi_fast.kernels": "kernels"},
     package_data={
         "vapi_fast.tiny": ["preset/*"],
         "vapi_fast.kernels": ["*.json"],
-        "vapi_fast.kernels.tables": ["*.json"],
     },
     install_requires=[
         "torch>=2.8,<2.14",

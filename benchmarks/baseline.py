@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +47,16 @@ class Baseline:
 
     def update(self, rows: Sequence[Row]) -> None:
         """Accept measured rows and write the file, atomically; others stay, those of a run beside this one too."""
-        with locked(self.path.parent):
-            self.kinds = read(self.path) if self.path.exists() else {}
-            for row in rows:
-                kept = {key: row[key] for key in ("ratio", "reference", "yardstick", "error", "disagreement")}
-                names = [name for name in (OURS, row["reference"], YARDSTICK) if name in row["seconds"]]
-                kept["seconds"] = {name: row["seconds"][name] for name in names}
-                kept |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "with": setup()}
-                self.kinds.setdefault(row["kind"], {})[row["name"]] = rounded(kept)
-            temporary = self.path.with_suffix(f".json.{os.getpid()}.tmp")
-            temporary.write_text(text(self.kinds), encoding="utf-8")
-            os.replace(temporary, self.path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A folder's lock, not a file's, which is replaced."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(number)
+        self.kinds = read(self.path) if self.path.exists() else {}
+        for row in rows:
+            kept = {key: row[key] for key in ("ratio", "reference", "yardstick", "error", "disagreement")}
+            names = [name for name in (OURS, row["reference"], YARDSTICK) if name in row["seconds"]]
+            kept["seconds"] = {name: row["seconds"][name] for name in names}
+            kept |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "with": setup()}
+            self.kinds.setdefault(row["kind"], {})[row["name"]] = rounded(kept)
+        temporary = self.path.with_suffix(f".json.{os.getpid()}.tmp")
+        temporary.write_text(text(self.kinds), encoding="utf-8")
+        os.replace(temporary, self.path)
 
 
 def read(path: Path) -> dict[str, dict[str, Row]]:

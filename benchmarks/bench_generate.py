@@ -17,7 +17,6 @@ import pytest
 import torch
 from race import OURS, YARDSTICK, Contestant, Race, yardstick
 from sampling import bytes_read, random_model
-from timing import clock
 from torch import Tensor
 
 from vapi_fast import ops
@@ -81,7 +80,6 @@ def agreement(setting: Setting, drawn: Generation) -> dict[str, float]:
     return {"equal_draws": torch.stack(equal).mean().item(), "logprob_error": torch.stack(difference).mean().item()}
 
 
-@pytest.mark.benchmark(timer=clock)
 def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[str]) -> None:
     device, sequences = setting.labels.device, len(setting.labels)
 

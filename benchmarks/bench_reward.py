@@ -9,10 +9,8 @@ import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from race import YARDSTICK, Contestant, Race, yardstick
-from timing import clock
 from torch import Tensor
 
 from vapi_fast import ops
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-@pytest.mark.benchmark(timer=clock)
 def test_score(guard: Guard, step: Step) -> None:
     from reference_step import PublishedModels, score
 

@@ -9,10 +9,8 @@ import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from race import YARDSTICK, Contestant, Race, yardstick
-from timing import clock
 
 from vapi_fast import ops
 
@@ -29,7 +27,6 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.5}
 
 
-@pytest.mark.benchmark(timer=clock)
 def test_gradients(guard: Guard, step: Step) -> None:
     from comparison import relative_error
     from reference_step import CHUNK, PublishedModels, encode, published_step

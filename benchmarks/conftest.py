@@ -10,11 +10,11 @@ import baseline
 import pytest
 import torch
 from baseline import Baseline, BaselineError, Row
+from cases import SMALL, XXL, Sizes
 from pytest_benchmark.fixture import BenchmarkFixture
 from race import FEWEST_ROUNDS, YARDSTICK, Race
-from shapes import SMALL, XXL, Sizes
 from summary import ratios, table
-from timing import keep_freed_memory
+from timing import clock, keep_freed_memory
 
 from vapi_fast.runtime import ceilings
 
@@ -156,6 +156,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if report:  # pytest-benchmark would miss it after everything was measured
         report.parent.mkdir(parents=True, exist_ok=True)
     config.stash[ROWS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every operation of a `bench_<stem>.py`, each of its passes."""
+    if "operation" in metafunc.fixturenames:
+        cases = [(each, passes) for each in metafunc.module.OPERATIONS for passes in each.passes]
+        metafunc.parametrize(("operation", "passes"), cases, ids=[f"{each.name} {passes}" for each, passes in cases])
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,9 +29,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from parts import Part, end_leftover, gpu_reading, nvidia_smi, run_together
+from parts import Part, gpu_reading, nvidia_smi, run_together
 from summary import headline, ratios, rows_of, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,87 +75,79 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
     """All parts, the most valuable first, those of a stage side by side; with `cpu` of the tiny sizes."""
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(work / "site"), os.environ.get("PYTHONPATH")]))}
     environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    small = ["--cpu"] * cpu
     model = ["--model", "tiny", "--batch-size", "4", "--micro-batch", "4"] if cpu else ["--model", "xxl"]
-    number = 10 * capability[0] + capability[1]
-    architecture = f"sm_{max((each for each in ARCHITECTURES if each <= number), default=ARCHITECTURES[0])}"
-    # PyTorch's allocator has blocks larger than a tensor, which would hide what is read or written past its end.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99"]
 
     def part(name: str, bound: float, *commands: list[str], cache: str = "align", **options: Any) -> Part:
-        cached = work / "triton" / cache
-        variables = environment | options.pop("environment", {}) | {"TRITON_CACHE_DIR": str(cached)}
+        variables = environment | options.pop("environment", {}) | {"TRITON_CACHE_DIR": str(work / "triton" / cache)}
         folder = options.pop("folder", ROOT / "benchmarks")
-        return Part(name, bound, commands, folder, variables, compiled=cached, **options)
+        return Part(name, bound, commands, folder, variables, compiled=work / "triton" / cache, **options)
 
-    def script(name: str, bound: float, file: str, cache: str = "align") -> Part:
-        figures = {
-            "figures": json_lines,
-            "failures": lambda output: lines_with(output, '"failure"', '"ok": false', "Error: "),
-        }
-        return part(name, bound, [sys.executable, file, *small], cache=cache, **figures)
+    def script(name: str, cache: str) -> Part:
+        failures = functools.partial(lines_with, words=('"failure"', '"ok": false', "Error: "))
+        command = [sys.executable, f"{name}.py", *["--cpu"] * cpu]
+        return part(name, 60, command, cache=cache, figures=json_lines, failures=failures)
 
     def alignment(name: str, bound: float, *arguments: str, **options: Any) -> Part:
         output = work / name
-        flags = [*model, "--random-init", "--synthetic-data", *arguments, "--output-dir", str(output)]
         # Not by torchrun: it gives its processes sessions of their own, and they would outlive a part that is killed.
-        command = [sys.executable, "e2e_align.py", *flags]
-        failures = {"failures": lambda text: lines_with(text, "error:", "Error: ")}
-        return part(name, bound, command, figures=lambda text: aligned(output), **failures, **options)
+        command = [sys.executable, "e2e_align.py", *model, "--random-init", "--synthetic-data", *arguments]
+        options |= {"figures": lambda text: aligned(output)}
+        options |= {"failures": functools.partial(lines_with, words=("error:", "Error: "))}
+        return part(name, bound, [*command, "--output-dir", str(output)], **options)
 
-    def tests(bound: float, *runs: list[str]) -> Part:
-        reports = [work / "tests" / f"{index}.xml" for index in range(len(runs))]
-        pytest = [*PYTEST, "--continue-on-collection-errors"]
-        commands = [[*pytest, f"--junitxml={report}", *run] for report, run in zip(reports, runs, strict=True)]
-        figures = {"figures": lambda output: junit_counts(reports), "failures": lambda output: junit_failures(reports)}
-        # Not in ROOT, whose folder vapi_fast lacks the kernels.
-        return part("tests", bound, *commands, cache="tests", folder=ROOT / "tests", needs=("pytest",), **figures)
+    def pytest(name: str, bound: float, *runs: list[str], **options: Any) -> Part:
+        options = {
+            "figures": tests_said,
+            "failures": functools.partial(lines_with, words=("FAILED ", "ERROR ")),
+        } | options
+        return part(name, bound, *([*PYTEST, *run] for run in runs), **options)
 
-    def benchmarks(bound: float, *arguments: str) -> Part:
-        rows, report = work / "benchmarks" / "rows.json", work / "benchmarks" / "report.xml"
-        options = ["--benchmark-only", f"--benchmark-json={rows}", f"--junitxml={report}", "--compile-seconds=0"]
-        figures = {"figures": lambda output: benchmark_rows(rows), "failures": lambda output: junit_failures([report])}
-        return part(
-            "benchmarks", bound, [*PYTEST, *arguments, *options], needs=("pytest", "pytest_benchmark"), **figures
-        )
+    def tests(
+        *runs: list[str], needs: tuple[str, ...] = ("pytest",)
+    ) -> Part:  # not in ROOT: its vapi_fast lacks kernels
+        runs = [["--continue-on-collection-errors", "--durations=5", *run] for run in runs]
+        return pytest("tests", 120, *runs, cache="tests", folder=ROOT / "tests", needs=needs)
 
-    def memcheck(bound: float, *tool: str) -> Part:
-        figures = {"figures": lambda output: {"operations": len(lines_with(output, ": ran"))}}
-        figures |= {"failures": lambda output: lines_with(output, "Invalid __", "Misaligned", "Error: ")}
+    def benchmarks(*arguments: str) -> Part:
+        rows, needs = work / "benchmarks" / "rows.json", ("pytest", "pytest_benchmark")
+        options = ["--benchmark-only", f"--benchmark-json={rows}", "--compile-seconds=0"]
+        return pytest("benchmarks", 110, [*arguments, *options], needs=needs, figures=lambda text: benchmark_rows(rows))
+
+    def memcheck(*tool: str) -> Part:
+        figures = {"figures": lambda text: {"operations": len(lines_with(text, (": ran",)))}}
+        figures |= {"failures": functools.partial(lines_with, words=("Invalid __", "Misaligned", "Error: "))}
+        # PyTorch's allocator has blocks larger than a tensor, which would hide what is read or written past its end.
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [*tool, sys.executable, "run_once.py"]
-        return part("memcheck", bound, command, cache="tests", environment=uncached, needs=tool[:1], **figures)
+        return part("memcheck", 120, command, cache="tests", environment=uncached, needs=tool[:1], **figures)
 
     first = [
-        [script("rates", 60, "rates.py", cache="rates")],
+        [script("rates", "rates")],
         [alignment("align_both", 90, "--path", "both", "--steps", "5")],
-        [script("sampling", 60, "sampling.py")],
+        [script("sampling", "align")],
         [alignment("align", 390, "--steps", "6" if cpu else "100", "--checkpoint-every", "1000", rest=True)],
     ]
-    if cpu:  # one operation timed, one family's tests, and all operations interpreted, under no tool
-        one = ["bench_ops.py", "-k", "mse and forward and not pairs and not backward"]
-        last = [tests(120, ["ops/test_fused_normalization.py", "-k", "rms_norm"]), memcheck(120)]
-        return [*first, [benchmarks(110, *one)], last]
+    if cpu:  # one operation timed, one operation's tests, and all operations interpreted, under no tool
+        one = benchmarks("bench_perceptual.py", "-k", "mse and forward and not pairs and not backward")
+        return [*first, [one], [tests(["ops/test_rms_norm.py"]), memcheck()]]
+    number = 10 * capability[0] + capability[1]
+    architecture = f"sm_{max((each for each in ARCHITECTURES if each <= number), default=ARCHITECTURES[0])}"
     code = [sys.executable, "-m", "vapi_fast.kernels.check", "--arch", architecture]
-    last = [
-        tests(120, *([*files, "-m", marker] for marker, files in shards(min(10, os.cpu_count() or 1)))),
-        memcheck(120, *sanitizer),
-        part("kernels", 120, code, cache="kernels", folder=work, figures=last_line),
+    kernels = part("kernels", 120, code, cache="kernels", folder=work, figures=last_line)
+    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99")
+    spread = ["--dist", "worksteal", "-n"]
+    runs = [
+        ["ops", "-m", "not gpu", *spread, str(min(10, os.cpu_count() or 1))],
+        [*gpu_tests(), "-m", "gpu", *spread, "2"],  # what they do fills the memory
     ]
-    return [*first, [benchmarks(110, ".", "--ignore=bench_generate.py")], last]
+    last = [tests(*runs, needs=("pytest", "xdist")), memcheck(*sanitizer), kernels]
+    return [*first, [benchmarks(".", "--ignore=bench_generate.py")], last]
 
 
-def shards(processes: int) -> Iterator[tuple[str, list[str]]]:
-    """Marker and files of each process of pytest; two have what is marked, which fills the memory.
-
-    Files are dealt out by their size, which is near enough to their seconds.
-    """
-    tests = ROOT / "tests"
-    files = sorted(tests.rglob("test_*.py"), key=lambda path: -path.stat().st_size)
-    kernels = [f"ops/{path.name}" for path in files if path.parent == tests / "ops"]
-    marked = [str(path.relative_to(tests)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
-    for marker, names, count in (("not gpu", kernels, processes), ("gpu", marked, 2)):
-        yield from ((marker, names[index::count]) for index in range(min(count, len(names))))
+def gpu_tests() -> list[str]:
+    """The files of tests that need a GPU; others may need what is not installed."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT / "tests")) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 # ---- what they have measured
@@ -181,29 +174,6 @@ def aligned(output: Path) -> dict[str, Any]:
     return found | first | {"steps_done": lines[-1]["step"], "own_peak_memory": alone[-1]}
 
 
-def junit_counts(reports: Sequence[Path]) -> dict[str, Any]:
-    """Tests, failures, errors and skipped ones of JUnit reports, and the slowest tests in seconds."""
-    roots = [ElementTree.parse(report).getroot() for report in reports if report.exists()]
-    suites = [suite for root in roots for suite in root.iter("testsuite")]
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    }
-    cases = [case for root in roots for case in root.iter("testcase")]
-    slowest = sorted(cases, key=lambda case: -float(case.get("time", 0)))[:5]
-    return counts | {"slowest": {case.get("name"): float(case.get("time", 0)) for case in slowest}}
-
-
-def junit_failures(reports: Sequence[Path]) -> list[str]:
-    """Name of every test that failed, and the end of its message."""
-    return [
-        f"{case.get('classname')}::{case.get('name')}: {(outcome.text or outcome.get('message') or '')[-1500:]}"
-        for report in reports
-        for case in ElementTree.parse(report).getroot().iter("testcase")
-        for outcome in case
-        if outcome.tag in ("failure", "error")
-    ]
-
-
 def benchmark_rows(report: Path) -> list[dict[str, Any]]:
     """The rows of all benchmarks, each with pytest-benchmark's statistics of our own times."""
     measured = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
@@ -212,11 +182,16 @@ def benchmark_rows(report: Path) -> list[dict[str, Any]]:
     return [each["extra_info"] | {"stats": {key: each["stats"][key] for key in statistics}} for each in finished]
 
 
+def tests_said(output: str) -> dict[str, str]:
+    """The last lines of pytest's processes: how many tests passed, failed and were skipped, in what time."""
+    return {"said": "; ".join(re.findall(r"^=* ?(\d+ \w+.* in [\d.]+s.*?) ?=*$", output, re.MULTILINE))}
+
+
 def last_line(output: str) -> dict[str, str]:
     return {"said": output.strip().splitlines()[-1]}
 
 
-def lines_with(output: str, *words: str) -> list[str]:
+def lines_with(output: str, words: Sequence[str]) -> list[str]:
     return [line.strip() for line in output.splitlines() if any(word in line for word in words)][:40]
 
 
@@ -244,56 +219,56 @@ def main() -> int:
 
 def check(options: argparse.Namespace, start: float) -> int:
     """Run what is missing and fits. Raises CheckError, with nothing written, where it cannot start."""
-    folder, commit = options.folder.resolve(), commit_of(options.commit)
+    folder, commit, cpu = options.folder.resolve(), commit_of(options.commit), options.cpu
     path, work = folder / "gpu_check.json", folder / "work"
     check_folder(folder)
     with contextlib.ExitStack() as stack:
-        if new := not folder.exists():
-            before = {}
-        else:
+        if folder.exists():
             stack.enter_context(alone(folder))
-            before = read(path)
-        for result in before.get("parts", {}).values():  # of whatever commit: it holds the GPU's memory
-            end_leftover(result)
-        if [before.get(key) for key in ("commit", "cpu")] != [commit, options.cpu]:
+        before = read(path)
+        if [before.get(key) for key in ("commit", "cpu")] != [commit, cpu]:
             before = {}
-        every = list(itertools.chain(*stages(work, (0, 0), options.cpu)))
+        every = list(itertools.chain(*stages(work, (0, 0), cpu)))
         check_minutes(options.minutes, missing(every, before.get("parts", {})), START)
-        device = probe(options.cpu)
+        device = probe(cpu)
         if before and before["device"].get("name") != device.get("name"):
             before = {}
         parts = before.get("parts", {})
         check_minutes(options.minutes, missing(every, parts), max(START, time.monotonic() - start + 1))
-        if new:
-            folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
             stack.enter_context(alone(folder))
         if not before and path.exists():  # of another commit or device
             os.replace(path, path.with_name(f"gpu_check.{read(path)['started'].replace(':', '')}.json"))
         record: dict[str, Any] = {"headline": before.get("headline", {}), "passed": False, "left_out": {}}
-        record |= {"cpu": options.cpu, "device": device, "commit": commit}
+        record |= {"cpu": cpu, "device": device, "commit": commit}
         record["commit_time"] = git("show", "-s", "--format=%cI", commit.removesuffix("-dirty"))
         record |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": 0.0, "parts": parts}
-
-        def note(name: str, result: dict[str, Any]) -> None:
-            parts[name] = result
-            write(record, path, start)
-
         link(work)
-        for stage in stages(work, device.get("capability", (0, 0)), options.cpu):
-            due = fitting(missing(stage, parts), record, start + 60 * options.minutes)
-            for part in due:
-                shutil.rmtree(work / part.name, ignore_errors=True)
-                (work / part.name).mkdir()
-            run_together(due, folder, note)
-            for part in due:
-                shutil.rmtree(work / part.name, ignore_errors=True)  # a checkpoint of gigabytes
-                print(f"{part.name}: {parts[part.name]['status']}, {parts[part.name]['seconds']:.0f} s", flush=True)
-                if parts[part.name]["status"] == "refused":
-                    record["left_out"][part.name] = parts.pop(part.name)["tail"].strip().splitlines()[-1]
+        for stage in stages(work, device.get("capability", (0, 0)), cpu):
+            run_stage(fitting(missing(stage, parts), record, start + 60 * options.minutes), record, path, start)
         record["passed"] = all(done(name, result) for name, result in parts.items())
         write(record, path, start)
     print(report(record))
     return 0 if record["passed"] else 1
+
+
+def run_stage(due: Sequence[Part], record: dict[str, Any], path: Path, start: float) -> None:
+    parts = record["parts"]
+
+    def note(name: str, result: dict[str, Any]) -> None:
+        parts[name] = result
+        write(record, path, start)
+
+    for part in due:
+        shutil.rmtree(path.parent / "work" / part.name, ignore_errors=True)
+        (path.parent / "work" / part.name).mkdir()
+    run_together(due, path.parent, note)
+    for part in due:
+        shutil.rmtree(path.parent / "work" / part.name, ignore_errors=True)  # a checkpoint of gigabytes
+        print(f"{part.name}: {parts[part.name]['status']}, {parts[part.name]['seconds']:.0f} s", flush=True)
+        if parts[part.name]["status"] == "refused":
+            record["left_out"][part.name] = parts.pop(part.name)["tail"].strip().splitlines()[-1]
 
 
 def missing(parts: Iterable[Part], results: dict[str, dict[str, Any]]) -> list[Part]:
@@ -375,13 +350,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 def fitting(parts: Sequence[Part], record: dict[str, Any], end: float) -> list[Part]:
     """Those of a stage that can be run and fit, with their bounds; why not is noted for the others."""
-    left = max(end - time.monotonic(), 0)
+    left, left_out = max(end - time.monotonic(), 0), record["left_out"]
     for part in parts:
         if part.missing:
-            record["left_out"][part.name] = f"not installed: {', '.join(part.missing)}"
+            left_out[part.name] = f"not installed: {', '.join(part.missing)}"
         elif part.bound > left:
-            record["left_out"][part.name] = f"is given {part.bound:.0f} s, and {left:.0f} s were left"
-    due = [part for part in parts if part.name not in record["left_out"]]
+            left_out[part.name] = f"is given {part.bound:.0f} s, and {left:.0f} s were left"
+    due = [part for part in parts if part.name not in left_out]
     return [dataclasses.replace(part, bound=left) if part.rest else part for part in due]
 
 
@@ -420,22 +395,15 @@ def report(record: dict[str, Any]) -> str:
     lines = [table(rows), "", ratios(rows), ""] if rows else []
     for name, result in results.items():
         counts = result["figures"] or {} if name in ("tests", "memcheck", "kernels") else {}
-        numbers = "".join(f", {value} {key}" for key, value in counts.items() if isinstance(value, int | str) and value)
+        numbers = "".join(f", {value} {key}".removesuffix(" said") for key, value in counts.items() if value)
         lines.append(f"{name:<12}{result['status']:<11}{result['seconds']:.0f} s{numbers}")
         failures = result.get("failures") or result.get("tail", "").splitlines()[-5:]
-        lines += [f"    {short(failure)}" for failure in failures[:6] if not done(name, result)]
+        lines += [f"    {failure[:200]}" for failure in failures[:6] if not done(name, result)]
     lines += [f"{name:<12}left out   {reason}" for name, reason in record["left_out"].items()]
     lines += [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in record["headline"].items()]
     device = record["device"].get("name", "no CUDA device")
     lines.append(f"{'passed' if record['passed'] else 'FAILED'}: {device}, commit {record['commit']}")
     return "\n".join(lines)
-
-
-def short(failure: str) -> str:
-    """A failure on one line: a test's name and the last line of its message."""
-    name, colon, message = failure.partition(": ")
-    raised = [line for line in message.splitlines() if line.startswith("E  ")] or message.strip().splitlines() or [""]
-    return f"{name}{colon}{raised[-1].removeprefix('E').strip()}"[:200]
 
 
 if __name__ == "__main__":

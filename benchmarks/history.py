@@ -4,37 +4,28 @@
     python benchmarks/history.py [FOLDER] [--output FILE]
 
 FOLDER (benchmarks/results) holds such files, and those that `gpu_check.sh` writes, under any name. They are drawn in
-the order of their commits, and of one commit in that of their measurements.
+the order of their commits, and of one commit in that of their measurements. pytest-benchmark's own history is of times.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
+import io
+import itertools
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from baseline import FILE, Baseline, BaselineError
+from matplotlib.figure import Figure
 from summary import rows_of, short_commit
 
 RESULTS = Path(__file__).with_name("results")
-WIDTH, HEIGHT, MARGIN = 260, 80, 10  # of a drawing, in pixels
-
-STYLE = """
-:root { color-scheme: light dark; --line: #2a6fdb; --accepted: #b45309; --faint: #8888; }
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2rem; }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 1.2rem; }
-figure { margin: 0; } figcaption { font-size: 13px; } small { color: GrayText; }
-svg { display: block; border-bottom: 1px solid var(--faint); }
-polyline { fill: none; stroke: var(--line); stroke-width: 2; } circle { fill: var(--line); }
-line { stroke: var(--accepted); stroke-dasharray: 4 3; }
-"""
+COLUMNS = 4
 
 
 class HistoryError(ValueError):
@@ -44,11 +35,11 @@ class HistoryError(ValueError):
 class Point(NamedTuple):
     """One benchmark's ratio in one run."""
 
+    kind: str  # of device
+    name: str
     committed: datetime  # or measured, where that is not known
     measured: datetime
     commit: str
-    kind: str  # of device
-    name: str
     ratio: float
 
 
@@ -61,15 +52,11 @@ def points_of(path: Path) -> list[Point]:
             commit, committed = info["id"][:9] + "-dirty" * info["dirty"], info.get("time")
             rows = [each["extra_info"] for each in record["benchmarks"]]
         else:
-            measured, committed = record["started"], record.get("commit_time")
-            commit = short_commit(record)
+            measured, committed, commit = record["started"], record.get("commit_time"), short_commit(record)
             rows = rows_of(record["parts"]) + alignment(record)
         run = moment(committed or measured), moment(measured), commit
-        return [
-            Point(*run, row["kind"], row["name"], positive(row["ratio"]))
-            for row in rows
-            if row.get("ratio") is not None
-        ]
+        rows = [row for row in rows if row.get("ratio") is not None]
+        return [Point(row["kind"], row["name"], *run, positive(row["ratio"])) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HistoryError(
             f"{path} is neither pytest-benchmark's JSON nor gpu_check's ({type(error).__name__}: {error}): take it out"
@@ -95,46 +82,22 @@ def alignment(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"kind": kind, "name": f"alignment of {model}", "ratio": figures["speedup_over_reference"]}]
 
 
-def drawing(points: Sequence[Point], accepted: float | None) -> str:
-    """One benchmark's ratios, oldest first, from zero up; a dashed line where the accepted one is."""
-    top = 1.1 * max([point.ratio for point in points] + [accepted or 0])
-    step = (WIDTH - 2 * MARGIN) / max(len(points) - 1, 1)
-
-    def height(ratio: float) -> float:
-        return HEIGHT - HEIGHT * ratio / top
-
-    places = [(MARGIN + step * index, height(point.ratio)) for index, point in enumerate(points)]
-    parts = [f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">']
-    if accepted:
-        parts.append(f'<line x1="0" x2="{WIDTH}" y1="{height(accepted):.1f}" y2="{height(accepted):.1f}"/>')
-    parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
-    for (x, y), point in zip(places, points, strict=True):
-        title = html.escape(f"{point.commit}, {point.measured:%Y-%m-%d}: {point.ratio:.2f}×")
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{title}</title></circle>')
-    return "".join([*parts, "</svg>"])
-
-
-def page(points: Sequence[Point], baseline: Baseline) -> str:
-    """The report: a section for each kind of device, in it a drawing for each benchmark."""
-    series: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
-    for point in sorted(points):
-        series[point.kind][point.name].append(point)
-    parts = [
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>vapi-fast: ratios over commits</title>',
-        f"<style>{STYLE}</style><h1>vapi-fast: how many times as fast as the reference</h1>",
-        "<p>One point a run, oldest commit first; the dashed line is the accepted ratio of baseline.json.</p>",
-    ]
-    for kind, by_name in sorted(series.items()):
-        parts.append(f"<h2>{html.escape(kind)}</h2><section>")
-        for name, run in sorted(by_name.items()):
-            row = baseline.accepted(kind, name)
-            accepted = row["ratio"] if row else None
-            latest = f"{run[-1].ratio:.2f}×" + (f", accepted {accepted:.2f}×" if accepted else "")
-            commits = run[0].commit if len(run) == 1 else f"{run[0].commit} … {run[-1].commit}"
-            caption = f"<b>{html.escape(name)}</b> {latest}<br><small>{html.escape(commits)}</small>"
-            parts.append(f"<figure><figcaption>{caption}</figcaption>{drawing(run, accepted)}</figure>")
-        parts.append("</section>")
-    return "\n".join([*parts, "</html>\n"])
+def drawing(points: Sequence[Point], baseline: Baseline) -> Figure:
+    """Ratios of each benchmark, oldest commit first, from zero up; a dashed line where the accepted one is."""
+    series = [list(run) for _, run in itertools.groupby(sorted(points), key=lambda point: point[:2])]
+    rows = math.ceil(len(series) / COLUMNS)
+    figure = Figure(figsize=(4 * COLUMNS, 2.2 * rows), layout="constrained")
+    for place, run in enumerate(series, 1):
+        axes, row = figure.add_subplot(rows, COLUMNS, place), baseline.accepted(*run[0][:2])
+        axes.plot([point.ratio for point in run], marker="o")
+        latest = f"{run[-1].ratio:.2f}×"
+        if row and row["ratio"]:
+            axes.axhline(row["ratio"], linestyle="--", color="tab:orange")
+            latest += f", accepted {row['ratio']:.2f}×"
+        axes.set_title(f"{run[0].name} {latest}\n{run[0].kind}", fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(run)), [point.commit for point in run], fontsize=6)
+        axes.set_ylim(bottom=0)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,18 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         points = [point for path in sorted(options.folder.glob("*.json")) for point in points_of(path)]
         if not points:
-            raise HistoryError(
-                f"{options.folder} holds no ratios: run pytest benchmarks/ --benchmark-only --benchmark-json "
-                f"{options.folder}/NAME.json"
-            )
-        text = page(points, Baseline(options.baseline))
+            command = f"pytest benchmarks/ --benchmark-only --benchmark-json {options.folder}/NAME.json"
+            raise HistoryError(f"{options.folder} holds no ratios: run {command}")
+        figure, svg = drawing(points, Baseline(options.baseline)), io.StringIO()
     except (HistoryError, BaselineError) as error:
         print(f"history.py: error: {error}", file=sys.stderr)
         return 1
+    figure.savefig(svg, format="svg")
     output = options.output or options.folder / "history.html"
-    output.write_text(text, encoding="utf-8")
-    runs = len({(point.measured, point.commit) for point in points})
-    print(f"{output}: {len(points)} ratios of {runs} runs")
+    head = '<!DOCTYPE html><meta charset="utf-8"><title>vapi-fast: ratios over commits</title>\n'
+    output.write_text(head + svg.getvalue(), encoding="utf-8")
+    print(f"{output}: {len(points)} ratios of {len({point[2:5] for point in points})} runs")
     return 0
 
 

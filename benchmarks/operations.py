@@ -1,388 +1,276 @@
-"""The operations that are measured: inputs, call, least bytes and FLOPs, gradients."""
+"""An operation against plain PyTorch, torch.compile and what others offer: time, share of the ceiling, memory, error.
+
+`bench_<stem>.py` has the operations of a stem, their rivals and bounds. On a GPU at XXL sizes in bf16 on Triton, held
+to the fastest of plain PyTorch's forms; on a CPU, where our own path is plain PyTorch too, at small sizes to the
+published G-fold form, and where there is none to what a user would write. Times are medians on the device's own clock,
+the contestants in turns; `extra_info` has all the figures.
+
+Exactness is that of one image of the batch that is timed, beside the plain form in float64 or, where the operation
+draws, a form with the same random words. These come from our generator, which the tests hold to its published answers.
+On a GPU batches of two to sixteen images at these widths are held to float64 by the tests named `…production_size…`,
+which `gpu_check.sh` runs before; what treats each sequence, group or token alone (`append_to_cache`,
+`group_advantages`, `noisy_prefix`) is tested at small sizes only.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import importlib.util
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peers import PEERS
-from shapes import Sizes, Source, changed, tensors
+from baseline import EQUAL
+from cases import BY_NAME, SEED, XXL, Case, Sizes, Source, changed, tensors
+from race import OURS, Contestant, Race
 from torch import Tensor
 
-from vapi_fast import reference
+from vapi_fast import ops, reference
+from vapi_fast.reference.philox import philox
 
-SEED = 20251219
+if TYPE_CHECKING:
+    from conftest import Bench, Guard
+
+STEMS = (
+    "group_sample",
+    "losses",
+    "noisy_prefix",
+    "codebook",
+    "straight_through",
+    "perceptual",
+    "group_norm",
+    "rms_norm",
+    "rotary_swiglu",
+    "attention",
+)
+FORWARD, BOTH = "forward", "forward+backward"
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative L2 against float64
+DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 1e-2}  # share of indices that may differ from float64's
+MOST_SETS = 16
 
 
 @dataclass(frozen=True)
 class Operation:
-    """inputs: `(sizes, source)` → arguments. call: `(implementation, *arguments)` → results, a tensor or several.
+    """name: of its case. plain: name and call of what a user would write, which shares nothing with `vapi_fast`.
 
     bytes_moved, flops: `(sizes, bytes of an element)` → those of the forward and those that the backward adds. Bytes
     are the least that device memory must see: each input read once, each output written once; GroupNorm's map and
     the inputs of its backward twice, as the statistics of a group come first and do not fit on the chip.
-    gradients: positions of the arguments that get one, of one of the results. peer: key of `PEERS`, if not `name`.
+    drawn: the plain form with our random words. liger: Liger-Kernel's form. All forms take the case's inputs by
+    position; their results are ours, or the first of them. forward: measure that pass alone, too.
+    targets: what it should reach on an H100 at XXL sizes, by pass, each a kind and a limit: "ms" at most; "share" of
+    the governing ceiling (copy or matrix product) at least; "gemms": time at most that multiple of four products of the
+    head's size; "memory" beyond the inputs at most that part of eager's.
     """
 
     name: str
-    inputs: Callable[[Sizes, Source], tuple[Any, ...]]
-    call: Callable[..., Any]
+    plain: tuple[str, Callable[..., Any]]
     bytes_moved: Callable[[Sizes, int], tuple[int, int]]
     flops: Callable[[Sizes], tuple[int, int]] = lambda s: (0, 0)
-    gradients: tuple[int, ...] = ()
+    drawn: Callable[..., Any] | None = None
+    liger: Callable[..., Any] | None = None
     forward: bool = True
-    peer: str = ""
+    targets: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
 
     @property
-    def plain(self) -> tuple[str, Callable[..., Any]]:
-        """Name and call of the plain form; its results are ours, or the first of them."""
-        return PEERS[self.peer or self.name]
+    def case(self) -> Case:
+        return BY_NAME[self.name]
 
     @property
     def passes(self) -> list[str]:
-        return [FORWARD] * self.forward + [BOTH] * bool(self.gradients)
+        return [FORWARD] * self.forward + [BOTH] * bool(self.case.gradients)
 
 
-FORWARD, BOTH = "forward", "forward+backward"
+def share(limit: float, *passes: str) -> dict[str, list[tuple[str, float]]]:
+    return {each: [("share", limit)] for each in passes or (FORWARD,)}
 
 
-def head_inputs(s: Sizes, new: Source) -> tuple[Tensor, Tensor]:
-    """Hidden states and the head's weight, for logits of standard deviation 2."""
-    return new.normal(s.images, s.tokens, s.width), new.normal(s.vocabulary, s.width, scale=2 * s.width**-0.5)
+def every_operation() -> list[Operation]:
+    return [each for stem in STEMS for each in importlib.import_module(f"bench_{stem}").OPERATIONS]
 
 
-def policy_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
-    return (
-        *head_inputs(s, new),
-        new.integers(s.images, s.group, s.tokens, below=s.vocabulary),
-        new.normal(s.images, s.group, dtype=torch.float32),
-        new.integers(s.images, s.tokens, below=s.vocabulary),
-    )
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def off_policy_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
-    shape, level = (s.images, s.group, s.tokens), math.log(s.vocabulary) + 2
-    return (*policy_inputs(s, new), *(new.normal(*shape, scale=0.1, dtype=torch.float32) - level for _ in range(2)))
+# ---- exactness
 
 
-def off_policy_loss(m: ModuleType, *inputs: Tensor) -> tuple[Tensor, ...]:
-    *inputs, old, base = inputs
-    options = {"clip_range": 0.2, "kl_weight": 0.1, "temperature": 0.9}
-    return m.policy_loss(*inputs, old_logprobs=old, base_logprobs=base, **options)
+def words(images: int, length: int, third: Tensor | int, operation: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Four random words for each image, position and `third` counter."""
+    image, t = torch.arange(images, device=device), torch.arange(length, device=device)
+    return philox((t[:, None], third, image[:, None, None], operation), (SEED, 0))
 
 
-class Head:
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+def relative(mine: Tensor, right: Tensor) -> float:
+    """Relative L2 error; NaN where anything is, infinite where it ought to be zero and is not."""
+    if mine.shape != right.shape:
+        return math.inf
+    return 0.0 if torch.equal(mine.double(), right) else ((mine.double() - right).norm() / right.norm()).item()
 
 
-class GivenHidden:
-    """A model that returns the hidden states that it was given, so that its loss alone is measured."""
+def accuracy(operation: Operation, passes: str, sizes: Sizes, source: Source, images: int = 1) -> tuple[float, float]:
+    """Greatest relative L2 error of results and gradients, and share of indices that differ, for `images` of a batch.
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden, self.output = hidden, Head(weight)
+    Where indices differ, so do the values that belong to them: those are left out.
+    """
+    case = operation.case
+    inputs = case.inputs(sizes.of(images), source)
+    exact = changed(inputs, lambda x: x.double() if x.is_floating_point() else x.clone())
+    (low, low_leaves), (high, high_leaves) = case.differentiable(inputs), case.differentiable(exact)
+    form = operation.drawn or operation.plain[1]
+    with torch.set_grad_enabled(passes == BOTH):
+        found, expected = list(tensors(case.call(ops, low))), list(tensors(form(*high.values())))
+    pairs = list(zip(found, expected, strict=True))
+    agree = [mine == right for mine, right in pairs if not right.is_floating_point()]
+    errors = []
+    for mine, right in pairs:
+        if right.is_floating_point():
+            for mask in agree:
+                mask = mask[..., None] if mask.ndim == right.ndim - 1 > 0 else mask
+                mine, right = mine * mask, right * mask
+            errors.append(relative(mine, right))
+    if passes == BOTH:
+        mine, right = map(differentiable_result, (found, expected))
+        direction = torch.randn_like(mine, requires_grad=False)
+        gradients = torch.autograd.grad(mine, low_leaves, direction)
+        wanted = torch.autograd.grad(right, high_leaves, direction.double())
+        errors += map(relative, gradients, wanted)
+    worst = max(errors, key=lambda each: math.inf if math.isnan(each) else each, default=0.0)
+    return worst, max((1 - each.double().mean().item() for each in agree), default=0.0)
 
-    def __call__(self, prefix: Tensor, condition: None, return_hidden: bool) -> Tensor:
-        return self.hidden
+
+def differentiable_result(results: Any) -> Tensor:
+    (result,) = [each for each in tensors(results) if each.requires_grad]
+    return result
 
 
-def noisy_prefix_cross_entropy(m: ModuleType, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    return m.noisy_prefix_cross_entropy(GivenHidden(hidden, weight), tokens, None, noise_prob=0.5, seed=SEED)
+# ---- speed
 
 
-def cross_entropy_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
-    return *head_inputs(s, new), new.integers(s.images, s.tokens, below=s.vocabulary)
+class Inputs:
+    """One set of arguments, plain for a forward, and as leaves with a gradient to start from for a backward."""
+
+    def __init__(self, case: Case, passes: str, bench: Bench) -> None:
+        self.plain = case.inputs(bench.sizes, Source(bench.device, bench.dtype))
+        self.marked, self.leaves = case.differentiable(self.plain)
+        if passes == BOTH:
+            self.direction = torch.randn_like(differentiable_result(case.call(ops, self.marked)).detach())
 
 
-def head_loss(name: str, inputs: Callable[..., Any], call: Callable[..., Any], forward: bool = True) -> Operation:
-    return Operation(
+def run(call: Callable[[dict[str, Any]], Any], passes: str) -> Callable[[Inputs], Any]:
+    """A pass of `call` over a set of inputs."""
+    if passes != BOTH:
+        return torch.no_grad()(lambda inputs: call(inputs.plain))
+
+    def both(inputs: Inputs) -> tuple[Tensor, ...]:
+        result = differentiable_result(call(inputs.marked))
+        return torch.autograd.grad(result, inputs.leaves, inputs.direction.to(result.dtype))
+
+    return both
+
+
+def rivals_of(
+    operation: Operation, passes: str, bench: Bench
+) -> tuple[dict[str, Contestant], list[str], dict[str, str]]:
+    """The other implementations, those of them that ours is held to, and why some are left out."""
+    from published import PUBLISHED  # it builds on plain forms of bench_<stem>.py
+
+    torch.compiler.reset()  # all are compiled from the one function below, and it allows so many versions only
+
+    def contestant(form: Callable[..., Any]) -> Contestant:
+        return Contestant(run(lambda inputs: form(*inputs.values()), passes))
+
+    def eager(inputs: dict[str, Any]) -> Any:
+        return operation.case.call(reference, inputs)
+
+    (plain, form), published = operation.plain, PUBLISHED.get(operation.name)
+    found, references, skipped = {plain: contestant(form)}, [plain], {}
+    if bench.device.type == "cuda":
+        found["eager"] = Contestant(run(eager, passes))
+        references.append("eager")
+        if bench.compile_seconds > 0:
+            found["compiled"] = Contestant(run(torch.compile(eager, dynamic=False), passes))
+        else:
+            skipped["compiled"] = "its time was up (--compile-seconds)"
+    else:
+        skipped["eager"] = "on a CPU it is what runs anyway"
+        skipped["compiled"] = "not on a CPU, where it takes a C++ compiler and minutes"
+        if published:
+            found["published"], references = contestant(published), ["published"]
+    if operation.liger and importlib.util.find_spec("liger_kernel"):  # a version that does not fit loses its turn
+        found["Liger"] = contestant(operation.liger)
+    return found, references, skipped
+
+
+def rotation(inputs: Callable[[], Any], held: Callable[[Any], Any], cache_bytes: int, most: int) -> Iterator[Any]:
+    """Sets of inputs, turn by turn: together they hold more than the cache does, so that each comes from memory."""
+    first = inputs()
+    wanted = math.ceil(4 * cache_bytes / sum(each.nbytes for each in tensors(held(first))))
+    return itertools.cycle([first, *(inputs() for _ in range(min(wanted, most) - 1))])
+
+
+def test_operation(operation: Operation, passes: str, bench: Bench, guard: Guard) -> None:
+    """Each `bench_<stem>.py` has it; conftest.py gives it the operations of that file."""
+    case, name = operation.case, f"{operation.name} {passes}"
+    error, disagreement = accuracy(operation, passes, bench.sizes, Source(bench.device, bench.dtype))
+    rivals, references, skipped = rivals_of(operation, passes, bench)
+    inputs = rotation(lambda: Inputs(case, passes, bench), lambda each: each.plain, bench.cache_bytes, MOST_SETS)
+    race = Race(run(lambda inputs: case.call(ops, inputs), passes), rivals, inputs)
+    race.warm_up()
+    if "compiled" in rivals:
+        bench.compile_seconds -= rivals["compiled"].warm_up_seconds
+    row = guard.measure(
         name,
-        inputs,
-        call,
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary), 2 * e * s.width * (s.rows + s.vocabulary)),
-        lambda s: (s.gemm, 2 * s.gemm),
-        gradients=(0, 1),
-        forward=forward,
+        race,
+        references=references,
+        error=error,
+        bound=ERROR[bench.dtype],
+        disagreement=disagreement,
+        disagreement_bound=DISAGREEMENT[bench.dtype],
+        seconds=bench.seconds,
     )
+    amounts = operation.bytes_moved(bench.sizes, bench.dtype.itemsize), operation.flops(bench.sizes)
+    moved, flops = (sum(parts) if passes == BOTH else parts[0] for parts in amounts)
+    floors = {"copy": moved / bench.ceilings.copy, "matmul": flops / bench.ceilings.matmul}
+    bound = max(floors, key=floors.get)
+    failed = {f"{name}, {n}": rival.failure for n, rival in rivals.items() if rival.failure is not None}
+    row |= {
+        "operation": operation.name,
+        "pass": passes,
+        "device": bench.name,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "sizes": dataclasses.asdict(bench.sizes),
+        "ceilings": dataclasses.asdict(bench.ceilings),
+        "host_seconds": race.ours.host_seconds,
+        "peak_bytes": {n: each.peak_bytes for n, each in race.contestants.items() if each.failure is None},
+        "bytes_moved": moved,
+        "flops": flops,
+        "bounded_by": bound,
+        "share": floors[bound] / row["seconds"][OURS],
+        "skipped": skipped | failed,
+    }
+    row["targets"] = list(verdicts(row, operation.targets.get(passes, []))) if bench.sizes == XXL else []
+    guard.judge(row)
 
 
-def lpips_levels(s: Sizes) -> list[tuple[int, int]]:
-    """Channels and side of VGG16's five levels."""
-    half = s.channels // 2
-    return [(half * factor, s.pixels >> level) for level, factor in enumerate((1, 2, 4, 8, 8))]
-
-
-def lpips_inputs(s: Sizes, new: Source, group: tuple[int, ...]) -> tuple[list[Tensor], ...]:
-    levels = lpips_levels(s)
-    a = [new.maps(s.images, *group, channels, side, side) for channels, side in levels]
-    b = [new.maps(s.images, channels, side, side) for channels, side in levels]
-    return a, b, [new.normal(channels, dtype=torch.float32).abs() for channels, _ in levels]
-
-
-def lpips_elements(s: Sizes) -> int:
-    """Of one image's five maps."""
-    return sum(channels * side**2 for channels, side in lpips_levels(s))
-
-
-def image_elements(s: Sizes) -> int:
-    return 3 * s.pixels**2
-
-
-def norm_maps(s: Sizes, factor: int, shrink: int) -> tuple[int, ...]:
-    """Shape of the decoder's maps with `factor` times the channels and 1 / `shrink` of the image's side."""
-    return s.images, factor * s.channels, s.pixels // shrink, s.pixels // shrink
-
-
-def level(factor: int, shrink: int) -> str:
-    """Name of such maps by channels C and side S at full resolution, 128 and 384 of LlamaGen-XXL: "2C@S/2"."""
-    return f"{factor if factor > 1 else ''}C@S{f'/{shrink}' if shrink > 1 else ''}"
-
-
-def norm_parameters(s: Sizes, new: Source, factor: int) -> tuple[Tensor, Tensor, int]:
-    return 1 + new.normal(factor * s.channels, scale=0.1), new.normal(factor * s.channels), s.norm_groups
-
-
-def group_norm_silu(factor: int, shrink: int) -> Operation:
-    def bytes_moved(s: Sizes, e: int) -> tuple[int, int]:
-        size = e * math.prod(norm_maps(s, factor, shrink))
-        return 3 * size, 5 * size
-
-    return Operation(
-        f"group_norm_silu {level(factor, shrink)}",
-        lambda s, new: (new.maps(*norm_maps(s, factor, shrink)), *norm_parameters(s, new, factor)),
-        lambda m, x, weight, bias, groups: m.group_norm_silu(x, weight, bias, groups, 1e-6),
-        bytes_moved,
-        gradients=(0, 1, 2),
-        peer="group_norm_silu",
-    )
-
-
-def bias_group_norm_silu(factor: int, shrink: int) -> Operation:
-    def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
-        shape = norm_maps(s, factor, shrink)
-        return new.maps(*shape), new.normal(shape[1]), *norm_parameters(s, new, factor)
-
-    return Operation(
-        f"bias_group_norm_silu {level(factor, shrink)}",
-        inputs,
-        lambda m, h, channel_bias, *norm: m.bias_group_norm_silu(h, channel_bias, *norm, 1e-6),
-        lambda s, e: (3 * e * math.prod(norm_maps(s, factor, shrink)), 0),
-        peer="bias_group_norm_silu",
-    )
-
-
-def add_group_norm_silu(factor: int, shrink: int, phases: bool = False) -> Operation:
-    """The end of a residual block, or with phases that of an upsampling, to such maps."""
-
-    def inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
-        batch, channels, height, width = shape = norm_maps(s, factor, shrink)
-        h = new.maps(batch, 4 * channels, height // 2 + 1, width // 2 + 1) if phases else new.maps(*shape)
-        residual = None if phases else new.maps(*shape)
-        return h, residual, new.normal(channels), *norm_parameters(s, new, factor)
-
-    def call(m: ModuleType, h: Tensor, residual: Tensor | None, channel_bias: Tensor, *norm: Any) -> tuple[Tensor, ...]:
-        return m.add_group_norm_silu(h, *norm, 1e-6, residual=residual, channel_bias=channel_bias, phases=phases)
-
-    return Operation(
-        f"add_group_norm_silu {level(factor, shrink)}{' phases' * phases}",
-        inputs,
-        call,
-        lambda s, e: ((4 if phases else 5) * e * math.prod(norm_maps(s, factor, shrink)), 0),
-        peer=f"add_group_norm_silu{' phases' * phases}",
-    )
-
-
-def append_inputs(s: Sizes, new: Source) -> tuple[Any, ...]:
-    """One slot of a cache: neighbours in it are far apart in memory."""
-    keys, values = (new.normal(s.sequences, s.heads, 64, s.head_dim)[:, :, 5:6] for _ in range(2))
-    table = reference.rotary_2d_table(3, s.head_dim, 0)[5:6].to(new.device)
-    position = torch.zeros((), dtype=torch.int64, device=new.device)
-    return new.normal(s.sequences, 3, s.heads, s.head_dim), table, keys, values, position
-
-
-def decode_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
-    """As many own entries as tokens, one of them the condition's, and all of them valid."""
-    cache = (s.sequences, s.heads, s.tokens + 1, s.head_dim)
-    position = torch.full((), s.tokens, device=new.device)
-    return new.normal(s.sequences, s.heads, s.head_dim), new.normal(*cache), new.normal(*cache), position
-
-
-def prefix_inputs(s: Sizes, new: Source) -> tuple[Tensor, ...]:
-    prefix = (s.sequences // s.group, s.heads, s.prefix, s.head_dim)
-    return *decode_inputs(s, new), new.normal(*prefix), new.normal(*prefix)
-
-
-def cache_bytes(s: Sizes, e: int, prefix: int) -> tuple[int, int]:
-    entries = s.sequences * (s.tokens + 1) + s.sequences // s.group * prefix
-    return 2 * e * s.heads * s.head_dim * (entries + s.sequences), 0
-
-
-OPERATIONS = [
-    Operation(
-        "group_sample",
-        lambda s, new: (new.normal(s.images, s.tokens, s.vocabulary, scale=2.0), s.group),
-        lambda m, logits, group: m.group_sample(logits, group, seed=SEED),
-        lambda s, e: (e * s.logits + 12 * s.group * s.rows, 0),
-    ),
-    Operation(
-        "group_sample top-k, top-p",
-        lambda s, new: (new.normal(s.images, s.tokens, s.vocabulary, scale=2.0), s.group),
-        lambda m, logits, group: m.group_sample(logits, group, seed=SEED, temperature=0.9, top_k=100, top_p=0.9),
-        lambda s, e: (e * s.logits + 12 * s.group * s.rows, 0),
-    ),
-    Operation(
-        "linear_group_sample",
-        lambda s, new: (*head_inputs(s, new), s.group),
-        lambda m, hidden, weight, group: m.linear_group_sample(hidden, weight, group, seed=SEED),
-        lambda s, e: (e * s.width * (s.rows + s.vocabulary) + 12 * s.group * s.rows, 0),
-        lambda s: (s.gemm, 0),
-    ),
-    head_loss("policy_loss", policy_inputs, lambda m, *inputs: m.policy_loss(*inputs)),
-    head_loss("policy_loss off-policy", off_policy_inputs, off_policy_loss, forward=False),
-    head_loss("linear_cross_entropy", cross_entropy_inputs, lambda m, *inputs: m.linear_cross_entropy(*inputs)),
-    head_loss("noisy_prefix_cross_entropy", cross_entropy_inputs, noisy_prefix_cross_entropy, forward=False),
-    Operation(
-        "noisy_prefix",
-        lambda s, new: (new.integers(s.images, s.tokens, below=s.vocabulary), 0.5, s.vocabulary),
-        lambda m, tokens, noise_prob, vocab_size: m.noisy_prefix(tokens, noise_prob, vocab_size, seed=SEED),
-        lambda s, e: (16 * s.rows, 0),
-    ),
-    Operation(
-        "vq_lookup",
-        lambda s, new: (
-            new.normal(s.rows, s.code_width, dtype=torch.float32),
-            new.normal(s.vocabulary, s.code_width, dtype=torch.float32),
-        ),
-        lambda m, z, codebook: m.vq_lookup(z, codebook),
-        lambda s, e: (4 * s.code_width * (2 * s.rows + s.vocabulary) + 8 * s.rows, 12 * s.code_width * s.rows),
-        lambda s: (2 * s.logits * s.code_width, 0),
-        gradients=(0,),
-    ),
-    Operation(
-        "codebook_lookup",
-        lambda s, new: (
-            new.integers(s.images * s.group, s.tokens, below=s.vocabulary),
-            new.normal(s.vocabulary, s.code_width, dtype=torch.float32),
-        ),
-        lambda m, indices, codebook: m.codebook_lookup(indices, codebook),
-        lambda s, e: (
-            8 * s.group * s.rows + 4 * s.code_width * (s.vocabulary + s.group * s.rows),
-            8 * s.group * s.rows + 4 * s.code_width * (2 * s.vocabulary + s.group * s.rows),
-        ),
-        gradients=(1,),
-    ),
-    Operation(
-        "straight_through_lookup",
-        lambda s, new: (
-            new.normal(s.images, s.tokens, s.vocabulary, scale=2.0),
-            new.normal(s.vocabulary, s.code_width, dtype=torch.float32),
-        ),
-        lambda m, logits, codebook: m.straight_through_lookup(logits, codebook, tau=0.9, seed=SEED),
-        lambda s, e: (
-            e * s.logits + 4 * s.code_width * (s.vocabulary + s.rows) + 8 * s.rows,
-            2 * e * s.logits + 4 * s.code_width * (s.vocabulary + s.rows),
-        ),
-        gradients=(0,),
-    ),
-    Operation(
-        "lpips_distance",
-        lambda s, new: lpips_inputs(s, new, (s.group,)),
-        lambda m, a, b, weights: m.lpips_distance(a, b, weights),
-        lambda s, e: (e * s.images * (s.group + 1) * lpips_elements(s), 0),
-    ),
-    Operation(
-        "lpips_distance of pairs",
-        lambda s, new: lpips_inputs(s, new, ()),
-        lambda m, a, b, weights: m.lpips_distance(a, b, weights),
-        lambda s, e: (2 * e * s.images * lpips_elements(s), 3 * e * s.images * lpips_elements(s)),
-        gradients=(0,),
-        forward=False,
-        peer="lpips_distance",
-    ),
-    Operation(
-        "mse",
-        lambda s, new: (
-            new.maps(s.images, s.group, 3, s.pixels, s.pixels),
-            new.maps(s.images, 3, s.pixels, s.pixels),
-        ),
-        lambda m, a, b: m.mse(a, b),
-        lambda s, e: (e * s.images * (s.group + 1) * image_elements(s), 0),
-    ),
-    Operation(
-        "mse of pairs",
-        lambda s, new: tuple(new.maps(s.images, 3, s.pixels, s.pixels) for _ in range(2)),
-        lambda m, a, b: m.mse(a, b),
-        lambda s, e: (2 * e * s.images * image_elements(s), 3 * e * s.images * image_elements(s)),
-        gradients=(0,),
-        forward=False,
-        peer="mse",
-    ),
-    group_norm_silu(factor=1, shrink=1),
-    group_norm_silu(factor=2, shrink=2),
-    group_norm_silu(factor=4, shrink=8),
-    bias_group_norm_silu(factor=1, shrink=1),
-    add_group_norm_silu(factor=1, shrink=1),
-    add_group_norm_silu(factor=2, shrink=2),
-    add_group_norm_silu(factor=1, shrink=1, phases=True),
-    Operation(
-        "rms_norm",
-        lambda s, new: (new.normal(s.images, s.tokens, s.width), 1 + new.normal(s.width, scale=0.1)),
-        lambda m, x, weight: m.rms_norm(x, weight, 1e-5),
-        lambda s, e: (2 * e * s.rows * s.width, 3 * e * s.rows * s.width),
-        gradients=(0, 1),
-    ),
-    Operation(
-        "rotary_2d",
-        lambda s, new: (
-            new.normal(s.images, s.tokens, s.heads, s.head_dim),
-            reference.rotary_2d_table(math.isqrt(s.tokens), s.head_dim, 0).to(new.device),
-        ),
-        lambda m, x, table: m.rotary_2d(x, table),
-        lambda s, e: (2 * e * s.rows * s.heads * s.head_dim, 2 * e * s.rows * s.heads * s.head_dim),
-        gradients=(0,),
-    ),
-    Operation(
-        "swiglu",
-        lambda s, new: tuple(new.normal(s.images, s.tokens, s.hidden) for _ in range(2)),
-        lambda m, gate, up: m.swiglu(gate, up),
-        lambda s, e: (3 * e * s.rows * s.hidden, 5 * e * s.rows * s.hidden),
-        gradients=(0, 1),
-    ),
-    Operation(
-        "append_to_cache",
-        append_inputs,
-        lambda m, *arguments: (m.append_to_cache(*arguments), *arguments[2:4]),
-        lambda s, e: (6 * e * s.sequences * s.heads * s.head_dim, 0),
-    ),
-    Operation(
-        "decode_attention",
-        decode_inputs,
-        lambda m, q, k, v, position: m.decode_attention(q, k, v, position),
-        lambda s, e: cache_bytes(s, e, 0),
-    ),
-    Operation(
-        "decode_attention prefix",
-        prefix_inputs,
-        lambda m, q, k, v, position, pk, pv: m.decode_attention(q, k, v, position, prefix_k=pk, prefix_v=pv),
-        lambda s, e: cache_bytes(s, e, s.prefix),
-    ),
-    Operation(
-        "group_advantages",
-        lambda s, new: (new.normal(s.images, s.group, dtype=torch.float32),),
-        lambda m, rewards: m.group_advantages(rewards),
-        lambda s, e: (8 * s.images * s.group, 0),
-    ),
-]
-
-
-def differentiable(operation: Operation, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The same arguments, those that get a gradient as new leaves, and these leaves."""
-    marked = tuple(
-        changed(each, lambda x: x.detach().requires_grad_()) if position in operation.gradients else each
-        for position, each in enumerate(arguments)
-    )
-    return marked, [leaf for position in operation.gradients for leaf in tensors(marked[position])]
+def verdicts(row: dict[str, Any], targets: list[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+    """`{"target": text, "met": bool}` for a measured row; every row should beat its rivals."""
+    own, peak = row["seconds"][OURS], row["peak_bytes"]
+    for kind, limit in targets:
+        if kind == "ms":
+            yield {"target": f"{limit} ms", "met": 1e3 * own <= limit}
+        elif kind == "share":
+            yield {"target": f"{limit:.0%} of {row['bounded_by']}", "met": row["share"] >= limit}
+        elif kind == "gemms":
+            yield {"target": f"{limit} × 4 GEMMs", "met": own <= limit * 4 * XXL.gemm / row["ceilings"]["matmul"]}
+        elif "eager" in peak:
+            yield {"target": f"{limit:.0%} of eager's memory", "met": peak[OURS] <= limit * peak["eager"]}
+    for name, seconds in row["seconds"].items():
+        if name != OURS:
+            yield {"target": f"not slower than {name}", "met": EQUAL * own <= seconds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ GRACE = 5.0  # last seconds of a bound: a part that is still there is asked to s
 INTERVAL = 0.5  # seconds between two looks at the parts, at clocks and at power
 LOG_BYTES, TAIL = 8 * 2**20, 3000
 REFUSED = "Device not supported"  # by compute-sanitizer, of a virtual machine's GPU
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None)
 now = time.monotonic
 
 
@@ -60,28 +63,19 @@ class Running:
             self.result["triton_cache"] = "warm" if any(part.compiled.glob("*")) else "cold"
         # The parts decide for themselves whether to interpret kernels.
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        options = {"cwd": part.folder, "env": inherited | part.environment, "stdin": subprocess.DEVNULL}
         try:
             with log.open("wb") as file:
+                options |= {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
                 for command in part.commands:
-                    process = subprocess.Popen(
-                        command,
-                        cwd=part.folder,
-                        env=inherited | part.environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                    self.processes.append(process)
+                    self.processes.append(subprocess.Popen(command, preexec_fn=die_with_the_check, **options))
         except OSError as error:  # one could not even be started
             self.kill()
             self.result |= {"status": "failed", "seconds": 0.0, "tail": str(error)}
-        self.result["processes"] = [(each.pid, start_of(each.pid)) for each in self.processes]
 
     def look(self, reading: dict[str, float] | None) -> bool:
         """Note what is new, stop it where its time is over; whether it has ended."""
-        if reading:
-            self.readings.append(reading)
+        self.readings += [reading] if reading else []
         if self.result["status"] != "running":
             return True
         spent, over = now() - self.start, all(each.poll() is not None for each in self.processes)
@@ -100,10 +94,9 @@ class Running:
 
     def finish(self, output: str, spent: float) -> None:
         self.kill()  # what it has left behind
-        del self.result["processes"]
         codes = [each.returncode for each in self.processes]
         status = "timed out" if self.asked or spent >= self.part.bound else "failed" if any(codes) else "passed"
-        self.result |= {"status": status, "seconds": spent, "returncodes": codes, "gpu": summary(self.readings)}
+        self.result |= {"status": status, "seconds": spent, "returncodes": codes, "gpu": spans(self.readings)}
         try:
             self.result["failures"] = self.part.failures(output)
         except Exception as error:
@@ -121,6 +114,11 @@ class Running:
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
+
+
+def die_with_the_check() -> None:
+    """In a part's process: if the check is killed, it goes too, and with it what it holds of the GPU's memory."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[str, Any]], None]) -> None:
@@ -145,38 +143,6 @@ def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[
             each.kill()
 
 
-def end_leftover(result: dict[str, Any]) -> None:
-    """Kill a part whose check was killed, and wait for its end: until then it still has the GPU."""
-    if result["status"] == "running":
-        result |= {"status": "killed", "seconds": 0.0}
-        for pid, start in result.pop("processes"):
-            if start is not None and start == start_of(pid):
-                os.killpg(pid, signal.SIGKILL)
-                end = now() + GRACE
-                while not gone(pid) and now() < end:
-                    time.sleep(0.05)
-
-
-def start_of(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks: with it a number that was given again is not taken for the same."""
-    fields = fields_of(pid)
-    return int(fields[19]) if fields else None
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
-    fields = fields_of(pid)
-    return not fields or fields[0] == "Z"
-
-
-def fields_of(pid: int) -> list[str]:
-    """What /proc says of a process behind its name, from its state on; none of one that is not there."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
 def tail_of(log: Path, size: int) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - size))
@@ -198,15 +164,11 @@ def nvidia_smi(query: str) -> list[str]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = ended.stdout.splitlines()
-    return [each.strip() for each in lines[0].split(",")] if lines else []
+    return [each.strip() for each in ended.stdout.partition("\n")[0].split(",") if each.strip()]
 
 
-def summary(readings: Iterable[dict[str, float]]) -> dict[str, dict[str, float]] | None:
+def spans(readings: Sequence[dict[str, float]]) -> dict[str, dict[str, float]] | None:
     """Least, median and greatest of each."""
-    columns: dict[str, list[float]] = {}
-    for reading in readings:
-        for name, value in reading.items():
-            columns.setdefault(name, []).append(value)
+    columns = {name: [each[name] for each in readings] for name in (readings[0] if readings else ())}
     found = {"min": min, "median": statistics.median, "max": max}
     return {name: {key: of(values) for key, of in found.items()} for name, values in columns.items()} or None

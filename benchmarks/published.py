@@ -1,13 +1,14 @@
 """Operations as the published recipe does them: the batch repeated G-fold, or G passes; what a CPU is compared with.
 
-Each takes the inputs of the operation in `operations.py` that names it.
+Each takes the inputs of the case in `cases.py` that names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import peers
+import bench_losses as losses
+import bench_perceptual as perceptual
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,19 +32,19 @@ def policy_loss(
     """Logits for every rollout, each with its own copy of the hidden states."""
     group_size = tokens.shape[1]
     repeated, targets = (x.repeat_interleave(group_size, 0) for x in (hidden, targets))
-    return peers.policy_loss(repeated, weight, tokens.flatten(0, 1)[:, None], advantages.flatten()[:, None], targets)
+    return losses.policy_loss(repeated, weight, tokens.flatten(0, 1)[:, None], advantages.flatten()[:, None], targets)
 
 
 def lpips_distance(a: list[Tensor], b: list[Tensor], weights: list[Tensor]) -> Tensor:
     """The image's features normalised for every rollout."""
     group_size = a[0].shape[1]
     repeated = [x.repeat_interleave(group_size, 0) for x in b]
-    return peers.normalized_differences([x.flatten(0, 1) for x in a], repeated, weights).view(-1, group_size)
+    return perceptual.normalized_differences([x.flatten(0, 1) for x in a], repeated, weights).view(-1, group_size)
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
     group_size = a.shape[1]
-    return peers.mse_loss(a.flatten(0, 1), b.repeat_interleave(group_size, 0)).view(-1, group_size)
+    return perceptual.mse_loss(a.flatten(0, 1), b.repeat_interleave(group_size, 0)).view(-1, group_size)
 
 
 PUBLISHED: dict[str, Callable] = {

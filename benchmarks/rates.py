@@ -19,21 +19,21 @@ import json
 import math
 import multiprocessing
 import os
-import queue
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from exact import DISAGREEMENT, ERROR, accuracy, relative
-from operations import OPERATIONS
-from shapes import SMALL, XXL, Sizes, Source, tensors
+from bench_group_norm import OPERATIONS as NORMS
+from cases import SMALL, XXL, Sizes, Source
+from operations import DISAGREEMENT, ERROR, Operation, accuracy, every_operation, relative, rotation
+from parts import die_with_the_check
 from timing import host_seconds, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,8 +47,9 @@ from vapi_fast.runtime.graphs import Replayed
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
 IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil
 GRAPH_ERROR = 1e-2  # between the decoder's replay and its kernels one by one: cuDNN may take another algorithm
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vapi_fast.ops", "vapi_fast.models.frozen"])
 NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
-FAULT = re.compile(r"CUDA error|Error \[CUDA\]|cuDNN error")  # after which a process cannot use the GPU any more
 BACKENDS = {
     "default": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -68,7 +69,7 @@ ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and wha
 
 
 def report(name: str, **figures: Any) -> None:
-    sys.stdout.write(json.dumps({"name": name, **figures}, ensure_ascii=False) + "\n")  # whole: workers write there too
+    sys.stdout.write(json.dumps({"name": name, **figures}, ensure_ascii=False) + "\n")  # whole: others write there too
     sys.stdout.flush()
 
 
@@ -83,6 +84,10 @@ class Bench:
     @property
     def sizes(self) -> Sizes:
         return XXL if self.device.type == "cuda" else SMALL
+
+    @property
+    def cache_bytes(self) -> int:
+        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 0
 
     def less(self, size: int) -> int:
         return max(size // self.shrink, 1)
@@ -102,21 +107,13 @@ class Bench:
 
         def run() -> dict[str, Any]:
             try:
-                return rate(turns(inputs, self.device), call, work) | {"unit": unit}
+                return rate(rotation(inputs, list, self.cache_bytes, MOST_SETS), call, work) | {"unit": unit}
             except RuntimeError as error:
                 if NO_KERNEL.search(str(error)):
                     return {"unavailable": str(error)[:100]}
                 raise
 
         self.attempt(name, run)
-
-
-def turns(inputs: Callable[[], Any], device: torch.device) -> Iterator[Any]:
-    """Sets of inputs, turn by turn: together larger than the cache."""
-    first = inputs()
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    count = math.ceil(4 * cache / sum(each.nbytes for each in tensors(first)))
-    return itertools.cycle([first, *(inputs() for _ in range(min(count, MOST_SETS) - 1))])
 
 
 def rate(sets: Iterator[Any], call: Callable[..., Any], work: float) -> dict[str, Any]:
@@ -139,17 +136,14 @@ def measure_ceilings(bench: Bench) -> None:
 
 def convolutions(bench: Bench) -> None:
     """The rates that decide about cudnn.benchmark, the encoder's precision and the padding of `conv_out`."""
-    for shape in CONVOLUTIONS:
-        convolution(bench, shape, torch.bfloat16)
-    for shape in ENDS:
+    for shape in CONVOLUTIONS + ENDS:
         convolution(bench, shape, torch.bfloat16)
     for shape in PHASES:
         convolution(bench, shape, torch.bfloat16, kernel=2)
-    for shape in ENCODER:
-        convolution(bench, shape, torch.float32)
-        convolution(bench, shape, torch.float16)
+    for shape, dtype in itertools.product(ENCODER, (torch.float32, torch.float16)):
+        convolution(bench, shape, dtype)
     torch.backends.cudnn.benchmark = True
-    for shape in CONVOLUTIONS[:1] + CONVOLUTIONS[3:4] + CONVOLUTIONS[6:7]:
+    for shape in (CONVOLUTIONS[index] for index in (0, 3, 6)):
         convolution(bench, shape, torch.bfloat16, note=", cudnn.benchmark")
     torch.backends.cudnn.benchmark = False
 
@@ -169,34 +163,25 @@ def convolution(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, k
 def attention(bench: Bench) -> None:
     """At the decoder's and encoder's single head of width 512, and at the transformer's T 576, width 64."""
     tokens, source = bench.less(576), Source(bench.device, torch.bfloat16)
+
+    def one(name: str, shape: tuple[int, ...], call: Callable[..., Any], work: float, both: bool = False) -> None:
+        def inputs() -> tuple[Tensor, ...]:
+            return tuple(source.normal(*shape).requires_grad_(both) for _ in range(3))
+
+        bench.rate(f"attention, {name}", inputs, call, work, "FLOP/s")
+
     batch, width = bench.less(64), bench.less(512)
     work = 4 * batch * tokens**2 * width
     for backend in BACKENDS:
-        bench.rate(
-            f"attention, one head of 512, {backend}",
-            lambda: tuple(source.normal(batch, 1, tokens, width) for _ in range(3)),
-            functools.partial(attend, backend=backend),
-            work,
-            "FLOP/s",
-        )
-    bench.rate(
-        "attention, one head of 512, bmm",
-        lambda: tuple(source.normal(batch, tokens, width) for _ in range(3)),
-        plain_attention,
-        work,
-        "FLOP/s",
-    )
+        call = functools.partial(attend, backend=backend)
+        one(f"one head of 512, {backend}", (batch, 1, tokens, width), call, work)
+    one("one head of 512, bmm", (batch, tokens, width), plain_attention, work)
     batch, heads = bench.less(16), bench.less(24)
     work = 2 * batch * heads * tokens**2 * 64  # causal: half of the products
-    for backend in BACKENDS:
-        for both in (False, True):
-            bench.rate(
-                f"attention, T 576, heads of 64, {backend}, forward{' and backward' * both}",
-                lambda both=both: (*(source.normal(batch, heads, tokens, 64).requires_grad_(both) for _ in range(3)),),
-                functools.partial(attend, backend=backend, causal=True),
-                work * (3.5 if both else 1),  # two products forward, five backward
-                "FLOP/s",
-            )
+    for backend, both in itertools.product(BACKENDS, (False, True)):
+        name = f"T 576, heads of 64, {backend}, forward{' and backward' * both}"
+        call = functools.partial(attend, backend=backend, causal=True)
+        one(name, (batch, heads, tokens, 64), call, work * (3.5 if both else 1), both)  # 2 products forward, 5 backward
 
 
 @torch.enable_grad()
@@ -214,14 +199,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def norms(bench: Bench) -> None:
     """GroupNorm with what is fused to it, in bf16; the plain one in the encoder's float32 too."""
-    for operation in OPERATIONS:
-        if "group_norm_silu" not in operation.name:
-            continue
-        for dtype in (torch.bfloat16, torch.float32)[: 2 if operation.name.startswith("group") else 1]:
+    for operation in NORMS:
+        case = operation.case
+        for dtype in (torch.bfloat16, torch.float32)[: 2 if case.operation == "group_norm_silu" else 1]:
+            source = Source(bench.device, dtype)
             bench.rate(
                 f"{operation.name}, {str(dtype).removeprefix('torch.')}",
-                functools.partial(operation.inputs, bench.sizes, Source(bench.device, dtype)),
-                torch.no_grad()(functools.partial(operation.call, ops)),
+                lambda case=case, source=source: (case.inputs(bench.sizes, source),),
+                torch.no_grad()(functools.partial(case.call, ops)),
                 operation.bytes_moved(bench.sizes, dtype.itemsize)[0],
                 "B/s",
             )
@@ -263,59 +248,35 @@ def graph(bench: Bench) -> dict[str, Any]:
 
 
 def operation_error(index: int, passes: str, device: str) -> dict[str, Any]:
-    """One operation against float64, in a process of its own."""
-    gpu, operation = device == "cuda", OPERATIONS[index]
+    """One operation against float64."""
+    gpu = device == "cuda"
     torch.manual_seed(0)
     dtype = torch.bfloat16 if gpu else torch.float32
     source = Source(torch.device(device), dtype)
-    error, differing = accuracy(operation, passes, XXL if gpu else SMALL, source, IMAGES)
-    if gpu:
-        torch.cuda.empty_cache()  # for those of the other processes
+    error, differing = accuracy(every_operation()[index], passes, XXL if gpu else SMALL, source, IMAGES)
     ok = error <= ERROR[dtype] and differing <= DISAGREEMENT[dtype]
     return {"error": error, "differing": differing, "ok": ok}
 
 
-def worker() -> ProcessPoolExecutor:
-    """A process that imports PyTorch at once."""
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    pool.submit(os.getpid)
-    return pool
+def apart(*arguments: Any) -> dict[str, Any]:
+    """The same in a process of its own, forked from one that has imported PyTorch: a fault is that of one case."""
+    with ProcessPoolExecutor(1, mp_context=FORKS, initializer=die_with_the_check) as pool:
+        return pool.submit(operation_error, *arguments).result()
 
 
-def exactness(bench: Bench, workers: Sequence[ProcessPoolExecutor]) -> None:
-    """In parallel, as compiling them takes most of the time; a fault is that of its own case, and a new worker's turn.
-
-    The workers are shut down behind it.
-    """
+def exactness(bench: Bench, operations: list[Operation], processes: int) -> None:
+    """In parallel, as compiling them takes most of the time."""
     if bench.device.type == "cuda":
         with contextlib.suppress(RuntimeError):  # after a fault of this process's, which was reported
             torch.cuda.empty_cache()
-    free: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
-    for each in workers:
-        free.put(each)
-
-    def run(index: int, passes: str) -> dict[str, Any]:
-        taken = free.get()
-        try:
-            return taken.submit(operation_error, index, passes, bench.device.type).result()
-        except Exception as error:
-            if isinstance(error, BrokenProcessPool) or FAULT.search(str(error)):
-                taken.shutdown(wait=False)
-                taken = worker()
-            raise
-        finally:
-            free.put(taken)
-
-    with ThreadPoolExecutor(len(workers)) as threads:
+    with ThreadPoolExecutor(processes) as threads:
         cases = {
-            threads.submit(run, index, passes): f"{operation.name} {passes}"
-            for index, operation in enumerate(OPERATIONS)
+            threads.submit(apart, index, passes, bench.device.type): f"{operation.name} {passes}"
+            for index, operation in enumerate(operations)
             for passes in operation.passes
         }
         for case in as_completed(cases):
             bench.attempt(cases[case], case.result)
-    for _ in workers:
-        free.get().shutdown()
 
 
 def measure(bench: Bench) -> None:
@@ -339,9 +300,9 @@ def main() -> int:
         bench = Bench(torch.device("cuda"))
     else:
         parser.error("no CUDA device; --cpu runs everything small")
-    workers = [worker() for _ in range(1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1))]
+    forkserver.ensure_running()  # it imports PyTorch meanwhile
     measure(bench)
-    exactness(bench, workers)
+    exactness(bench, every_operation(), 1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1))
     return 1 if bench.failed else 0
 
 

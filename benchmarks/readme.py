@@ -19,18 +19,12 @@ from typing import Any
 from summary import short_commit
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-
-# Of each row: the figure of the headline that it shows, and its cells behind the device's, from the headline; a row has
-# four, and those that are not named stay.
-Headline = dict[str, float]
-ROWS: dict[str, tuple[str, Callable[[Headline], list[str]]]] = {
-    "LlamaGen-XXL, 384², 128 images × 8, a step": ("step_seconds", lambda h: [f"{h['step_seconds']:.2f} s", *ratio(h)]),
-    "the same, 100 steps": ("run_seconds", lambda h: [minutes(h["run_seconds"])]),
-    "its peak memory": ("peak_memory", lambda h: [f"{h['peak_memory'] / 1e9:.1f} GB"]),
-    "sampling from LlamaGen-XXL at 384²": (
-        "images_per_second_sampled",
-        lambda h: [f"{h['images_per_second_sampled']:.1f} images/s"],
-    ),
+# A row's first cell, the figure of the headline that it shows, and how; behind the step's come the published recipe's.
+ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "LlamaGen-XXL, 384², 128 images × 8, a step": ("step_seconds", "{:.2f} s".format),
+    "the same, 100 steps": ("run_seconds", lambda seconds: f"{round(seconds) // 60} min {round(seconds) % 60} s"),
+    "its peak memory": ("peak_memory", lambda size: f"{size / 1e9:.1f} GB"),
+    "sampling from LlamaGen-XXL at 384²": ("images_per_second_sampled", "{:.1f} images/s".format),
 }
 
 
@@ -38,32 +32,25 @@ class ReadmeError(ValueError):
     """The file has no figures for the table, or the table lacks a row."""
 
 
-def ratio(headline: Headline) -> list[str]:
-    if not {"ratio", "published_step_seconds"} <= headline.keys():
-        return []
-    return [f"published recipe, there: {headline['published_step_seconds']:.1f} s", f"**{headline['ratio']:.1f}×**"]
-
-
-def minutes(seconds: float) -> str:
-    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-
-
 def filled(text: str, record: dict[str, Any]) -> str:
     """README.md's text with the record's figures. Raises ReadmeError."""
-    if record["cpu"] or not record["headline"].keys() & {figure for figure, _ in ROWS.values()}:
+    headline = record["headline"]
+    if record["cpu"] or not headline.keys() & {figure for figure, _ in ROWS.values()}:
         raise ReadmeError("it has no figures of a GPU: run bash benchmarks/gpu_check.sh DIR on one")
     device = record["device"]
     where = f"{device['name']}, torch {device['torch']}, triton {device['triton']}, {short_commit(record)}"
     lines = text.splitlines(keepends=True)
-    for name, (figure, cells) in ROWS.items():
+    for name, (figure, form) in ROWS.items():
         found = [index for index, line in enumerate(lines) if line.startswith(f"| {name} | ")]
         if len(found) != 1:
             raise ReadmeError(f"README.md has {len(found)} rows that begin with {name!r}, there must be one")
-        if figure in record["headline"]:
-            before = [cell.strip() for cell in lines[found[0]].strip().strip("|").split("|")]
-            after = [name, where, *cells(record["headline"])]
-            after += before[len(after) :]
-            lines[found[0]] = "".join(f"| {cell} ".replace("  ", " ") for cell in after) + "|\n"
+        if figure in headline:
+            cells = [cell.strip() for cell in lines[found[0]].strip().strip("|").split("|")]
+            cells[1:3] = where, form(headline[figure])
+            if figure == "step_seconds" and {"ratio", "published_step_seconds"} <= headline.keys():
+                published = f"published recipe, there: {headline['published_step_seconds']:.1f} s"
+                cells[3:] = published, f"**{headline['ratio']:.1f}×**"
+            lines[found[0]] = "".join(f"| {cell} ".replace("  ", " ") for cell in cells) + "|\n"
     return "".join(lines)
 
 

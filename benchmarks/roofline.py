@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vapi_fast.alignment.costs import Cost, config_costs, model_flop_utilisation, stage_table
+from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.models import LLAMAGEN_CONFIGS, catalog
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
@@ -46,9 +46,9 @@ BUDGET = {"encode": 0.10, "forward": 0.42, "decode": 1.3, "lpips": 0.25, "loss":
 BUDGET |= {"optimizer": 0.03, "total": 2.95}
 BUDGETED = {"model": "xxl", "image_size": 384, "batch_size": 128, "group_size": 8, "method": "vapi", "prior": "ce"}
 
-HEADER = f"{'stage':<10}{'TFLOP':>9}{'GB':>9}{'bound':>8}{'floor s':>10}"
-BUDGET_HEADER = f"{'budget s':>10}"
-RUN_HEADER = f"{'measured s':>12}{'TFLOP/s':>9}{'of matmul':>11}{'of floor':>10}"
+# Name, format and width of each column behind the stage's.
+COLUMNS = [("TFLOP", ".2f", 9), ("GB", ".2f", 9), ("bound", "", 8), ("floor s", ".4f", 10), ("budget s", ".2f", 10)]
+COLUMNS += [("measured s", ".4f", 12), ("TFLOP/s", ".1f", 9), ("of matmul", ".1%", 11), ("of floor", ".1%", 10)]
 
 
 def table(
@@ -59,16 +59,23 @@ def table(
     ceilings = device.ceilings
     budget = BUDGET if device == DEVICES["h100"] and processes == 1 and BUDGETED.items() <= config.items() else {}
     measured = stage_table(config, seconds or {}, ceilings, processes=processes)
-    header = HEADER + BUDGET_HEADER * bool(budget or seconds) + RUN_HEADER * bool(seconds)
-    lines = [heading(config, device, processes), header]
+    shown = COLUMNS[: len(COLUMNS) if seconds else 5 if budget else 4]
+    lines = [heading(config, device, processes), "stage     " + "".join(f"{name:>{width}}" for name, _, width in shown)]
     for stage in [*costs, *(each for each in measured if each not in costs)]:
-        cost = costs.get(stage)
-        lines.append(row(stage, cost, ceilings, budget.get(stage), measured.get(stage)))
+        cost, taken = costs.get(stage), measured.get(stage, {})
+        work = [cost.flops / 1e12, cost.bytes / 1e9, cost.bound(ceilings), cost.floor(ceilings)] if cost else [None] * 4
+        tflops = taken.get("tflops")
+        share = None if tflops is None else tflops * 1e12 / ceilings.matmul
+        lines.append(row(stage, *work, budget.get(stage), taken.get("seconds"), tflops, share, taken.get("share")))
+    flops, moved = (sum(getattr(cost, name) for cost in costs.values()) for name in ("flops", "bytes"))
     floor = sum(cost.floor(ceilings) for cost in costs.values())
-    total = {"seconds": sum(seconds.values()), "floor": floor} if seconds else None
-    lines.append(total_row(costs, floor, budget.get("total"), total))
+    total = [flops / 1e12, moved / 1e9, None, floor, budget.get("total")]
     if seconds:
-        share = model_flop_utilisation(costs, total["seconds"], ceilings)
+        step = sum(seconds.values())
+        total += [step, flops / step / 1e12, None, floor / step]
+    lines.append(row("total", *total))
+    if seconds:
+        share = model_flop_utilisation(costs, step, ceilings)
         lines.append(f"model FLOP utilisation (transformer alone, over the whole step): {share:.1%}")
     if budget:
         lines.append("budget: DESIGN.md's, that of loss with sample")
@@ -85,36 +92,10 @@ def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
     )
 
 
-def row(
-    stage: str, cost: Cost | None, ceilings: Ceilings, budget: float | None, measured: Mapping[str, Any] | None
-) -> str:
-    work = f"{'':>36}"
-    if cost is not None:
-        work = (
-            f"{cost.flops / 1e12:>9.2f}{cost.bytes / 1e9:>9.2f}{cost.bound(ceilings):>8}{cost.floor(ceilings):>10.4f}"
-        )
-    line = f"{stage:<10}{work}{number(budget, '.2f', 10)}"
-    if measured:
-        tflops = measured.get("tflops")
-        share = None if tflops is None else tflops * 1e12 / ceilings.matmul
-        line += f"{measured['seconds']:>12.4f}{number(tflops, '.1f', 9)}{number(share, '.1%', 11)}"
-        line += number(measured.get("share"), ".1%", 10)
-    return line.rstrip()
-
-
-def total_row(
-    costs: Mapping[str, Cost], floor: float, budget: float | None, measured: Mapping[str, float] | None
-) -> str:
-    flops, moved = (sum(getattr(cost, name) for cost in costs.values()) for name in ("flops", "bytes"))
-    line = f"{'total':<10}{flops / 1e12:>9.2f}{moved / 1e9:>9.2f}{'':>8}{floor:>10.4f}{number(budget, '.2f', 10)}"
-    if measured:
-        line += f"{measured['seconds']:>12.4f}{flops / measured['seconds'] / 1e12:>9.1f}{'':>11}"
-        line += number(floor / measured["seconds"], ".1%", 10)
-    return line.rstrip()
-
-
-def number(value: float | None, form: str, width: int) -> str:
-    return f"{'' if value is None else format(value, form):>{width}}"
+def row(stage: str, *values: float | str | None) -> str:
+    cells = ("" if value is None else format(value, form) for value, (_, form, _) in zip(values, COLUMNS, strict=False))
+    widths = (width for _, _, width in COLUMNS)
+    return f"{stage:<10}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=False))}".rstrip()
 
 
 def device_of(record: Mapping[str, Any]) -> Device:

@@ -15,17 +15,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
 
-from operations import BOTH, OPERATIONS, Operation, differentiable
-from shapes import ODD, Sizes, Source, tensors
+from cases import CASES, ODD, Case, Sizes, Source, tensors
 from timing import synchronize
 
 from vapi_fast import ops
 
 
-def run(operation: Operation, source: Source, sizes: Sizes = ODD) -> None:
-    arguments, leaves = differentiable(operation, operation.inputs(sizes, source))
-    with ops.use_backend("triton"), torch.set_grad_enabled(BOTH in operation.passes):
-        results = [each for each in tensors(operation.call(ops, *arguments)) if each.requires_grad]
+def run(case: Case, source: Source, sizes: Sizes = ODD) -> None:
+    inputs, leaves = case.differentiable(case.inputs(sizes, source))
+    with ops.use_backend("triton"), torch.set_grad_enabled(bool(leaves)):
+        results = [each for each in tensors(case.call(ops, inputs)) if each.requires_grad]
         if leaves:
             torch.autograd.grad(results, leaves, [torch.randn_like(each) for each in results])
     synchronize()
@@ -35,13 +34,13 @@ def main() -> int:
     torch.manual_seed(0)
     source = Source(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
     failed = 0
-    for operation in OPERATIONS:
+    for case in CASES:
         try:
-            run(operation, source)
-            print(f"{operation.name}: ran", flush=True)
+            run(case, source)
+            print(f"{case.name}: ran", flush=True)
         except Exception as error:  # the others are to be seen too
             failed += 1
-            print(f"{operation.name}: {type(error).__name__}: {error}", flush=True)
+            print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,9 +1,11 @@
-"""The benchmarks' rows as tables in text."""
+"""The benchmarks' rows as tables in text, and a GPU check's headline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from race import OURS
 
 HEADER = (
     f"{'operation':<28} {'pass':<4} {'ms':>9} {'achieved':>13} {'ceiling':>8} {'eager':>8} {'compiled':>8} {'peer':>8} "
@@ -24,19 +26,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     rows = [row for row in rows if "operation" in row]
     if not rows:
         return "no operation was measured"
-    ceilings = rows[0]["ceilings"]
-    head = (
-        f"{rows[0]['device']}: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
-        f"matrix product {ceilings['matmul'] / 1e12:.1f} TFLOP/s"
-    )
+    copy, matmul = (rows[0]["ceilings"][name] for name in ("copy", "matmul"))
+    head = f"{rows[0]['device']}: copy {copy / 1e9:.0f} GB/s, matrix product {matmul / 1e12:.1f} TFLOP/s"
     skipped = sorted({f"{name}: {why}" for row in rows for name, why in row["skipped"].items()})
     return "\n".join([head, HEADER, *map(line, rows), *skipped])
 
 
-def rows_of(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all parts of a `gpu_check` that have some."""
-    lists = [figures for part in parts.values() if isinstance(figures := part.get("figures"), list)]
-    return [row for rows in lists for row in rows if "ratio" in row]
+def line(row: dict[str, Any]) -> str:
+    seconds, peak = row["seconds"], row["peak_bytes"][OURS]
+    own = seconds[OURS]
+    peers = [value for name, value in seconds.items() if name not in (OURS, "eager", "compiled")]
+    rivals = seconds.get("eager"), seconds.get("compiled"), min(peers, default=None)
+    gigabytes, teraflops = f"{row['bytes_moved'] / own / 1e9:.3g} GB/s", f"{row['flops'] / own / 1e12:.3g} TFLOP/s"
+    missed = [each["target"] for each in row["targets"] if not each["met"]]
+    cells = [
+        f"{row['operation']:<28} {'f' if row['pass'] == 'forward' else 'f+b':<4} {1e3 * own:>9.4f}",
+        f"{gigabytes if row['bounded_by'] == 'copy' else teraflops:>13} {row['share']:>8.1%}",
+        *(f"{'-' if each is None else f'{each / own:.2f}×':>8}" for each in rivals),
+        f"{f'{peak / 1e6:.1f}' if peak else '-':>8} {row['error']:>8.1e}",
+        f"missed: {', '.join(missed)}" if missed else "met" if row["targets"] else "",
+    ]
+    return " ".join(cells).rstrip()
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> str:
@@ -50,19 +60,22 @@ def ratios(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ratio_line(name: str, row: dict[str, Any], figure: str, rival: str) -> str:
-    ours = f"{name:<40} {1e3 * row['seconds']['vapi_fast']:>10.4g}"
+    ours = f"{name:<40} {1e3 * row['seconds'][OURS]:>10.4g}"
     if row[figure] is None:
         return f"{ours} no ratio: {row['failure']}"
     low, high = row[f"{figure}_quartiles"]
     before = row["accepted"].get(figure)
-    cells = [
-        ours,
-        f"{1e3 * row['seconds'][rival]:>10.4g} {rival:<21}",
-        f"{row[figure]:>8.3g}× {f'{low:.3g}–{high:.3g}':>13}",
-        f"{'-' if before is None else f'{before:.3g}×':>9}",
-        f"{row['rounds']:>6} {row['error']:>8.1e} {row['disagreement']:>8.1e}",
-    ]
-    return " ".join(cells)
+    return (
+        f"{ours} {1e3 * row['seconds'][rival]:>10.4g} {rival:<21} {row[figure]:>8.3g}× {f'{low:.3g}–{high:.3g}':>13} "
+        f"{'-' if before is None else f'{before:.3g}×':>9} {row['rounds']:>6} {row['error']:>8.1e} "
+        f"{row['disagreement']:>8.1e}"
+    )
+
+
+def rows_of(parts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all parts of a `gpu_check` that have some."""
+    lists = [figures for part in parts.values() if isinstance(figures := part.get("figures"), list)]
+    return [row for rows in lists for row in rows if "ratio" in row]
 
 
 def short_commit(record: dict[str, Any]) -> str:
@@ -98,29 +111,3 @@ def headline(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
         found[f"startup_seconds_{cache}"] = figures.get("seconds", {}).get("startup")
         found[f"first_step_seconds_{cache}"] = figures.get("first_step_seconds")
     return {name: value for name, value in found.items() if value is not None}
-
-
-def line(row: dict[str, Any]) -> str:
-    seconds = row["seconds"]
-    own = seconds["vapi_fast"]
-    peers = [value for name, value in seconds.items() if name not in ("vapi_fast", "eager", "compiled")]
-    rivals = seconds.get("eager"), seconds.get("compiled"), min(peers, default=None)
-    eager, compiled, peer = ("-" if each is None else f"{each / own:.2f}×" for each in rivals)
-    if row["bounded_by"] == "copy":
-        achieved = f"{row['bytes_moved'] / own / 1e9:.3g} GB/s"
-    else:
-        achieved = f"{row['flops'] / own / 1e12:.3g} TFLOP/s"
-    missed = [each["target"] for each in row["targets"] if not each["met"]]
-    verdict = "" if not row["targets"] else f"missed: {', '.join(missed)}" if missed else "met"
-    cells = [
-        f"{row['operation']:<28}",
-        f"{'f' if row['pass'] == 'forward' else 'f+b':<4}",
-        f"{1e3 * own:>9.4f}",
-        f"{achieved:>13}",
-        f"{row['share']:>8.1%}",
-        f"{eager:>8} {compiled:>8} {peer:>8}",
-        f"{row['peak_bytes']['vapi_fast'] / 1e6:>8.1f}" if row["peak_bytes"]["vapi_fast"] else f"{'-':>8}",
-        f"{row['error']:>8.1e}",
-        verdict,
-    ]
-    return " ".join(cells).rstrip()

@@ -1,4 +1,45 @@
-"""Triton device code, one file a family, and the launch tables (`tables/`) that say with which blocks it runs.
+"""The operations of `vapi_fast.ops` on Triton kernels, each registered as `torch.ops.vapi_fast.<name>`.
 
-The headers count bytes moved through device memory and floating-point operations, and name the bound that governs.
+One file a stem: device code (functions named `…_kernel`, and what they call), launch settings as constants, launches,
+registration with PyTorch and gradients. Headers count bytes moved through device memory and floating-point operations,
+and name the bound that governs. Settings are the same for every GPU: nobody has measured others to be better on one.
+
+Each function here has the name and the signature of the public operation, which documents it and checks its arguments;
+here they are taken as right, except that the dtypes a kernel takes are fewer.
 """
+
+from vapi_fast.reference import group_advantages
+
+from .attention import append_to_cache, decode_attention
+from .codebook import codebook_lookup, vq_lookup
+from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
+from .group_sample import group_sample, linear_group_sample
+from .losses import linear_cross_entropy, policy_loss
+from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
+from .perceptual import lpips_distance, mse
+from .rms_norm import rms_norm
+from .rotary_swiglu import rotary_2d, swiglu
+from .straight_through import straight_through_lookup
+
+__all__ = [
+    "add_group_norm_silu",
+    "append_to_cache",
+    "bias_group_norm_silu",
+    "codebook_lookup",
+    "decode_attention",
+    "group_advantages",
+    "group_norm_silu",
+    "group_sample",
+    "linear_cross_entropy",
+    "linear_group_sample",
+    "lpips_distance",
+    "mse",
+    "noisy_prefix",
+    "noisy_prefix_cross_entropy",
+    "policy_loss",
+    "rms_norm",
+    "rotary_2d",
+    "straight_through_lookup",
+    "swiglu",
+    "vq_lookup",
+]

@@ -1,4 +1,4 @@
-"""Rows of the policy loss and of cross-entropy: the objective and the gradient of its logits, in one pass.
+"""The policy loss and cross-entropy of a head's logits: objective, and gradient of the logits, in one pass over a row.
 
 n rows (B·T) of V logits, which cuBLAS has written in fp32; their gradient goes over them, in hidden's dtype.
 
@@ -7,21 +7,37 @@ n rows (B·T) of V logits, which cuBLAS has written in fp32; their gradient goes
 | head_loss      | n·V·(4 + 2), in fp32 4 + 4, without a gradient 4           | 6 + 1 exponential  |
 | scale_gradient | each gradient read (hidden's dtype, fp32) and written once | 1                  |
 
-Both are bound by memory bandwidth; the whole operation is bound by its three matrix products, those of
-`vapi_fast.ops.fused.head`. Predicted for an H100 of 798 TFLOP/s and 3.0 TB/s, bf16, n = 9216, V = 16384, D = 1536:
-products 1.74 ms, and 0.3 for their tails and for writing fp32 logits; head_loss 0.30 (0.9 GB); four chunks' ∇weight
-read and written, 0.2 (0.7 GB); scale_gradient 0.09 (0.26 GB): 2.65 ms. Memory: logits 151 MB, ∇weight 101 MB, ∇hidden
-28 MB, the bf16 copy of an fp32 weight 50 MB.
+Both are bound by memory bandwidth; the whole operation is bound by its three matrix products, those of `head`.
+Predicted for an H100 of 798 TFLOP/s and 3.0 TB/s, bf16, n = 9216, V = 16384, D = 1536: products 1.74 ms, and 0.3 for
+their tails and for writing fp32 logits; head_loss 0.30 (0.9 GB); four chunks' ∇weight read and written, 0.2 (0.7 GB);
+scale_gradient 0.09 (0.26 GB): 2.65 ms. Memory: logits 151 MB, ∇weight 101 MB, ∇hidden 28 MB, the bf16 copy of an fp32
+weight 50 MB. A bias takes two launches a chunk more where its gradient is needed (the sum of the logits' gradients,
+n·V·2 bytes read, added up), and one in the backward.
+
+The forward computes the gradients too, chunk by chunk, while the logits are there: three matrix products instead of
+four, and the backward only multiplies by the incoming gradient. Until then gradients are those of the sum over the
+rows: the mean's would vanish in fp16, before the loss scaling that the incoming gradient brings.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from vapi_fast.reference import PolicyLoss
 
-@triton.jit
-def load_logits(row_ptr, start, V, BLOCK_V: tl.constexpr):
-    column = start + tl.arange(0, BLOCK_V)
-    return tl.load(row_ptr + column, mask=column < V, other=-float("inf"))
+from .head import head_operands, load_logits, logits_chunks, product
+from .launch import check_dtypes, contiguous, launch, next_power_of_2
+
+HEAD_LOSS = {"BLOCK_V": 16384, "ELEMENTS_PER_WARP": 1024, "num_stages": 1}
+SCALE_GRADIENT = {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}
+# Slots of a row, one a rollout and one for the target, are compared with one another.
+MAX_GROUP = 127
 
 
 @triton.jit
@@ -49,8 +65,9 @@ def exponential_remainder(d):
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "T", "G"])
-def head_loss(
+def head_loss_kernel(
     logits_ptr,
+    bias_ptr,
     gradient_ptr,
     targets_ptr,
     tokens_ptr,
@@ -78,10 +95,11 @@ def head_loss(
 ):
     """Terms of the loss at one row (an image's position), and the gradient of their sum over the rows.
 
-    logits fp32 `[rows of the chunk, V]`, gradient the same with stride_gradient from row to row: each of its rows may
-    start where the row's logits do, in elements that are no wider. targets `[rows]`, tokens, old and base `[B, G, T]`,
-    advantages `[B, G]`; without tokens (None), prior_weight · cross-entropy is all of the loss. terms `[6, rows]`:
-    loss, policy, prior, KL, ratio, clip fraction, the means over the group; without tokens the first alone.
+    logits fp32 `[rows of the chunk, V]`, without their bias `[V]`, if they have one; gradient the same, stride_gradient
+    from row to row: each of its rows may start where the row's logits do, in elements that are no wider. targets
+    `[rows]`, tokens, old and base `[B, G, T]`, advantages `[B, G]`; without tokens (None), prior_weight · cross-entropy
+    is all of the loss. terms `[6, rows]`: loss, policy, prior, KL, ratio, clip fraction, the means over the group;
+    without tokens the first alone.
 
     A token outside 0…V−1 is looked up nowhere and has a NaN log-prob: so have the loss and the gradients.
     """
@@ -104,14 +122,17 @@ def head_loss(
             base = tl.load(base_ptr + sampled, mask=rollout, other=0.0)
     known = (token >= 0) & (token < V)
     chosen = tl.load(logits_ptr + token, mask=known, other=float("nan"))
+    if bias_ptr is not None:
+        chosen += tl.load(bias_ptr + token, mask=known, other=0.0).to(tl.float32)
 
     if WHOLE_ROW:
-        x = load_logits(logits_ptr, 0, V, BLOCK_V)
+        x = load_logits(logits_ptr, bias_ptr, tl.arange(0, BLOCK_V), V)
         maximum = tl.max(x, axis=0)
     else:
         maximum = -float("inf")
         for start in range(0, V, BLOCK_V):
-            maximum = tl.maximum(maximum, tl.max(load_logits(logits_ptr, start, V, BLOCK_V), axis=0))
+            x = load_logits(logits_ptr, bias_ptr, start + tl.arange(0, BLOCK_V), V)
+            maximum = tl.maximum(maximum, tl.max(x, axis=0))
     shift = tl.where(tl.abs(maximum) < float("inf"), maximum, 0.0)  # as torch.logsumexp, whose ∞ is no NaN
     total = 0.0
     tempered_total = 0.0
@@ -121,7 +142,7 @@ def head_loss(
             tempered_total += tl.sum(tl.exp((x - shift) * inverse_temperature), axis=0)
     else:
         for start in range(0, V, BLOCK_V):
-            x = load_logits(logits_ptr, start, V, BLOCK_V)
+            x = load_logits(logits_ptr, bias_ptr, start + tl.arange(0, BLOCK_V), V)
             total += tl.sum(tl.exp(x - shift), axis=0)
             if TEMPERED:
                 tempered_total += tl.sum(tl.exp((x - shift) * inverse_temperature), axis=0)
@@ -173,7 +194,7 @@ def head_loss(
             store_gradient(gradient_ptr, 0, V, gradient, BLOCK_V)
         else:
             for start in range(0, V, BLOCK_V):  # forwards: no block's gradient reaches logits that are still to be read
-                x = load_logits(logits_ptr, start, V, BLOCK_V)
+                x = load_logits(logits_ptr, bias_ptr, start + tl.arange(0, BLOCK_V), V)
                 gradient = softmax_gradient(x, shift, scale, tempered_scale, inverse_temperature, TEMPERED)
                 store_gradient(gradient_ptr, start, V, gradient, BLOCK_V)
         # The slots' tokens once more, with their slopes; equal tokens store the same value.
@@ -184,9 +205,223 @@ def head_loss(
 
 
 @triton.jit
-def scale_gradient(gradient_ptr, scale_ptr, out_ptr, elements, BLOCK: tl.constexpr):
+def scale_gradient_kernel(gradient_ptr, scale_ptr, out_ptr, elements, BLOCK: tl.constexpr):
     """out = gradient · scale, in fp32 until it is stored; scale is a 0-d fp32 tensor."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(gradient_ptr + index, mask=index < elements, other=0.0).to(tl.float32)
     scaled = gradient * tl.load(scale_ptr)
     tl.store(out_ptr + index, scaled.to(out_ptr.dtype.element_ty), mask=index < elements)
+
+
+class Head(NamedTuple):
+    """hidden `[B, T, D]`, weight `[V, D]`, bias `[V]` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Rollouts(NamedTuple):
+    """What policy_loss has beside the targets: tokens, old and base log-probs `[B, G, T]`, advantages `[B, G]`."""
+
+    tokens: Tensor | None = None
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    base_logprobs: Tensor | None = None
+
+
+class Objective(NamedTuple):
+    """Cross-entropy alone, unless told otherwise."""
+
+    clip_range: float = 0.0
+    prior_weight: float = 1.0
+    kl_weight: float = 0.0
+    temperature: float = 1.0
+
+
+def head_loss(
+    head: Head, targets: Tensor, rollouts: Rollouts, objective: Objective, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Terms of the loss at each row `[6, B·T]`; the gradients of their sum to hidden, weight and bias, as `needs` says.
+
+    Those of weight and bias are fp32, hidden's in its dtype. Without tokens: terms `[1, B·T]`, cross-entropy alone.
+    """
+    states, weight = head_operands(head.hidden, head.weight)
+    bias = contiguous(head.bias)
+    rows, vocab_size = states.shape[0], weight.shape[0]
+    gradients = empty_gradients(head, needs)
+    to_hidden, to_weight, to_bias = gradients
+    group_size = 0 if rollouts.tokens is None else rollouts.tokens.shape[1]
+    terms = states.new_empty(1 if rollouts.tokens is None else 6, rows, dtype=torch.float32)
+    sides = [targets.contiguous(), *map(contiguous, rollouts)]
+
+    whole_row = vocab_size <= HEAD_LOSS["BLOCK_V"]  # in registers; otherwise in blocks, several times over
+    block_v = next_power_of_2(vocab_size) if whole_row else HEAD_LOSS["BLOCK_V"] // 2
+    block_g = next_power_of_2(group_size + 1)
+    constants = {
+        "TEMPERED": objective.temperature != 1,
+        "GRADIENT": any(needs),
+        "WHOLE_ROW": whole_row,
+        "BLOCK_V": block_v,
+        "BLOCK_G": block_g,
+        "num_warps": max(max(block_v, block_g**2) // HEAD_LOSS["ELEMENTS_PER_WARP"], 1),
+        "num_stages": HEAD_LOSS["num_stages"],
+    }
+    clip_range, prior_weight, kl_weight, temperature = objective
+    numbers = (clip_range, 1 - clip_range, 1 + clip_range, prior_weight, kl_weight, 1 / temperature)
+    for first, logits in logits_chunks(states, weight):
+        # The gradient of a row starts where the row's logits do: over half of them if it is of 16 bits.
+        gradient = logits.view(states.dtype)
+        sizes = (first, rows, targets.shape[1], vocab_size, group_size, gradient.stride(0))
+        grid = (len(logits),)
+        launch(head_loss_kernel, grid, logits, bias, gradient, *sides, terms, *sizes, *numbers, **constants)
+        gradient = gradient[:, :vocab_size]
+        chunk = slice(first, first + len(logits))
+        if needs[0]:
+            product(gradient, weight, to_hidden.view(states.shape)[chunk])
+        if needs[1]:
+            product(gradient.t(), states[chunk], to_weight, accumulate=first > 0)
+        if needs[2]:
+            total = gradient.sum(0, dtype=torch.float32)
+            to_bias.add_(total) if first > 0 else to_bias.copy_(total)
+    return terms, *gradients
+
+
+def empty_gradients(head: Head, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Those to hidden, weight and bias, before they are known; without elements where they are not needed."""
+    shapes = (head.hidden.shape, head.weight.shape, head.weight.shape[:1])
+    dtypes = (head.hidden.dtype, torch.float32, torch.float32)
+    return tuple(
+        head.hidden.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+@torch.library.custom_op("vapi_fast::policy_loss", mutates_args=())
+def policy_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    advantages: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    base_logprobs: Tensor | None,
+    clip_range: float,
+    prior_weight: float,
+    kl_weight: float,
+    temperature: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss; policy, prior, KL, ratio and clip fraction; gradients of B·T times the loss to hidden, weight and bias.
+
+    advantages, old_logprobs and base_logprobs are fp32. `needs_…` must be true where a backward will want a gradient.
+    """
+    rollouts = Rollouts(tokens, advantages, old_logprobs, base_logprobs)
+    objective = Objective(clip_range, prior_weight, kl_weight, temperature)
+    needs = [needs_hidden, needs_weight, needs_bias]
+    terms, *gradients = head_loss(Head(hidden, weight, bias), targets, rollouts, objective, needs)
+    return terms[0].mean(), terms[1:].mean(1), *gradients
+
+
+@torch.library.custom_op("vapi_fast::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy; gradients of B·T times it to hidden, weight and bias where needed."""
+    needs = [needs_hidden, needs_weight, needs_bias]
+    terms, *gradients = head_loss(Head(hidden, weight, bias), targets, Rollouts(), Objective(), needs)
+    return terms[0].mean(), *gradients
+
+
+@torch.library.custom_op("vapi_fast::scale_gradient", mutates_args=())
+def scale_gradient_op(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · scale (0-d fp32) in another dtype, rounded once."""
+    out = gradient.new_empty(gradient.shape, dtype=dtype)
+    grid = (triton.cdiv(gradient.numel(), SCALE_GRADIENT["BLOCK"]),)
+    launch(scale_gradient_kernel, grid, gradient.contiguous(), scale, out, gradient.numel(), **SCALE_GRADIENT)
+    return out
+
+
+scale_gradient_op.register_fake(lambda gradient, scale, dtype: gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+@policy_loss_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    terms = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (5,)))
+    return *terms, *empty_gradients(Head(hidden, weight, bias), options[-3:])
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    return hidden.new_empty((), dtype=torch.float32), *empty_gradients(Head(hidden, weight, bias), needs)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias = inputs[:3]
+    ctx.inputs, ctx.rows = len(inputs), hidden.shape[0] * hidden.shape[1]
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.save_for_backward(*output[-3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros the size of the weight for its gradient, which has none itself
+
+
+def _gradient(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    scale = grad_loss / ctx.rows
+    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    gradients = [scale_gradient_op(gradient, scale, dtype) if need else None for gradient, dtype, need in wanted]
+    return *gradients, *[None] * (ctx.inputs - 3)
+
+
+policy_loss_op.register_autograd(_gradient, setup_context=_context)
+linear_cross_entropy_op.register_autograd(_gradient, setup_context=_context)
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    base_logprobs: Tensor | None = None,
+    clip_range: float = 0.2,
+    prior_weight: float = 0.1,
+    kl_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> PolicyLoss:
+    """Objective of the whole group, with its gradients, from chunks of logits; see `vapi_fast.ops.policy_loss`."""
+    check_dtypes("policy_loss", hidden=hidden, weight=weight, bias=bias)
+    if tokens.shape[1] > MAX_GROUP:
+        raise ValueError(
+            f"policy_loss: tokens must have G <= {MAX_GROUP} on the 'triton' backend, got G={tokens.shape[1]}"
+        )
+    advantages, old_logprobs, base_logprobs = (
+        None if side is None else side.detach().float() for side in (advantages, old_logprobs, base_logprobs)
+    )
+    sides = (tokens, advantages, targets, old_logprobs, base_logprobs)
+    objective = (clip_range, prior_weight, kl_weight, temperature)
+    head = (hidden, weight, bias)
+    loss, report, *_ = policy_loss_op(*head, *sides, *objective, *gradients_needed(*head))
+    return PolicyLoss(loss, *report.unbind())
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy, with its gradients, from chunks of logits; see `vapi_fast.ops.linear_cross_entropy`."""
+    check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight, bias=bias)
+    return linear_cross_entropy_op(hidden, weight, bias, targets, *gradients_needed(hidden, weight, bias))[0]
+
+
+def gradients_needed(*inputs: Tensor | None) -> list[bool]:
+    """Whether a backward may ask for the gradient to each of these."""
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]

@@ -16,9 +16,24 @@ The LPIPS kernels are launched without contraction to fused multiply-adds: a·s 
 give equal features a distance.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .launch import channel_blocks, channels_last, check_dtypes, launch, multiprocessors
+
+LPIPS_FORWARD = {"BLOCK_ELEMENTS": 4096, "num_warps": 4, "num_stages": 3}
+LPIPS_BACKWARD = {"BLOCK_ELEMENTS": 2048, "num_warps": 4, "num_stages": 3}
+MSE = {"BLOCK": 4096, "num_warps": 4, "num_stages": 3}
+ROW_SUMS = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
+PROGRAMS_PER_MULTIPROCESSOR = 8  # what it takes to hide the latency of device memory
 CHANNEL_EPS = tl.constexpr(1e-10)
 
 
@@ -29,8 +44,15 @@ def inverse_norm(x):
     return 1.0 / (norm + CHANNEL_EPS), norm
 
 
+@triton.jit
+def through_norm(dunit, unit, scale, norm):
+    """Gradient to x from that to x̂ = x · scale, scale = 1 / (norm + eps)."""
+    along = tl.sum(unit * dunit, axis=1) / tl.where(norm == 0.0, 1.0, scale * norm)
+    return scale[:, None] * (dunit - unit * along[:, None])
+
+
 @triton.jit(do_not_specialize=["P", "G", "blocks", "splits", "rollouts", "stride_partial"])
-def lpips_forward(
+def lpips_forward_kernel(
     a_ptr,
     b_ptr,
     weight_ptr,
@@ -73,7 +95,7 @@ def lpips_forward(
 
 
 @triton.jit(do_not_specialize=["P", "G", "blocks", "splits", "rollouts"])
-def lpips_backward(
+def lpips_backward_kernel(
     ddistance_ptr,
     a_ptr,
     b_ptr,
@@ -140,15 +162,10 @@ def lpips_backward(
         tl.store(out, tl.sum(squares, axis=0), mask=channel < C)
 
 
-@triton.jit
-def through_norm(dunit, unit, scale, norm):
-    """Gradient to x from that to x̂ = x · scale, scale = 1 / (norm + eps)."""
-    along = tl.sum(unit * dunit, axis=1) / tl.where(norm == 0.0, 1.0, scale * norm)
-    return scale[:, None] * (dunit - unit * along[:, None])
-
-
 @triton.jit(do_not_specialize=["G", "blocks", "splits", "rollouts"])
-def mse_forward(a_ptr, b_ptr, partial_ptr, N, G, blocks, splits, rollouts, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def mse_forward_kernel(
+    a_ptr, b_ptr, partial_ptr, N, G, blocks, splits, rollouts, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """Σ (a − b)² / N over one block of an image's N elements, for `rollouts` of its G: fp32 `[B·G, blocks]`."""
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     image, block = (tile // blocks).to(tl.int64), tile % blocks
@@ -165,7 +182,7 @@ def mse_forward(a_ptr, b_ptr, partial_ptr, N, G, blocks, splits, rollouts, BLOCK
 
 
 @triton.jit(do_not_specialize=["G", "blocks", "splits", "rollouts"])
-def mse_backward(
+def mse_backward_kernel(
     derror_ptr,
     a_ptr,
     b_ptr,
@@ -203,7 +220,7 @@ def mse_backward(
 
 
 @triton.jit
-def row_sums(x_ptr, sum_ptr, columns, BLOCK: tl.constexpr):
+def row_sums_kernel(x_ptr, sum_ptr, columns, BLOCK: tl.constexpr):
     """Sum of each row of fp32 `[rows, columns]`."""
     row = x_ptr + tl.program_id(0).to(tl.int64) * columns
     total = tl.zeros([BLOCK], tl.float32)
@@ -211,3 +228,194 @@ def row_sums(x_ptr, sum_ptr, columns, BLOCK: tl.constexpr):
         column = start + tl.arange(0, BLOCK)
         total += tl.load(row + column, mask=column < columns, other=0.0)
     tl.store(sum_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def maps_of(x: Tensor) -> Tensor:
+    """`[B, (G,) C, H, W]` as `[B·G, C, H, W]`: a view where the maps lie one behind the other."""
+    return x.flatten(0, 1) if x.ndim == 5 else x
+
+
+def group_size(a: Tensor) -> int:
+    return a.shape[1] if a.ndim == 5 else 1
+
+
+def group_splits(tiles: int, group: int, device: torch.device, *, shared: bool = False) -> tuple[int, int]:
+    """Programs that share a tile's group, more than one where tiles are few, and the rollouts of each.
+
+    shared: a sum over the group is wanted, all of which one program must see then.
+    """
+    if shared:
+        return 1, group
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(tiles, 1))
+    rollouts = max(triton.cdiv(group, wanted), 1)
+    return max(triton.cdiv(group, rollouts), 1), rollouts
+
+
+def row_sums(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    sums = x.new_empty(rows)
+    launch(row_sums_kernel, (rows,), x, sums, columns, **ROW_SUMS)
+    return sums
+
+
+@torch.library.custom_op("vapi_fast::lpips_distance", mutates_args=())
+def lpips_distance_op(features_a: list[Tensor], features_b: list[Tensor], weights: list[Tensor]) -> Tensor:
+    batch, group = len(features_b[0]), group_size(features_a[0])
+    constants = [channel_blocks(LPIPS_FORWARD, b.shape[1], "BLOCK_P") for b in features_b]
+    blocks = [triton.cdiv(b.shape[2:].numel(), each["BLOCK_P"]) for b, each in zip(features_b, constants, strict=True)]
+    partial = features_a[0].new_empty(batch * group, sum(blocks), dtype=torch.float32)
+    for level, (a, b, weight) in enumerate(zip(features_a, features_b, weights, strict=True)):
+        splits, rollouts = group_splits(batch * blocks[level], group, a.device)
+        launch(
+            lpips_forward_kernel,
+            (batch * blocks[level] * splits,),
+            channels_last(maps_of(a)),
+            channels_last(b),
+            weight.contiguous(),
+            partial[:, sum(blocks[:level]) :],
+            *(b.shape[2:].numel(), b.shape[1], group, blocks[level], splits, rollouts, partial.stride(0)),
+            enable_fp_fusion=False,
+            STAGES=LPIPS_FORWARD["num_stages"],
+            **constants[level],
+        )
+    return row_sums(partial).view(features_a[0].shape[:-3])
+
+
+@torch.library.custom_op("vapi_fast::lpips_distance_backward", mutates_args=())
+def lpips_distance_backward_op(
+    ddistance: Tensor,
+    features_a: list[Tensor],
+    features_b: list[Tensor],
+    weights: list[Tensor],
+    needs_a: bool,
+    needs_b: bool,
+    needs_weights: bool,
+) -> list[Tensor]:
+    """Gradients to all of features_a, all of features_b and all weights, as far as needed, in this order."""
+    ddistance = ddistance.contiguous()
+    levels = zip(features_a, features_b, weights, strict=True)
+    gradients = [lpips_level_backward(ddistance, *level, needs_a, needs_b, needs_weights) for level in levels]
+    return [level[kind] for kind in range(3) for level in gradients if level[kind] is not None]
+
+
+def lpips_level_backward(
+    ddistance: Tensor, a: Tensor, b: Tensor, weight: Tensor, needs_a: bool, needs_b: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    batch, channels, height, width = b.shape
+    group, pixels = group_size(a), height * width
+    block = channel_blocks(LPIPS_BACKWARD, channels, "BLOCK_P")
+    blocks = triton.cdiv(pixels, block["BLOCK_P"])
+    splits, rollouts = group_splits(batch * blocks, group, a.device, shared=needs_b)
+    programs = batch * blocks * splits
+    da = channels_last_like(a) if needs_a else None
+    db = channels_last_like(b) if needs_b else None
+    shares = a.new_empty(programs, channels, dtype=torch.float32) if needs_weight else None
+    inputs = (ddistance, channels_last(maps_of(a)), channels_last(b), weight.contiguous())
+    sizes = (pixels, channels, group, blocks, splits, rollouts)
+    needs = {"NEEDS_A": needs_a, "NEEDS_B": needs_b, "NEEDS_WEIGHT": needs_weight}
+    options = {"enable_fp_fusion": False, "STAGES": LPIPS_BACKWARD["num_stages"], **block}
+    launch(lpips_backward_kernel, (programs,), *inputs, da, db, shares, *sizes, **needs, **options)
+    return da, db, shares.sum(0).to(weight.dtype) if needs_weight else None
+
+
+def channels_last_like(x: Tensor) -> Tensor:
+    """New maps of the shape of x, `[B, (G,) C, H, W]`, channels last in memory."""
+    shape = (math.prod(x.shape[:-3]), *x.shape[-3:])
+    maps = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return maps.view(x.shape)
+
+
+@lpips_distance_op.register_fake
+def _(features_a: list[Tensor], features_b: list[Tensor], weights: list[Tensor]) -> Tensor:
+    return features_a[0].new_empty(features_a[0].shape[:-3], dtype=torch.float32)
+
+
+@lpips_distance_backward_op.register_fake
+def _(ddistance: Tensor, *options: Any) -> list[Tensor]:
+    features_a, features_b, weights = ((x if need else []) for x, need in zip(options[:3], options[3:], strict=True))
+    return [channels_last_like(x) for x in (*features_a, *features_b)] + [w.new_empty(w.shape) for w in weights]
+
+
+def _lpips_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[0], *inputs[1], *inputs[2])
+
+
+def _lpips_gradient(ctx: Any, ddistance: Tensor) -> tuple[list[Tensor | None], ...]:
+    levels = len(ctx.saved_tensors) // 3
+    inputs = [list(ctx.saved_tensors[start : start + levels]) for start in range(0, 3 * levels, levels)]
+    needs = [any(flags) for flags in ctx.needs_input_grad]
+    gradients = iter(lpips_distance_backward_op(ddistance, *inputs, *needs))
+    return tuple([next(gradients) if need else None for _ in range(levels)] for need in needs)
+
+
+lpips_distance_op.register_autograd(_lpips_gradient, setup_context=_lpips_context)
+
+
+def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """LPIPS distance in one pass over the features; see `vapi_fast.ops.lpips_distance`."""
+    for level, (a, b, weight) in enumerate(zip(features_a, features_b, weights, strict=True)):
+        names = (f"features_a[{level}]", f"features_b[{level}]", f"weights[{level}]")
+        check_dtypes("lpips_distance", **dict(zip(names, (a, b, weight), strict=True)))
+    return lpips_distance_op(list(features_a), list(features_b), list(weights))
+
+
+def same_layout(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, torch.memory_format]:
+    """a as `[B·G, C, H, W]` and b, both dense and in the same memory format: a's own, if it has one."""
+    memory_format = torch.channels_last if a.stride(-3) == 1 else torch.contiguous_format
+    a = maps_of(a)
+    return a.contiguous(memory_format=memory_format), b.contiguous(memory_format=memory_format), memory_format
+
+
+@torch.library.custom_op("vapi_fast::mse", mutates_args=())
+def mse_op(a: Tensor, b: Tensor) -> Tensor:
+    maps, reference, _ = same_layout(a, b)
+    batch, group, size = len(b), group_size(a), maps.shape[1:].numel()
+    blocks = triton.cdiv(size, MSE["BLOCK"])
+    splits, rollouts = group_splits(batch * blocks, group, a.device)
+    partial = a.new_empty(batch * group, blocks, dtype=torch.float32)
+    sizes, constants = (size, group, blocks, splits, rollouts), {"STAGES": MSE["num_stages"], **MSE}
+    launch(mse_forward_kernel, (batch * blocks * splits,), maps, reference, partial, *sizes, **constants)
+    return row_sums(partial).view(a.shape[:-3])
+
+
+@torch.library.custom_op("vapi_fast::mse_backward", mutates_args=())
+def mse_backward_op(derror: Tensor, a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> list[Tensor]:
+    """Gradients to a and to b, as far as needed, in this order."""
+    maps, reference, _ = same_layout(a, b)
+    batch, group, size = len(b), group_size(a), maps.shape[1:].numel()
+    blocks = triton.cdiv(size, MSE["BLOCK"])
+    splits, rollouts = group_splits(batch * blocks, group, a.device, shared=needs_b)
+    da, db = empty_like_maps(a, b, needs_a, needs_b)
+    tensors, sizes = (derror.contiguous(), maps, reference, da, db), (size, group, blocks, splits, rollouts)
+    constants = {"NEEDS_A": needs_a, "NEEDS_B": needs_b, "STAGES": MSE["num_stages"], **MSE}
+    launch(mse_backward_kernel, (batch * blocks * splits,), *tensors, *sizes, **constants)
+    return [gradient for gradient in (da, db) if gradient is not None]
+
+
+def empty_like_maps(a: Tensor, b: Tensor, needs_a: bool, needs_b: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to a and to b, before they are known, those needed."""
+    maps, reference, memory_format = same_layout(a, b)
+    da = torch.empty_like(maps, memory_format=memory_format).view(a.shape) if needs_a else None
+    return da, torch.empty_like(reference, memory_format=memory_format) if needs_b else None
+
+
+mse_op.register_fake(lambda a, b: a.new_empty(a.shape[:-3], dtype=torch.float32))
+mse_backward_op.register_fake(lambda derror, *options: [x for x in empty_like_maps(*options) if x is not None])
+
+
+def _mse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mse_gradient(ctx: Any, derror: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = iter(mse_backward_op(derror, *ctx.saved_tensors, *ctx.needs_input_grad))
+    return tuple(next(gradients) if need else None for need in ctx.needs_input_grad)
+
+
+mse_op.register_autograd(_mse_gradient, setup_context=_mse_context)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error of each image in one pass; see `vapi_fast.ops.mse`."""
+    check_dtypes("mse", a=a, b=b)
+    return mse_op(a, b)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vapi_fast.reference.sampling import filter_logits
+from vapi_fast.reference.filters import filter_logits
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from public_models import LPIPS, Transformer, VQModel, randomised
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.reference.quantization import gumbel_noise
+from vapi_fast.reference.straight_through import gumbel_noise
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 STEP = 7

@@ -135,7 +135,7 @@ def test_activations_are_what_autograd_keeps(layers: int) -> None:
 
 
 def test_the_heads_buffers_are_those_of_the_kernels() -> None:
-    head = pytest.importorskip("vapi_fast.ops.fused.head")
+    head = pytest.importorskip("vapi_fast.kernels.head")
     from vapi_fast.alignment import memory
 
     assert memory.LOGITS == head.CHUNK_BYTES

@@ -293,7 +293,7 @@ def test_the_first_rank_of_a_machine_has_kernels_compiled(
 ) -> None:
     asked = []
     monkeypatch.setattr("vapi_fast.kernels.compile.in_background", lambda arch: asked.append(arch) or nullcontext())
-    monkeypatch.setattr("vapi_fast.ops.fused.launch.device_architecture", lambda index: "sm_90")
+    monkeypatch.setattr("vapi_fast.kernels.launch.device_architecture", lambda index: "sm_90")
     gpu = torch.device("cuda", 0)
     xxl = AlignConfig(model="xxl", random_init=True, synthetic_data=True)
     for config, device, local_rank in ((xxl, gpu, "1"), (xxl, torch.device("cpu"), "0"), (tiny_config(), gpu, "0")):

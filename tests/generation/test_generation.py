@@ -16,8 +16,8 @@ from vapi_fast import generate, ops
 from vapi_fast.generation.engine import Engine
 from vapi_fast.generation.sequences import Generation, bytes_of_sequence, guidance_scales, sample_groups
 from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, LlamaGen
+from vapi_fast.reference.filters import filter_logits
 from vapi_fast.reference.generation import generate as reference_generate
-from vapi_fast.reference.sampling import filter_logits
 from vapi_fast.tiny import FILES
 
 SAMPLING = {"seed": 5, "temperature": 0.9, "top_k": 40, "top_p": 0.95}

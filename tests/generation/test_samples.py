@@ -298,14 +298,13 @@ def test_leftovers_of_a_killed_run_do_not_stand_in_the_way(png: Path, tmp_path: 
 
 
 def test_images_are_decoded_by_the_frozen_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sampler = Sampler.load(config(tmp_path, batch_size=32), tiny.FILES.generator, torch.device("cpu"))
+    sampler = Sampler.load(config(tmp_path, num=32, batch_size=32), tiny.FILES.generator, torch.device("cpu"))
     chunks = []
     replayed = sampler.codec._decode
     function = replayed.function
     assert isinstance(function.__self__, FrozenTokenizer)
     monkeypatch.setattr(replayed, "function", lambda x: chunks.append(len(x)) or function(x))
     tokens = torch.randint(512, (20, 64), generator=torch.Generator().manual_seed(0))
-    sampler.batch_size = 32
     decoded = sampler.decode(tokens)
     assert chunks == [16, 16]
     plain = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny").decode(tokens).detach().clamp(-1, 1)

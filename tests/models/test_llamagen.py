@@ -7,7 +7,7 @@ import golden
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from plain_transformer import plain_states
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from vapi_fast import generate, ops
 from vapi_fast.generation.sequences import KVCache
 from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
-from vapi_fast.models.transformer import attention_mask
 from vapi_fast.runtime.accelerators import causal_attention
 
 TOLERANCE = 1e-5  # relative L2, float32
@@ -203,18 +202,6 @@ def test_masked_caption_positions_are_invisible(caption_model: LlamaGen) -> None
     assert golden.relative_error(unmasked, logits) > 0.1
 
 
-def test_attention_mask_by_hand() -> None:
-    """Two condition positions, the first padded (or both): a position sees itself and what is not padding before it."""
-    mask = attention_mask(torch.tensor([[False, True], [False, False]]), 0, 4)
-    assert mask.shape == (2, 1, 4, 4)
-    assert mask[:, 0].int().tolist() == [
-        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
-        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
-    ]
-    later = attention_mask(torch.tensor([[False, True]]), 2, 4)
-    assert later[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]]]
-
-
 def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:
     public = golden.read("class_generator")
     hidden = class_model(public["tokens"][:, :-1], public["labels"], return_hidden=True)
@@ -223,32 +210,10 @@ def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:
 
 
 def plain_hidden(model: LlamaGen, tokens: Tensor, labels: Tensor, dropout: float = 0.0) -> Tensor:
-    """The model's hidden states by the textbook's formulas, everything kept for the backward."""
+    """The model's hidden states in plain PyTorch."""
     h = torch.cat([model.cls_embedding(labels), model.tok_embeddings(tokens)], dim=1)
-    h = F.dropout(h, dropout)
-    future = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1)
-    for block in model.layers:
-        q, k, v = F.linear(plain_norm(h, block.attention_norm), block.attention.wqkv.weight).chunk(3, dim=-1)
-        q, k, v = (x.unflatten(-1, (model.config.heads, -1)) for x in (q, k, v))
-        q, k = (turned(x, model.rotary[: h.shape[1]]) for x in (q, k))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-        attended = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
-        h = h + F.dropout(F.linear(attended.flatten(2), block.attention.wo.weight), dropout)
-        normed = plain_norm(h, block.ffn_norm)
-        ffn = block.feed_forward
-        hidden = F.silu(F.linear(normed, ffn.w1.weight)) * F.linear(normed, ffn.w3.weight)
-        h = h + F.dropout(F.linear(hidden, ffn.w2.weight), dropout)
-    return plain_norm(h, model.norm)
-
-
-def plain_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
-
-
-def turned(x: Tensor, table: Tensor) -> Tensor:
-    """Pairs as complex numbers times the table's."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.view_as_complex(table.contiguous())[:, None]).flatten(-2)
+    turns = torch.view_as_complex(model.rotary[: h.shape[1]].contiguous())
+    return plain_states(model.layers, model.norm, h, turns, eps=1e-5, dropout=dropout)
 
 
 def gradients(hidden: Tensor, model: LlamaGen) -> list[Tensor]:

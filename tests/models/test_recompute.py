@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vapi_fast import ops
+from vapi_fast.kernels.launch import recorded
 from vapi_fast.models.recompute import norm_linear, rotated_heads, swiglu_linear
-from vapi_fast.ops.fused.launch import recorded
 
 Operation = Callable[..., Sequence[Tensor]]
 
@@ -92,9 +92,9 @@ def test_on_triton_forward_and_backward(operation: Operation, plain: Operation, 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     with ops.use_backend("reference"):
         expected = values_and_gradients(plain, exact)
-    with ops.use_backend("triton"), recorded("sm_90", carry_out=True) as forward:
+    with ops.use_backend("triton"), recorded(carry_out=True) as forward:
         outputs = operation(*inputs)
-    with recorded("sm_90", carry_out=True) as backward:
+    with recorded(carry_out=True) as backward:
         gradients = torch.autograd.grad(outputs, inputs, directions(outputs))
     assert forward.launches
     assert {launch.kernel for launch in forward.launches} <= {launch.kernel for launch in backward.launches}

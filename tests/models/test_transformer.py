@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import relative_l2
+from plain_transformer import plain_states
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation import sample_groups
 from vapi_fast.models import Condition, Generator, GeneratorConfig
 from vapi_fast.models.families import FAMILIES
-from vapi_fast.models.transformer import Block, Head, RMSNorm
+from vapi_fast.models.transformer import Block, Head, RMSNorm, attention_mask
 
 PAD, BEGIN = 0, 1
 
@@ -103,35 +104,13 @@ class PromptGenerator(Generator):
 
 
 def plain_logits(model: PromptGenerator, tokens: Tensor, condition: Condition) -> Tensor:
-    """Logits `[B,S+1,V]` by the textbook, in the dtype of the weights."""
+    """Logits `[B,S+1,V]` in plain PyTorch, in the dtype of the weights."""
     h = torch.cat([model.words(condition.rows), model.aligner(model.codes(tokens))], dim=1)
-    length, prefix = h.shape[1], condition.rows.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(h), 1, 1)
-    if condition.mask is not None:
-        seen[:, :, :prefix] &= condition.mask[:, None]
-    seen |= torch.eye(length, dtype=torch.bool)
     half = model.config.head_width // 2
-    turns = torch.polar(
-        torch.ones(length, half, dtype=h.dtype),
-        torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(half, dtype=h.dtype) / half),
-    )
-
-    def turned(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
-
-    def normed(x: Tensor, norm: nn.Module) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight
-
-    for block in model.layers:
-        qkv = F.linear(normed(h, block.attention_norm), block.attention.wqkv.weight)
-        q, k, v = qkv.unflatten(-1, (3, model.config.heads, -1)).unbind(2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", turned(q), turned(k)) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-        h = h + F.linear(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2), block.attention.wo.weight)
-        mlp, x = block.feed_forward, normed(h, block.ffn_norm)
-        h = h + F.linear(F.silu(F.linear(x, mlp.w1.weight)) * F.linear(x, mlp.w3.weight), mlp.w2.weight)
-    return model.vision_head(F.gelu(model.mlp(normed(h[:, prefix - 1 :], model.norm))))
+    angles = torch.arange(h.shape[1])[:, None] * 10000.0 ** (-torch.arange(half, dtype=h.dtype) / half)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    states = plain_states(model.layers, model.norm, h, turns, eps=0.1, mask=condition.mask)
+    return model.vision_head(F.gelu(model.mlp(states[:, condition.rows.shape[1] - 1 :])))
 
 
 def make_model(**sizes: int) -> PromptGenerator:
@@ -150,6 +129,18 @@ def prompts(*lengths: int) -> Condition:
     return Condition(rows.where(mask, PAD), mask)
 
 
+def test_attention_mask_by_hand() -> None:
+    """Two condition positions, the first padded (or both): a position sees itself and what is not padding before it."""
+    mask = attention_mask(torch.tensor([[False, True], [False, False]]), 0, 4)
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+    ]
+    later = attention_mask(torch.tensor([[False, True]]), 2, 4)
+    assert later[:, 0].int().tolist() == [[[0, 1, 1, 0], [0, 1, 1, 1]]]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_gradients_are_those_of_the_plain_form(masked: bool) -> None:
     model, condition = make_model(grid_size=3).double(), prompts(5, 2, 4)
@@ -158,7 +149,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(masked: bool) -> None:
     expected = plain_logits(model, context, condition)
     hidden = model.hidden(context, condition)
     assert hidden.shape == (3, 9, 16)
-    assert relative_l2(F.linear(hidden, *model.head).detach(), expected.detach()) < 1e-6  # the rotary table is float32
+    assert relative_l2(model.head.logits(hidden).detach(), expected.detach()) < 1e-6  # the rotary table is float32
     logprobs = expected.log_softmax(-1).gather(-1, rollouts.transpose(1, 2)).transpose(1, 2)
     assert relative_l2(token_logprobs(hidden, model.head, rollouts, 1.0).detach(), logprobs.detach()) < 1e-6
     assert relative_l2(model(context, condition.rows, condition_mask=condition.mask).detach(), expected.detach()) < 1e-6

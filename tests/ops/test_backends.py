@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import CASES, SMALLEST, Source
 
 from vapi_fast import ops
 from vapi_fast.ops import backends
@@ -28,7 +29,7 @@ def test_an_unknown_backend() -> None:
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(backends.IMPLEMENTATIONS, "triton")
+    monkeypatch.setattr(backends, "kernels", None)
     with pytest.raises(ValueError, match="needs the package triton"), ops.use_backend("triton"):
         pass
 
@@ -46,47 +47,27 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> str:
     """A second backend whose operations return their own name."""
     names = [name for name in ops.__all__ if name.islower()]
     fake = SimpleNamespace(**{name: lambda *_, _name=name, **__: _name for name in names})
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "triton", fake)
+    monkeypatch.setattr(backends, "kernels", fake)
     return "triton"
 
 
-def calls() -> dict[str, object]:
-    x, row, ids = torch.zeros(2, 4, 8), torch.zeros(8), torch.zeros(2, 4, dtype=torch.int64)
-    head, image, group = torch.zeros(5, 8), torch.zeros(2, 8, 3, 3), torch.zeros(2, 3, 4, dtype=torch.int64)
-    cache = torch.zeros(2, 4, 6, 8)
-    return {
-        "group_sample": lambda: ops.group_sample(x, 2, seed=0),
-        "linear_group_sample": lambda: ops.linear_group_sample(x, head, 2, seed=0),
-        "noisy_prefix": lambda: ops.noisy_prefix(ids, 0.5, 5, seed=0),
-        "policy_loss": lambda: ops.policy_loss(x, head, group, torch.zeros(2, 3), ids),
-        "group_advantages": lambda: ops.group_advantages(head),
-        "linear_cross_entropy": lambda: ops.linear_cross_entropy(x, head, ids),
-        "vq_lookup": lambda: ops.vq_lookup(x, head),
-        "codebook_lookup": lambda: ops.codebook_lookup(ids, head),
-        "straight_through_lookup": lambda: ops.straight_through_lookup(x, x[0].T, tau=1.0, seed=0),
-        "lpips_distance": lambda: ops.lpips_distance([image], [image], [row]),
-        "mse": lambda: ops.mse(image, image),
-        "group_norm_silu": lambda: ops.group_norm_silu(image, row, row, 4, 1e-6),
-        "bias_group_norm_silu": lambda: ops.bias_group_norm_silu(image, row, row, row, 4, 1e-6),
-        "add_group_norm_silu": lambda: ops.add_group_norm_silu(image, row, row, 4, 1e-6),
-        "rms_norm": lambda: ops.rms_norm(x, row),
-        "rotary_2d": lambda: ops.rotary_2d(cache, torch.zeros(4, 4, 2)),
-        "swiglu": lambda: ops.swiglu(x, x),
-        "append_to_cache": lambda: ops.append_to_cache(
-            torch.zeros(2, 3, 4, 8), torch.zeros(6, 4, 2), cache, cache.clone(), 0
-        ),
-        "decode_attention": lambda: ops.decode_attention(x, cache, cache, 0),
-    }
+CALLS = {case.operation: case for case in CASES if case.operation != "noisy_prefix_cross_entropy"}  # made of two others
 
 
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", CALLS)
 def test_every_operation_runs_on_the_chosen_backend(marked: str, name: str) -> None:
+    case = CALLS[name]
+    inputs = case.inputs(SMALLEST, Source(torch.device("cpu"), torch.float32))
+
+    def call() -> object:
+        return getattr(ops, name)(**inputs, **case.options)
+
     with ops.use_backend(marked):
-        assert calls()[name]() == name
+        assert call() == name
         with ops.use_backend("reference"):
-            assert calls()[name]() is not name
-        assert calls()[name]() == name
-    assert not isinstance(calls()[name](), str)
+            assert call() is not name
+        assert call() == name
+    assert not isinstance(call(), str)
 
 
 def test_the_choice_is_the_threads_own(marked: str) -> None:

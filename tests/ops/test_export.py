@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import tensors
 from fused import DEVICE
+from test_registration import arguments, every_operation
 from torch import Tensor, nn
 
 from vapi_fast import ops
@@ -25,6 +28,7 @@ KINDS = "|".join(DTYPES)
 LOADER = """
 import sys
 from pathlib import Path
+from typing import Any
 import torch
 import vapi_fast.ops
 
@@ -77,7 +81,7 @@ def size(dimension: str) -> int:
     return math.prod(SIZES[each] if each in SIZES else int(each) for each in dimension.split("·"))
 
 
-def tensors(text: str, named: bool) -> Iterator[tuple[str, Tensor]]:
+def documented_tensors(text: str, named: bool) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the documented dtypes and shapes, without data; the first of two alternatives."""
     pattern = rf"`(\w+)` ({KINDS})(?: or \w+)? `\[(.*?)\]`" if named else rf"()\b({KINDS}) `\[(.*?)\]`"
     for name, dtype, dimensions in re.findall(pattern, text):
@@ -88,7 +92,7 @@ def tensors(text: str, named: bool) -> Iterator[tuple[str, Tensor]]:
 def test_shapes_and_dtypes_are_documented(name: str) -> None:
     """The operator, given tensors as its row says, infers results as its row says."""
     before, after = documented()[name][1].split(" → ")
-    given = dict(tensors(before, named=True))
+    given = dict(documented_tensors(before, named=True))
     operator = getattr(torch.ops.vapi_fast, name).default
     arguments = []
     for argument in operator._schema.arguments:
@@ -101,77 +105,28 @@ def test_shapes_and_dtypes_are_documented(name: str) -> None:
     assert not given
     results = operator(*arguments)
     results = [results] if isinstance(results, Tensor) else list(results)
-    expected = [value for _, value in tensors(after, named=False)]
+    expected = [value for _, value in documented_tensors(after, named=False)]
     assert [(x.dtype, list(x.shape)) for x in results] == [(x.dtype, list(x.shape)) for x in expected]
 
 
-class Norms(nn.Module):
-    """The transformer's operations."""
+class EveryOperation(nn.Module):
+    """Each on its case's inputs."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(16))
-        self.register_buffer("table", ops.rotary_2d_table(2, 8, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = ops.rms_norm(x, self.gain, 1e-5)
-        turned = ops.rotary_2d(normed.unflatten(-1, (2, 8)), self.table).flatten(2)
-        return ops.swiglu(turned, normed)
+    def forward(self, inputs: dict[str, dict[str, Any]]) -> dict[str, list[Tensor]]:
+        return {name: list(tensors(results)) for name, results in every_operation(inputs).items()}
 
 
-class Decoder(nn.Module):
-    """The tokenizer's: an entry for each token, then a residual block's norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codebook = nn.Parameter(torch.randn(24, 8))
-        self.gain, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        entries = ops.codebook_lookup(tokens, self.codebook).unflatten(1, (2, 2)).permute(0, 3, 1, 2)
-        h = ops.group_norm_silu(entries, self.gain, self.bias, 2, 1e-6)
-        with torch.no_grad():
-            return ops.add_group_norm_silu(h, self.gain, self.bias, 2, 1e-6, residual=entries)
-
-
-class Sampler(nn.Module):
-    """Rollouts from hidden states at a seed that comes as a tensor, their loss, and a distance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Parameter(torch.randn(24, 16))
-
-    def forward(self, hidden: Tensor, rewards: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        drawn, _ = ops.linear_group_sample(hidden, self.head, 3, seed=seed, temperature=0.9)
-        loss = ops.policy_loss(hidden, self.head, drawn, ops.group_advantages(rewards), drawn[:, 0])
-        return drawn, loss.loss + ops.mse(hidden[:, None], hidden.flip(0)[:, None]).mean()
-
-
-def case(name: str) -> tuple[nn.Module, tuple[Tensor, ...], set[str]]:
-    """A module, its inputs and the operators that its program must hold."""
-    torch.manual_seed(0)
-    if name == "norms":
-        return Norms().to(DEVICE), (torch.randn(2, 4, 16, device=DEVICE),), {"rms_norm", "rotary_2d", "swiglu"}
-    if name == "decoder":
-        tokens = torch.randint(24, (2, 4), device=DEVICE)
-        return Decoder().to(DEVICE), (tokens,), {"codebook_lookup", "group_norm_silu", "add_group_norm_silu"}
-    inputs = torch.randn(2, 4, 16, device=DEVICE), torch.randn(2, 3, device=DEVICE), torch.tensor(7, device=DEVICE)
-    return Sampler().to(DEVICE), inputs, {"linear_group_sample", "policy_loss", "mse"}
-
-
-def test_exported_programs_run_in_another_process(tmp_path: Path) -> None:
-    expected = {}
-    for name in ("norms", "decoder", "sampler"):
-        module, inputs, operators = case(name)
-        with ops.use_backend("triton"):
-            expected[name] = module(*inputs)
-            exported = torch.export.export(module, inputs)
-        graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
-        called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
-        assert {f"vapi_fast.{each}.default" for each in operators} <= called
-        torch.export.save(exported, tmp_path / f"{name}.pt2")
-        torch.save(inputs, tmp_path / f"{name}.inputs")
+def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+    inputs = {name: given for name, given in arguments().items() if "model" not in given}  # which is no tensor
+    with ops.use_backend("triton"):
+        exported = torch.export.export(EveryOperation(), (inputs,))
+        torch.save((inputs,), tmp_path / "every.inputs")
+        expected = EveryOperation()(inputs)
+    graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    forward = {name for name, (_, _, public) in documented().items() if "backward" not in name + public}
+    assert {each.split(".")[1] for each in called if each.startswith("vapi_fast.")} == forward
+    torch.export.save(exported, tmp_path / "every.pt2")
     variables = os.environ | ({} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"})
     subprocess.run([sys.executable, "-c", LOADER, tmp_path], check=True, env=variables)
-    for name, results in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / f"{name}.results"), results, rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "every.results"), expected, rtol=0, atol=0)

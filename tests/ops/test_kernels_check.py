@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -17,12 +19,12 @@ import pytest
 import torch
 
 import vapi_fast
+from vapi_fast import kernels
 from vapi_fast.kernels import check, compile, launches
-from vapi_fast.kernels.tables import launch_settings, launch_table
 
 COMPILER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 GOOD = check.Report(
-    kernel="normalization.rms_norm_forward",
+    kernel="rms_norm.rms_norm_forward_kernel",
     architecture="sm_90",
     warps=4,
     registers=64,
@@ -59,7 +61,11 @@ def test_every_launch_compiles_without_a_problem(checked: tuple[subprocess.Compl
     for architecture in ("sm_80", "sm_90", "sm_100"):
         wanted = collections.Counter(each.kernel for each in compile.wanted(architecture))
         assert wanted == collections.Counter(kernel for kernel, arch in rows[1:-1] if arch == architecture)
-    assert {each.kernel.split(".")[1] for each in launches.load()} == launch_table().keys()
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    defined = {
+        f"{m.__name__.rpartition('.')[2]}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")
+    }
+    assert defined == {each.kernel for each in launches.load()}
 
 
 # Compiles one specialisation, if it has to.
@@ -70,7 +76,7 @@ from vapi_fast.kernels import compile, library
 served = library.served()
 if sys.argv[1:] == ["never"]:
     ASTSource.make_ir = None
-each = next(each for each in compile.wanted("sm_90") if each.kernel == "normalization.rms_norm_forward")
+each = next(each for each in compile.wanted("sm_90") if each.kernel == "rms_norm.rms_norm_forward_kernel")
 print(len(compile.compiled(each, "sm_90").asm["cubin"]), "sm_90" in served)
 """
 
@@ -223,16 +229,3 @@ def test_a_wrong_name_and_the_interpreter_are_refused() -> None:
     )
     assert interpreted.returncode == 2
     assert "unset it" in interpreted.stderr
-
-
-def test_launch_settings_choose_the_nearest_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"kernel": {"default": {"n": 0}, "sm_80": {"n": 80}, "sm_90": {"n": 90}}}
-    monkeypatch.setattr("vapi_fast.kernels.tables.launch_table", lambda: table)
-    chosen = {a: launch_settings.__wrapped__("kernel", a)["n"] for a in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_75")}
-    assert chosen == {"sm_80": 80, "sm_86": 80, "sm_90": 90, "sm_100": 90, "sm_75": 0}
-
-
-def test_all_architectures_launch_the_same() -> None:
-    """Or the launches of each would have to be recorded, and compiled ahead, apart."""
-    for kernel, by_architecture in launch_table().items():
-        assert by_architecture.keys() == {"default"}, kernel

@@ -1,12 +1,24 @@
-"""Philox4x32-10 against Random123's published known-answer vectors, and the seeds and uniforms made from it."""
+"""Philox4x32-10 against Random123's known answers, the seeds and uniforms made from it, and the kernels'."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fused import DEVICE
 
+from vapi_fast.kernels import philox as kernels
 from vapi_fast.ops import fold_seed
-from vapi_fast.reference.philox import open_uniform23, philox, seed_key, uniform24
+from vapi_fast.reference.philox import (
+    GROUP_SAMPLE,
+    GUMBEL,
+    NOISY_PREFIX,
+    open_uniform23,
+    philox,
+    seed_key,
+    uniform24,
+)
 
 # Random123's tests/kat_vectors, lines "philox4x32 10": counter, key, output.
 KNOWN_ANSWERS = [
@@ -68,3 +80,40 @@ def test_fold_seed() -> None:
 def test_fold_seed_of_tensors(seed: int | torch.Tensor, step: int | torch.Tensor) -> None:
     folded = fold_seed(seed, step)
     assert (folded.shape, folded.dtype, int(folded)) == ((), torch.int64, fold_seed(3, 9))
+
+
+@triton.jit
+def words_and_uniforms(seed_ptr, counters_ptr, words_ptr, uniforms_ptr, OPERATION: tl.constexpr, LENGTH: tl.constexpr):
+    lane = tl.arange(0, LENGTH)
+    position = tl.load(counters_ptr + lane)
+    index = tl.load(counters_ptr + LENGTH + lane)
+    sample_id = tl.load(counters_ptr + 2 * LENGTH + lane)
+    w0, w1, w2, w3 = kernels.random_words(tl.load(seed_ptr), position, index, sample_id, OPERATION)
+    tl.store(words_ptr + lane, w0.to(tl.int64))
+    tl.store(words_ptr + LENGTH + lane, w1.to(tl.int64))
+    tl.store(words_ptr + 2 * LENGTH + lane, w2.to(tl.int64))
+    tl.store(words_ptr + 3 * LENGTH + lane, w3.to(tl.int64))
+    tl.store(uniforms_ptr + lane, kernels.uniform24(w0))
+    tl.store(uniforms_ptr + LENGTH + lane, kernels.open_uniform23(w0))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 3, -(2**63), 2**63 - 1, 0x299F31D0A4093822])
+def test_random_words(seed: int) -> None:
+    counters = torch.randint(-(2**40), 2**40, (3, 64), device=DEVICE)
+    # Counters of Random123's known answers; the last of them has this test's last seed as its key.
+    counters[:, :3] = torch.tensor([[0, 2**32 - 1, 0x243F6A88], [0, 2**32 - 1, 0x85A308D3], [0, 2**32 - 1, 0x13198A2E]])
+    words = torch.zeros(4, 64, dtype=torch.int64, device=DEVICE)
+    uniforms = torch.zeros(2, 64, device=DEVICE)
+    for operation in (3, 0x03707344):
+        words_and_uniforms[(1,)](torch.tensor(seed, device=DEVICE), counters, words, uniforms, operation, 64)
+        expected = philox((*(counters & (2**32 - 1)), operation), seed_key(seed))
+        assert torch.equal(words, torch.stack(expected))
+        assert torch.equal(uniforms[0], uniform24(expected[0], torch.float32))
+        assert torch.equal(uniforms[1], open_uniform23(expected[0], torch.float32))
+    if seed == 0x299F31D0A4093822:
+        assert words[:, 2].tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def test_operations_have_the_reference_counters() -> None:
+    constants = kernels.GROUP_SAMPLE, kernels.NOISY_PREFIX, kernels.GUMBEL
+    assert tuple(constant.value for constant in constants) == (GROUP_SAMPLE, NOISY_PREFIX, GUMBEL)

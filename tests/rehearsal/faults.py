@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.kernels.normalization import rms_norm_forward
-from vapi_fast.ops.fused.launch import launch
+from vapi_fast.kernels.launch import launch
+from vapi_fast.kernels.rms_norm import rms_norm_forward_kernel
 from vapi_fast.runtime.graphs import RecordedGraph
 
 from .watch import Watch
@@ -49,7 +49,7 @@ def wrong_fake(watch: Watch) -> None:
 
 
 def launched(grid: tuple[int, ...], x: Tensor, rows: int = 1) -> None:
-    launch(rms_norm_forward, grid, x, x, x, rows, 3, 3, 1e-5, BLOCK_D=4, BLOCK_ROWS=1, num_warps=1)
+    launch(rms_norm_forward_kernel, grid, x, x, x, rows, 3, 3, 1e-5, BLOCK_D=4, BLOCK_ROWS=1, num_warps=1)
 
 
 def replayed_in_a_capture() -> None:

@@ -68,11 +68,11 @@ def generate(
 
 def operations(watch: Watch, dtype: torch.dtype) -> None:
     """Each of `vapi_fast.ops` by itself, with all of its gradients, as its benchmark calls it."""
+    import cases
     import run_once
-    import shapes
 
-    for operation in run_once.OPERATIONS:
-        run_once.run(operation, shapes.Source(DEVICE, dtype), shapes.XXL)
+    for case in cases.CASES:
+        run_once.run(case, cases.Source(DEVICE, dtype), cases.XXL)
 
 
 def rates(watch: Watch) -> None:

@@ -19,9 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vapi_fast import kernels
+from vapi_fast.kernels.launch import Launch, recorded
 from vapi_fast.kernels.launches import Specialisation, specialisation
-from vapi_fast.ops import fused
-from vapi_fast.ops.fused.launch import Launch, recorded
 from vapi_fast.runtime.graphs import RecordedGraph
 
 from .device import Host
@@ -78,10 +78,10 @@ class Watch(TorchDispatchMode):
         self.captured: list[tuple[StorageWeakRef, tuple[str, str]]] = []  # what was allocated in a capture, and where
 
     @contextlib.contextmanager
-    def during(self, scene: str, *, channels_last: bool = True, architecture: str = "sm_90") -> Iterator[None]:
+    def during(self, scene: str, *, channels_last: bool = True) -> Iterator[None]:
         """Watch what runs inside the `with` block, and record its launches, under this name."""
         self.scene, self.channels_last = scene, channels_last
-        with recorded(architecture, describe=self.launched) as recording:
+        with recorded(describe=self.launched) as recording:
             try:
                 with self:
                     yield
@@ -231,8 +231,8 @@ class Watch(TorchDispatchMode):
 
 
 def own_operators() -> Iterator[Any]:
-    for module in pkgutil.iter_modules(fused.__path__):
-        for value in vars(importlib.import_module(f"{fused.__name__}.{module.name}")).values():
+    for module in pkgutil.iter_modules(kernels.__path__):
+        for value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).values():
             if isinstance(value, CustomOpDef):
                 yield value
 

@@ -81,16 +81,15 @@ def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):
         hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
-        head = models.generator.head.operands(hidden)
     with clock("sample"):
-        logits = (head["hidden"] @ head["weight"].T).float() / config.temperature
+        logits = models.generator.head.logits(hidden).float() / config.temperature
         embeddings, _ = ops.straight_through_lookup(logits, models.tokenizer.codebook(), tau=1.0, **draw)
     with clock("decode"):
         decoded = models.tokenizer.decode_embeddings(embeddings)
     with clock("lpips"):
         reward = models.reward.compare(decoded, batch.images)
     with clock("loss"):
-        prior = ops.linear_cross_entropy(**head, targets=tokens)
+        prior = ops.linear_cross_entropy(**models.generator.head.operands(hidden), targets=tokens)
         loss = -reward.total.mean() + config.prior_weight * prior
     distances = {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
     return Losses({"loss": loss, **distances, "cross_entropy": prior}, tokens[:, :0])

@@ -18,7 +18,7 @@ from vapi_fast.runtime.errors import ConfigError
 
 USABLE = 0.95  # of the free memory; the allocator's rounding and gaps take the rest
 WORKSPACES = 10**9  # of cuBLAS, cuDNN and NCCL
-LOGITS = 160 * 2**20  # that the fused head holds at once (`vapi_fast.ops.fused.head.CHUNK_BYTES`)
+LOGITS = 160 * 2**20  # that the head holds at once (`vapi_fast.kernels.head.CHUNK_BYTES`)
 LARGEST_CHUNK = 64  # rollouts decoded at once; more fill a GPU no better
 LIVE_MAPS = 5  # of the decoder: a convolution's result, the residual stream, their sum, its norm, and a workspace
 

@@ -81,8 +81,5 @@ def roll_out(
 
 def token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: float) -> Tensor:
     """log π(x_t) `[B,G,T]` of given tokens `[B,G,T]` under the states `[B,T,D]` that the head takes."""
-    logits = hidden.float() @ head.weight.float().T
-    if head.bias is not None:
-        logits += head.bias
-    logprobs = (logits / temperature).log_softmax(-1)
+    logprobs = (head.logits(hidden.float()) / temperature).log_softmax(-1)
     return logprobs.gather(-1, tokens.transpose(1, 2)).transpose(1, 2)

@@ -111,7 +111,7 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
     if device.type != "cuda" or config.model == "tiny" or os.environ.get("LOCAL_RANK", "0") != "0":
         return contextlib.nullcontext()
     from vapi_fast.kernels import compile, library
-    from vapi_fast.ops.fused.launch import device_architecture
+    from vapi_fast.kernels.launch import device_architecture
 
     try:
         library.served()

@@ -25,8 +25,9 @@ from vapi_fast import ops
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.transformer import Head
 from vapi_fast.ops.backends import implementation
-from vapi_fast.reference.precision import accumulation_dtype, head_logits
-from vapi_fast.reference.sampling import filter_logits
+from vapi_fast.reference.filters import filter_logits
+from vapi_fast.reference.head import head_logits
+from vapi_fast.reference.precision import accumulation_dtype
 from vapi_fast.runtime.graphs import RecordedGraph, graph_pool
 
 
@@ -76,8 +77,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A generator's weights in one dtype; those of a width's square and more that have it already are not copied, w13
-    excepted."""
+    """A generator's weights in one dtype; those that have it already are not copied, w13 and the readout excepted."""
 
     embeddings: Tensor  # [V,D], of each token
     layers: list[Layer]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from pathlib import Path
 
-from .llamagen import LlamaGen, llamagen_config
+from .llamagen import LlamaGen
 from .sizes import GeneratorConfig, LlamaGenConfig
 from .transformer import Generator
 
@@ -12,8 +13,11 @@ FAMILIES: dict[type[GeneratorConfig], type[Generator]] = {LlamaGenConfig: LlamaG
 
 
 def generator_config(name: str) -> GeneratorConfig:
-    """The named size; raises ValueError for a name that no family has."""
-    return llamagen_config(name)
+    """The size of that name, in any case; raises ValueError for one that no family has."""
+    sizes = ChainMap(*(family.sizes for family in FAMILIES.values()))
+    if name.lower() not in sizes:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(sizes)}")
+    return sizes[name.lower()]
 
 
 def random_generator(config: GeneratorConfig) -> Generator:

@@ -46,6 +46,7 @@ LAYER = re.compile(r"layers\.(\d{1,4})\.")
 class LlamaGen(Generator):
     """LlamaGen's transformer, with its parameters' names."""
 
+    sizes = LLAMAGEN_CONFIGS
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:

@@ -7,8 +7,9 @@ written against `Generator` and its `GeneratorConfig` alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +38,15 @@ class Head(NamedTuple):
     weight: Tensor  # [V,D]
     bias: Tensor | None = None  # [V]
 
-    def operands(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The hidden states `[..., D]` and the head in their dtype, as `ops.policy_loss` and its like take them.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., V]` of the states `[..., D]`, in their dtype."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
-        A bias becomes a column of the weight, for hidden states that end in a one.
-        """
-        weight = self.weight.to(hidden.dtype)
-        if self.bias is not None:
-            hidden = F.pad(hidden, (0, 1), value=1.0)
-            weight = torch.cat([weight, self.bias.to(hidden.dtype)[:, None]], dim=1)
-        return {"hidden": hidden, "weight": weight}
+    def operands(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The states and the head in their dtype, as `ops.policy_loss` and its like take them."""
+        operands = {"hidden": hidden, "weight": self.weight.to(hidden.dtype)}
+        return operands if self.bias is None else operands | {"bias": self.bias.to(hidden.dtype)}
 
 
 class Cache(Protocol):
@@ -128,6 +128,8 @@ class Generator(nn.Module, ABC):
     `dropout` (default 0) acts in training mode on the embeddings, both residual branches and, as dropping of the
     condition, on whole images: LlamaGen's own training uses 0.1 for all four.
     """
+
+    sizes: ClassVar[Mapping[str, GeneratorConfig]]  # of the family, by name
 
     layers: nn.ModuleList
     norm: RMSNorm
@@ -226,7 +228,7 @@ class Generator(nn.Module, ABC):
         if condition is not None:
             h = h[:, self.config.prefix_len - 1 :]
         h = self.readout(self.norm(h))
-        return h if return_hidden else F.linear(h, *self.head).float()
+        return h if return_hidden else self.head.logits(h).float()
 
     def drop_condition(self, rows: Tensor) -> Tensor:
         """In training mode with dropout, replace whole conditions by "none" with probability `dropout`."""

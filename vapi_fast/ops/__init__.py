@@ -2,13 +2,17 @@
 
 from vapi_fast.reference import PolicyLoss, fold_seed
 
+from .attention import append_to_cache, decode_attention
 from .backends import use_backend
-from .losses import group_advantages, linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
-from .normalization import add_group_norm_silu, bias_group_norm_silu, group_norm_silu, rms_norm
+from .codebook import codebook_lookup, vq_lookup
+from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
+from .group_sample import group_sample, linear_group_sample
+from .losses import group_advantages, linear_cross_entropy, policy_loss
+from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
 from .perceptual import lpips_distance, mse
-from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
-from .sampling import group_sample, linear_group_sample, noisy_prefix
-from .transformer import append_to_cache, decode_attention, rotary_2d, rotary_2d_table, swiglu
+from .rms_norm import rms_norm
+from .rotary_swiglu import rotary_2d, rotary_2d_table, swiglu
+from .straight_through import straight_through_lookup
 
 __all__ = [
     "PolicyLoss",

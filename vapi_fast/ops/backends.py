@@ -6,21 +6,18 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from vapi_fast import reference
 
-# An implementation is a module with a function for every operation, under the operation's name and signature.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
 BACKENDS = ("reference", "triton")
 
 if importlib.util.find_spec("triton") is not None:  # Linux; elsewhere there is no CUDA tensor that it could run on
-    from . import fused
-
-    IMPLEMENTATIONS["triton"] = fused
+    from vapi_fast import kernels
+else:
+    kernels = None
 
 _override: ContextVar[str | None] = ContextVar("vapi_fast_backend", default=None)
 
@@ -38,7 +35,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    if name not in IMPLEMENTATIONS:
+    if name == "triton" and kernels is None:
         raise ValueError(f"use_backend: {name!r} needs the package triton, which is not installed; use 'reference'")
     token = _override.set(name)
     try:
@@ -58,6 +55,9 @@ def backend_name(tensor: Tensor) -> str:
     return override() or ("triton" if tensor.is_cuda else "reference")
 
 
-def implementation(tensor: Tensor) -> ModuleType:
-    """The module whose functions carry out an operation on this tensor."""
-    return IMPLEMENTATIONS[backend_name(tensor)]
+def implementation(tensor: Tensor):
+    """The module that carries out an operation on this tensor: a function for each, under its name and signature.
+
+    Its type is left to be inferred: from an attribute of the result an editor then finds both functions.
+    """
+    return kernels if backend_name(tensor) == "triton" else reference

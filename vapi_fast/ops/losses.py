@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vapi_fast.reference.losses import PolicyLoss
+from vapi_fast.reference import PolicyLoss
 
 from .backends import implementation
 from .checks import ArgumentChecks
-from .sampling import noisy_prefix
 
 
 def policy_loss(
@@ -18,6 +17,7 @@ def policy_loss(
     advantages: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     base_logprobs: Tensor | None = None,
     clip_range: float = 0.2,
@@ -37,22 +37,21 @@ def policy_loss(
         tokens: int64 `[B, G, T]`, the rollouts.
         advantages: floating `[B, G]`, as `group_advantages` gives them (clipped there).
         targets: int64 `[B, T]`, the image's own tokens.
+        bias: floating `[V]`, added to the logits, where the head has one.
         old_logprobs: floating `[B, G, T]` of the policy that drew; None means this one: ρ = 1 with its gradient.
         base_logprobs: floating `[B, G, T]` of the frozen base model; needed when kl_weight > 0.
         clip_range: ε ≥ 0. prior_weight: β ≥ 0. kl_weight: κ ≥ 0. temperature: > 0.
 
     Returns:
-        PolicyLoss of 0-d tensors, fp32 (float64 for float64): `loss` carries the gradient to hidden and weight, the
-        other terms are detached. `prior` is reported also when its weight is 0; `kl` is 0 without base_logprobs.
+        PolicyLoss of 0-d tensors, fp32 (float64 for float64): `loss` carries the gradient to hidden, weight and
+        bias; the other terms are detached. `prior` is reported also when its weight is 0; `kl` is 0 without
+        base_logprobs.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range, or without any token.
     """
     checks = ArgumentChecks("policy_loss")
-    checks.floating("hidden", hidden, "B T D")
-    checks.not_empty("hidden", "B", "T", "D")
-    checks.floating("weight", weight, "V D")
-    checks.vocabulary("weight")
+    _check_head(checks, hidden, weight, bias)
     checks.integers("tokens", tokens, "B G T")
     checks.not_empty("tokens", "G")
     checks.floating("advantages", advantages, "B G")
@@ -77,6 +76,7 @@ def policy_loss(
         tokens,
         advantages,
         targets,
+        bias=bias,
         old_logprobs=old_logprobs,
         base_logprobs=base_logprobs,
         clip_range=clip_range,
@@ -84,6 +84,15 @@ def policy_loss(
         kl_weight=kl_weight,
         temperature=temperature,
     )
+
+
+def _check_head(checks: ArgumentChecks, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.floating("hidden", hidden, "B T D")
+    checks.not_empty("hidden", "B", "T", "D")
+    checks.floating("weight", weight, "V D")
+    checks.vocabulary("weight")
+    if bias is not None:
+        checks.floating("bias", bias, "V")
 
 
 def group_advantages(rewards: Tensor, *, eps: float = 1e-8, clip: float = 5.0) -> Tensor:
@@ -101,47 +110,15 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-8, clip: float = 5.0) -
     return implementation(rewards).group_advantages(rewards, eps=eps, clip=clip)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of the logits hidden·weightᵀ, in nats.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Mean next-token cross-entropy of the logits hidden·weightᵀ + bias, in nats.
 
-    hidden floating `[B, T, D]`, weight floating `[V, D]`, targets int64 `[B, T]` → 0-d, fp32 (float64 for float64),
-    with gradients to hidden and weight. Raises TypeError or ValueError for an argument of the wrong type, shape,
-    device or range, or without any token.
+    hidden floating `[B, T, D]`, weight floating `[V, D]`, targets int64 `[B, T]`, bias floating `[V]` or None → 0-d,
+    fp32 (float64 for float64), with gradients to hidden, weight and bias. Raises TypeError or ValueError for an
+    argument of the wrong type, shape, device or range, or without any token.
     """
     checks = ArgumentChecks("linear_cross_entropy")
-    checks.floating("hidden", hidden, "B T D")
-    checks.not_empty("hidden", "B", "T", "D")
-    checks.floating("weight", weight, "V D")
-    checks.vocabulary("weight")
+    _check_head(checks, hidden, weight, bias)
     checks.integers("targets", targets, "B T")
     checks.token_range("targets", targets, weight.shape[0])
-    return implementation(hidden).linear_cross_entropy(hidden, weight, targets)
-
-
-def noisy_prefix_cross_entropy(
-    model: nn.Module,
-    tokens: Tensor,
-    condition: Tensor,
-    *,
-    noise_prob: float,
-    seed: int | Tensor,
-    sample_ids: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy of the clean tokens given a corrupted prefix: the drop-in for a LlamaGen training step.
-
-    Args:
-        model: called as `model(prefix, condition, return_hidden=True)` → hidden `[B, T, D]`; its LM head is
-            `model.output.weight` `[V, D]`.
-        tokens: int64 `[B, T]`, T ≥ 1.
-        condition: what the model takes, e.g. class ids int64 `[B]`.
-        noise_prob, seed, sample_ids: as in `noisy_prefix`.
-
-    Returns:
-        0-d mean over B·T, in nats, with gradients to the model.
-
-    Raises:
-        TypeError, ValueError: as `noisy_prefix` and `linear_cross_entropy`.
-    """
-    weight = model.output.weight
-    prefix = noisy_prefix(tokens, noise_prob, weight.shape[0], seed=seed, sample_ids=sample_ids)
-    return linear_cross_entropy(model(prefix, condition, return_hidden=True), weight, tokens)
+    return implementation(hidden).linear_cross_entropy(hidden, weight, targets, bias=bias)

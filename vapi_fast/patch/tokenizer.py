@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.models.frozen import phase_weight
-from vapi_fast.reference.normalization import interleaved
+from vapi_fast.reference.group_norm import interleaved
 
 from .cases import LOUD, QUIET, Method
 from .modules import hooked, plain, replaces

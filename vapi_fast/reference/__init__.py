@@ -4,13 +4,17 @@ Each function has the name and the signature of the public operation, which docu
 here they are taken as right. Inputs in fp16 and bf16 are computed in fp32, float64 in float64.
 """
 
-from .losses import PolicyLoss, group_advantages, linear_cross_entropy, noisy_prefix_cross_entropy, policy_loss
-from .normalization import add_group_norm_silu, bias_group_norm_silu, group_norm_silu, rms_norm
+from .attention import append_to_cache, decode_attention
+from .codebook import codebook_lookup, vq_lookup
+from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
+from .group_sample import group_sample, linear_group_sample
+from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_loss
+from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
 from .perceptual import lpips_distance, mse
 from .philox import fold_seed, philox
-from .quantization import codebook_lookup, straight_through_lookup, vq_lookup
-from .sampling import group_sample, linear_group_sample, noisy_prefix
-from .transformer import append_to_cache, decode_attention, rotary_2d, rotary_2d_table, swiglu
+from .rms_norm import rms_norm
+from .rotary_swiglu import rotary_2d, rotary_2d_table, swiglu
+from .straight_through import straight_through_lookup
 
 __all__ = [
     "PolicyLoss",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .sampling import filter_logits
+from .filters import filter_logits
 
 Draw = Callable[[Tensor, int], Tensor]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import accumulation_dtype, head_logits
-from .sampling import noisy_prefix
+from .head import head_logits
+from .precision import accumulation_dtype
 
 
 class PolicyLoss(NamedTuple):
@@ -35,6 +35,7 @@ def policy_loss(
     advantages: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     base_logprobs: Tensor | None = None,
     clip_range: float = 0.2,
@@ -43,7 +44,7 @@ def policy_loss(
     temperature: float = 1.0,
 ) -> PolicyLoss:
     """Objective of the whole group from one pass of the head; see `vapi_fast.ops.policy_loss`."""
-    logits = head_logits(hidden, weight)
+    logits = head_logits(hidden, weight, bias)
     group_size = tokens.shape[1]
     # One gather for the G rollouts and the true tokens, so that the backward scatters once into [B, T, V].
     chosen = logits.gather(-1, torch.cat([tokens, targets[:, None]], dim=1).transpose(1, 2))  # [B, T, G + 1]
@@ -81,22 +82,6 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-8, clip: float = 5.0) -
     return (centred / (spread + eps)).clamp(-clip, clip).to(accumulation_dtype(rewards))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Mean next-token cross-entropy; see `vapi_fast.ops.linear_cross_entropy`."""
-    return F.cross_entropy(head_logits(hidden, weight).flatten(0, 1), targets.flatten())
-
-
-def noisy_prefix_cross_entropy(
-    model: nn.Module,
-    tokens: Tensor,
-    condition: Tensor,
-    *,
-    noise_prob: float,
-    seed: int | Tensor,
-    sample_ids: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy of the clean tokens after a corrupted prefix; see `vapi_fast.ops.noisy_prefix_cross_entropy`."""
-    weight = model.output.weight
-    prefix = noisy_prefix(tokens, noise_prob, weight.shape[0], seed=seed, sample_ids=sample_ids)
-    hidden = model(prefix, condition, return_hidden=True)
-    return linear_cross_entropy(hidden, weight, tokens)
+    return F.cross_entropy(head_logits(hidden, weight, bias).flatten(0, 1), targets.flatten())

@@ -14,10 +14,3 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def full_precision(tensor: Tensor) -> torch.autocast:
     """Context in which matrix products keep the precision of their inputs, also inside a caller's autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Language-model head: hidden `[..., D]`, weight `[V, D]` → logits `[..., V]` in the accumulation dtype."""
-    dtype = accumulation_dtype(hidden, weight)
-    with full_precision(hidden):
-        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype))

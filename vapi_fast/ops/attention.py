@@ -1,0 +1,94 @@
+"""A cache of keys and values: filling it, and attention of one query a sequence against it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .backends import implementation
+from .checks import ArgumentChecks, described
+
+
+def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+    """Rotate the queries and keys of one new position of each sequence; store its keys and values in the cache.
+
+    Args:
+        qkv: floating `[N, 3, heads, head_dim]`, queries, keys and values before the rotation.
+        table: floating `[S, head_dim / 2, 2]`, rows of `rotary_2d_table`, one for each slot of the cache.
+        k_cache, v_cache: floating `[N, heads, S, head_dim]`, written in place. Numbers beyond the largest of
+            float8_e4m3fn are stored as the largest.
+        position: the slot, in [0, S): an int, or a 0-d int64 tensor (range not checked: the nearest slot is taken).
+
+    Returns:
+        the rotated queries `[N, heads, head_dim]` in qkv's dtype, contiguous. No gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    checks = ArgumentChecks("append_to_cache")
+    checks.floating("qkv", qkv, "N 3 heads head_dim")
+    checks.floating("table", table, "S pairs 2")
+    checks.floating("k_cache", k_cache, "N heads S head_dim")
+    checks.floating("v_cache", v_cache, "N heads S head_dim")
+    checks.not_empty("qkv", "head_dim")
+    checks.not_empty("k_cache", "S")
+    if qkv.shape[1] != 3:
+        raise ValueError(f"append_to_cache: qkv must be floating [N, 3, heads, head_dim], got {described(qkv)}")
+    if table.shape[1:] != (qkv.shape[-1] // 2, 2) or qkv.shape[-1] % 2:
+        raise ValueError(
+            f"append_to_cache: table must be [S, head_dim / 2, 2] for qkv with head_dim={qkv.shape[-1]}, got "
+            f"{described(table)}"
+        )
+    checks.slot(position, "k_cache", k_cache.shape[2])
+    return implementation(qkv).append_to_cache(qkv, table, k_cache, v_cache, position)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per sequence against its group's shared prefix and its own cache.
+
+    softmax(q·kᵀ / sqrt(head_dim)) · v over the prefix's keys (where the mask allows) and own entries 0…position.
+
+    Args:
+        q: floating `[N, heads, head_dim]`, N ≥ 1.
+        k_cache, v_cache: floating `[N, heads, S, head_dim]`, the sequences' own entries; those past `position` are
+            ignored, whatever they hold. float8_e4m3fn too, for a cache of half the size.
+        position: index of the last valid own entry, in [0, S): an int, or a 0-d int64 tensor (range not checked).
+        prefix_k, prefix_v: floating `[P, heads, prefix_len, head_dim]`, one prefix for each of P groups; sequences
+            n·N/P … (n+1)·N/P − 1 belong to group n. Both or neither.
+        prefix_mask: bool `[P, prefix_len]`, False at prefix positions to leave out; default all True.
+
+    Returns:
+        `[N, heads, head_dim]` in q's dtype, computed in fp32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    checks = ArgumentChecks("decode_attention")
+    checks.floating("q", q, "N heads head_dim")
+    checks.not_empty("q", "N", "heads", "head_dim")
+    checks.floating("k_cache", k_cache, "N heads S head_dim")
+    checks.floating("v_cache", v_cache, "N heads S head_dim")
+    if (prefix_k is None) != (prefix_v is None) or (prefix_mask is not None and prefix_k is None):
+        raise ValueError("decode_attention: prefix_k and prefix_v must be given together, prefix_mask only with them")
+    if prefix_k is not None:
+        checks.floating("prefix_k", prefix_k, "P heads prefix_len head_dim")
+        checks.floating("prefix_v", prefix_v, "P heads prefix_len head_dim")
+        checks.not_empty("prefix_k", "P")
+        if q.shape[0] % prefix_k.shape[0]:
+            raise ValueError(
+                f"decode_attention: q's N={q.shape[0]} must be a multiple of prefix_k's P={prefix_k.shape[0]}"
+            )
+    if prefix_mask is not None:
+        checks.booleans("prefix_mask", prefix_mask, "P prefix_len")
+    checks.slot(position, "k_cache", k_cache.shape[2])
+    return implementation(q).decode_attention(
+        q, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v, prefix_mask=prefix_mask
+    )
