@@ -66,17 +66,20 @@ class LlamaGen(Generator):
         return cls(replace(llamagen_config(name), **changes))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, name: str, *, grid_size: int | None = None) -> LlamaGen:
+    def from_checkpoint(
+        cls, path: str | Path, name: str, *, grid_size: int | None = None, averaged: bool = False
+    ) -> LlamaGen:
         """The model `name` with the weights at `path`; vocabulary, classes and kind of condition are the file's.
 
         Args:
             grid_size: tokens a side (image size / 16), default the named size's; not stored in checkpoints.
+            averaged: as of `load_state_dict`.
 
         Raises:
             CheckpointError: missing, damaged, or another size than `name` (the message says which size it looks like).
         """
         config = llamagen_config(name)
-        state = load_state_dict(path)
+        state = load_state_dict(path, averaged=averaged)
         for key in ("tok_embeddings.weight", "output.weight"):
             if key not in state or state[key].ndim != 2:
                 raise CheckpointError(f"{path}: no weight named {key}: not a LlamaGen generator's checkpoint")
