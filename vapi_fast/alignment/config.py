@@ -16,7 +16,8 @@ from vapi_fast.runtime.options import PRESET, option
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "progress.jsonl", "tensorboard")  # and run.json
+# Besides run.json; TensorBoard's folder takes any number of runs.
+RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "progress.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +210,11 @@ class AlignConfig(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
-        there = [name for name in RESULTS if not self.resume and (self.output_dir / name).exists()]
-        if there:
+        written = ((name, self.output_dir / name) for name in RESULTS)
+        there = [
+            name for name, path in written if path.exists() and path.stat().st_size
+        ]  # none of a run without a step
+        if there and not self.resume:
             raise ConfigError(
                 f"--output-dir {self.output_dir} holds {there[0]}, which this run would write: choose another folder"
             )
