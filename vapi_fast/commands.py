@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import AlignConfig, saved_steps
 from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.run import align
 from vapi_fast.runtime.errors import CaptureError, ConfigError, Error
@@ -57,7 +57,7 @@ def align_status(options: argparse.Namespace, source: GradientSource | None) -> 
 
 
 def interrupted(config: AlignConfig | None) -> str:
-    if config is None or not any(config.snapshots.glob("step-*")):
+    if config is None or not saved_steps(config.snapshots):
         return "interrupted; nothing was saved yet"
     return f"interrupted; go on from the last saved state with --resume --output-dir {config.output_dir}"
 

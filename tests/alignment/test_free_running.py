@@ -20,7 +20,7 @@ from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.step import align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation.sequences import generate
-from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.errors import ConfigError, RewardError
 
 Make = Callable[..., AlignConfig]
 SEED = 11
@@ -143,5 +143,7 @@ def test_bad_rewards_are_refused(tiny_config: Make, tiny_models: Models, tiny_ba
         with pytest.raises(ConfigError, match=message):
             tiny_config(**changes)
     config = tiny_config(rollouts="free", reward=f"{__name__}:one_number")
-    with pytest.raises(ConfigError, match=r"must return a tensor \[16\], a reward an image; got \[\]"):
+    with pytest.raises(
+        RewardError, match=r"must return a floating-point tensor \[16\], a reward an image; got float32"
+    ):
         accumulate_free_gradients(tiny_models, config, tiny_batch, ops.fold_seed(0, 1), nullcontext)

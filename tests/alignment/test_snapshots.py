@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import tempfile
@@ -432,3 +434,76 @@ def test_full_disk_of_one_process_is_reported_once(tmp_path: Path) -> None:
     assert "File too large; the state of step 1 stays" in (tmp_path / "printed-0").read_text()
     assert not (tmp_path / "printed-1").read_text()
     assert {path.name for path in (tmp_path / "snapshots").iterdir()} == {"step-000001", "step-000003"}
+
+
+class TouchesFile:
+    """A pickle that, loaded carelessly, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def forge(folder: Path, changes: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
+    """Make the manifest fit the folder's files, as whoever prepares a folder would, after some `changes`."""
+    manifest = json.loads((folder / "manifest.json").read_text())["state"]
+    manifest["files"] = {name: snapshots.fingerprint(folder / name) for name in manifest["files"]}
+    manifest = changes(manifest) or manifest
+    record = {"crc32": snapshots.checksum_of(manifest), "state": manifest}
+    (folder / "manifest.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("where", ["metadata", "a value", "another file"])
+def test_a_prepared_state_runs_no_code(tmp_path: Path, trained: Any, where: str) -> None:
+    save(tmp_path / "states", [3], trained)
+    folder, touched = tmp_path / "states" / "step-000003", tmp_path / "touched"
+    if where == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(TouchesFile(touched)))
+    else:
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        info = next(info for index, info in metadata.storage_data.items() if index.fqn.endswith("param_groups.0.lr"))
+        if where == "a value":
+            payload = io.BytesIO()
+            torch.save(TouchesFile(touched), payload)
+            data = folder / info.relative_path
+            info.offset, info.length = data.stat().st_size, len(payload.getvalue())
+            data.write_bytes(data.read_bytes() + payload.getvalue())
+        else:
+            info.relative_path = "../../elsewhere"
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    forge(folder)
+    with pytest.raises(CheckpointError) as refused:
+        restored_step(tmp_path / "states")
+    assert "\n" not in str(refused.value)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda manifest: manifest.update(step=4),
+        lambda manifest: manifest.update(step="3/../../other"),
+        lambda manifest: manifest["files"].update({"../step-000002/x": [1, 2]}),
+        lambda manifest: manifest.pop("stepped") and None,
+        lambda manifest: manifest.pop("files") and None,
+        lambda manifest: [1],
+    ],
+)
+def test_a_manifest_speaks_of_its_own_folder_alone(tmp_path: Path, trained: Any, changes: Any) -> None:
+    save(tmp_path, [3], trained)
+    forge(tmp_path / "step-000003")
+    assert restored_step(tmp_path) == 3
+    forge(tmp_path / "step-000003", changes)
+    with pytest.raises(CheckpointError, match="every saved state is damaged"):
+        restored_step(tmp_path)
+
+
+def test_what_is_no_state_is_none(tmp_path: Path, trained: Any) -> None:
+    save(tmp_path, [3], trained)
+    (tmp_path / "step-foo").mkdir()
+    (tmp_path / "step-000007").write_text("a file")
+    (tmp_path / ("step-" + "9" * 30)).mkdir()
+    assert saved_steps(tmp_path) == [3]
+    assert restored_step(tmp_path) == 3

@@ -165,7 +165,7 @@ def test_one_run_has_one_bar_and_every_stage_a_colour_of_its_own(tmp_path: Path)
     ("runs", "message"),
     [
         ([], "no runs"),
-        ([("a", {"reward": 1.0})], "run 'a': unknown stage 'reward'"),
+        ([("a", {"score": 1.0})], "run 'a': unknown stage 'score'"),
         ([("a", {"decode": 1.0}), ("b", {"decode": float("nan")})], "run 'b': seconds must be finite"),
         ([("a", {"decode": 1.0, "lpips": -1.0})], "run 'a': seconds must be finite, not negative"),
         ([("a", {"decode": 0.0})], "run 'a': .*not all zero"),

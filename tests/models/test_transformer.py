@@ -73,7 +73,9 @@ class PromptGenerator(Generator):
         self.vision_head = nn.Linear(config.width, config.vocab_size)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, name: str, *, grid_size: int | None = None) -> PromptGenerator:
+    def from_checkpoint(
+        cls, path: str | Path, name: str, *, grid_size: int | None = None, averaged: bool = False
+    ) -> PromptGenerator:
         raise NotImplementedError
 
     def rotary_table(self) -> Tensor:

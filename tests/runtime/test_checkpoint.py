@@ -97,7 +97,7 @@ def test_files_from_before_pytorch_1_6(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "c2i_XXL_384.pt"
     assert refusal(path, lambda: load_state_dict(path)) == "no such checkpoint file; check the path"
-    assert refusal(tmp_path, lambda: load_state_dict(tmp_path)) == "no such checkpoint file; check the path"
+    assert refusal(tmp_path, lambda: load_state_dict(tmp_path)).startswith("is a folder without a checkpoint that is")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -154,7 +154,7 @@ def test_code_in_a_checkpoint_does_not_run(zipped: bool, tmp_path: Path) -> None
     ("content", "expected"),
     [
         ({"epoch": 3, "best": "yes"}, "no weights found; expected tensors at the top level or under model, module"),
-        ({"model": {"output.weight": torch.ones(2), "steps": 3}}, "no weights found"),
+        ({"model": {"steps": 3}}, "no weights found"),
         ({"state": {0: torch.ones(2)}, 1: []}, "no weights found"),
         ({}, "got an empty file"),
         ({"model": {}}, "got an empty file"),

@@ -24,6 +24,7 @@ STAGE_COLOURS = {
     "sample": "#7dd3fc",
     "decode": "#ea580c",
     "lpips": "#fdba74",
+    "reward": "#fbbf24",
     "loss": "#bae6fd",
     "backward": "#3b82f6",
     "optimizer": "#15803d",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import os
+import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import PRESET, option
@@ -17,6 +16,8 @@ from vapi_fast.runtime.options import PRESET, option
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
+# Besides run.json; TensorBoard's folder takes any number of runs.
+RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "progress.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,17 @@ class DataOptions:
         "images: folder of class folders, `save_to_disk` folder, parquet, or WebDataset tars",
         shown="required (shipped)",
         file="file or folder",
+    )
+    split: str | None = option(
+        None,
+        "which split of `--data`, in any case; a measurement takes the held-out one",
+        shown="train, or the only one",
+    )
+    class_index: Path | None = option(
+        None,
+        "JSON or text list: class names and their ids, where the order of the names is not the ids'",
+        shown="in the order of the names",
+        file="file",
     )
     synthetic_data: bool = option(False, "made-up images instead of `--data`, to time a model; align only")
 
@@ -124,7 +136,9 @@ class RunOptions:
     """Where a run writes, and how it starts."""
 
     output_dir: Path = option(
-        Path(""), "where the results go; results are never overwritten", shown="`runs/<model>-<method>-<time>`"
+        Path(""),
+        "where the results go; results are never overwritten",
+        shown="`runs/<model>-<method>-<time>-<process>`",
     )
     checkpoint_every: int = option(50, "steps between saved states", at_least=1)
     resume: bool = option(False, "go on with the unfinished run in `--output-dir`")
@@ -160,7 +174,7 @@ class AlignConfig(
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
-            name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+            name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             object.__setattr__(self, "output_dir", Path("runs") / name)
         self.check_combinations()
         self.check_required(
@@ -185,9 +199,10 @@ class AlignConfig(
             reward_function(self.reward)
 
     def check_folder(self) -> None:
+        """Raise ConfigError where the output folder holds anything that this run would write."""
         if (self.output_dir / "run.json").exists():
             raise ConfigError(f"--output-dir {self.output_dir} holds a finished run: choose another folder")
-        unfinished = any(self.snapshots.glob("step-*"))
+        unfinished = bool(saved_steps(self.snapshots))
         if self.resume and not unfinished:
             raise ConfigError(f"--resume: {self.output_dir} holds no snapshots to go on from; pass its --output-dir")
         if not self.resume and unfinished:
@@ -195,17 +210,17 @@ class AlignConfig(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
+        written = ((name, self.output_dir / name) for name in RESULTS)
+        there = [
+            name for name, path in written if path.exists() and path.stat().st_size
+        ]  # none of a run without a step
+        if there and not self.resume:
+            raise ConfigError(
+                f"--output-dir {self.output_dir} holds {there[0]}, which this run would write: choose another folder"
+            )
 
 
-def reward_function(name: str) -> Callable[..., Any]:
-    """The function that `--reward module:function` names; its module is looked for in the working directory too."""
-    module, _, function = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--reward {name}: {error}; pass module:function, importable from here") from error
-    if not callable(found):
-        raise ConfigError(f"--reward {name}: not a function")
-    return found
+def saved_steps(directory: Path) -> list[int]:
+    """The steps whose states are in `directory`, whole or damaged, in ascending order."""
+    names = (re.fullmatch(r"step-(\d{6,18})", path.name) for path in directory.glob("step-*") if path.is_dir())
+    return sorted(int(name[1]) for name in names if name)

@@ -13,7 +13,7 @@ from vapi_fast.runtime.errors import NonFiniteError
 
 METRICS = ("loss", "reward", "mse", "lpips", "cross_entropy", "kl")
 # Where a term that is not finite comes from, in the order in which one such term spoils the next.
-STAGES = {"mse": "decode", "lpips": "lpips", "reward": "lpips", "kl": "loss", "cross_entropy": "loss", "loss": "loss"}
+STAGES = {"mse": "decode", "lpips": "lpips", "reward": "reward", "kl": "loss", "cross_entropy": "loss", "loss": "loss"}
 
 
 def mean_terms(terms: dict[str, Tensor]) -> Tensor:

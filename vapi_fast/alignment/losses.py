@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig, reward_function
+from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.alignment.user_reward import user_rewards
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition
 from vapi_fast.runtime.clock import Clock
-from vapi_fast.runtime.errors import ConfigError
 
 
 class Losses(NamedTuple):
@@ -60,14 +60,9 @@ def rewards_of(
         return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
     with clock("decode"):
         images = models.codec.decode(rollouts.flatten(0, 1)).float().clamp(-1, 1)
-    with clock("lpips"), torch.no_grad():
-        rewards = reward_function(config.reward)(images, batch.labels.repeat_interleave(rollouts.shape[1]))
-    if not isinstance(rewards, Tensor) or rewards.shape != images.shape[:1]:
-        shape = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-        raise ConfigError(
-            f"--reward {config.reward} must return a tensor [{len(images)}], a reward an image; got {shape}"
-        )
-    return {"reward": rewards.float().view(rollouts.shape[:2])}
+    with clock("reward"), torch.no_grad():
+        rewards = user_rewards(config.reward, images, batch.labels.repeat_interleave(rollouts.shape[1]))
+    return {"reward": rewards.view(rollouts.shape[:2])}
 
 
 def base_logprobs(

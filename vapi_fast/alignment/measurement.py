@@ -58,7 +58,8 @@ class Evaluator:
         self.models = models
         self.device = device
         classes = models.generator.config.num_classes
-        data = ImageData(config.eval_data or config.data, config.image_size, num_classes=classes)
+        options = {"num_classes": classes, "class_index": config.class_index, "held_out": True}
+        data = ImageData(config.eval_data or config.data, config.image_size, **options)
         self.network = feature_network(config, models, device)
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []

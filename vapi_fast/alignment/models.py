@@ -10,7 +10,7 @@ import torch
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.reward import PixelReward
 from vapi_fast.models import LPIPS, Generator, VQTokenizer
-from vapi_fast.models.families import generator_config, load_generator, random_generator
+from vapi_fast.models.families import check_vocabulary, generator_config, load_generator, random_generator
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Classes
@@ -65,7 +65,8 @@ def frozen_copy(generator: Generator) -> Generator:
 def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     """The files that may be wrong come first: what LPIPS needs may have to be downloaded."""
     tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
-    generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size)
+    generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size, averaged=config.ema)
+    check_vocabulary(generator, config.gpt_ckpt, tokenizer, config.vq_ckpt)
     if config.vgg_weights is None:
         lpips = LPIPS.from_name(config.lpips)
     else:

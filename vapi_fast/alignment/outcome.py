@@ -35,6 +35,7 @@ class Outcome:
     first_step: dict[str, float] = field(default_factory=dict)  # its seconds by stage
     compared: int = 0  # steps at the end that something else ran beside
     comparison: dict[str, Any] = field(default_factory=dict)  # what it found, for `run.json`
+    data: dict[str, Any] = field(default_factory=dict)  # `ImageData.summary`
     skipped_images: Sequence[Path | str] = ()
 
     def step_seconds(self, wait: bool = True) -> float | None:

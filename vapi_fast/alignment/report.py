@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -18,6 +19,7 @@ from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.runtime.accelerators import attention_backend
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, world_size
+from vapi_fast.runtime.ownership import LOCK
 from vapi_fast.runtime.packages import installed
 
 PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
@@ -28,11 +30,12 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
     config = {key: plain(value) for key, value in dataclasses.asdict(outcome.config).items()}
     costs = config_costs(config, processes=world_size())
     step_seconds, stages = outcome.step_seconds(), outcome.stage_seconds()
-    return {
+    record = {
         "config": config,
         "versions": versions(),
         "device": device_name(outcome.device),
         "processes": world_size(),
+        "data": outcome.data,
         "commit": commit(),
         **outcome.measured,
         "reward": outcome.curves["reward"],
@@ -52,6 +55,16 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "skipped_images": [str(path) for path in outcome.skipped_images],
         **outcome.comparison,
     }
+    return jsonable(record)
+
+
+def jsonable(value: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def total_joules(joules: float | None) -> float | None:
@@ -129,7 +142,7 @@ def write_record(record: dict[str, Any], output: Path) -> None:
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
-    written = sorted(path.name for path in output.iterdir() if path.name != "snapshots")
+    written = sorted(path.name for path in output.iterdir() if path.name not in ("snapshots", LOCK))
     print(f"results in {output}: {', '.join(written)}")
 
 

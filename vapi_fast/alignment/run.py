@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
@@ -18,7 +21,7 @@ from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.snapshots import Snapshots
 from vapi_fast.alignment.step import make_trainer
-from vapi_fast.data.dataset import ImageData, ahead, reader
+from vapi_fast.data.dataset import ImageData, ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
 from vapi_fast.runtime import packages
@@ -36,8 +39,9 @@ from vapi_fast.runtime.distributed import (
     world_size,
 )
 from vapi_fast.runtime.energy import EnergyMeter
-from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 from vapi_fast.runtime.options import flag
+from vapi_fast.runtime.ownership import not_written, owned
 
 GRID_IMAGES = 24
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
@@ -77,17 +81,17 @@ def align(config: AlignConfig, *, source: GradientSource | None = None, started:
     with process_group() as device:
         # The default folder has the time in its name: that of rank 0.
         config = dataclasses.replace(config, output_dir=gather_objects(config.output_dir)[0])
-        run = Run(config, device, source, started)
-        if rank() == 0:
-            print(run.introduction())
-        try:
-            start_step = run.begin()
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            run.steps(start_step)
-            run.end()
-            return run.write_results(started)
-        finally:
-            run.snapshots.finish()
+        with owned(config.output_dir, "--output-dir"):
+            config.check_folder()  # once more: what was there before may have ended meanwhile
+            run = Run(config, device, source, started)
+            if rank() == 0:
+                print(run.introduction())
+            try:
+                run.steps(run.begin())
+                run.end()
+                return run.write_results(started)
+            finally:
+                run.snapshots.finish()
 
 
 def memory_plan(config: AlignConfig, device: torch.device, source: GradientSource) -> memory.MemoryPlan | None:
@@ -114,6 +118,21 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return compile.in_background(device_architecture(device.index))
+
+
+def comparable(config: AlignConfig) -> dict[str, str]:
+    """A configuration's values as text that tells two of them apart: a path as it is from anywhere."""
+    return {
+        key: str(value.resolve() if isinstance(value, Path) else value)
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+@torch.no_grad()
+def all_finite(generator: nn.Module) -> bool:
+    """Whether all weights are, on every rank."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in generator.parameters())
+    return all(gather_objects(bool(torch.stack([p.isfinite().all() for p in local]).all())))
 
 
 class Run:
@@ -143,7 +162,14 @@ class Run:
         if config.synthetic_data:
             self.data = SyntheticData(config.image_size, classes)
         else:
-            self.data = ImageData(config.data, config.image_size, num_classes=classes)
+            self.data = ImageData(
+                config.data,
+                config.image_size,
+                num_classes=classes,
+                split=config.split,
+                class_index=config.class_index,
+            )
+        self.outcome.data = self.data.summary()
         self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
         shard(generator, reshard_after_forward=plan is None or plan.reshard_after_forward)
         self.trainer = make_trainer(self.models, config, self.outcome.clock)
@@ -163,7 +189,8 @@ class Run:
         text += f"; results in {config.output_dir}"
         text += f"\nstart-up {seconds['startup']:.1f} s, {seconds['kernels']:.1f} of it waiting for kernels"
         plan = f"memory per GPU, as planned: {self.outcome.plan}" if self.outcome.plan else ""
-        return "\n".join(filter(None, (text, plan, packages.left_out())))
+        images = "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.num_classes)
+        return "\n".join(filter(None, (text, images, plan, packages.left_out())))
 
     def begin(self) -> int:
         """Measure the generator, or go on from the newest state; returns the steps that are done."""
@@ -184,8 +211,8 @@ class Run:
             Loop(self.trainer, self.source, self.outcome, start_step, self.save_state).run(moved)
 
     def end(self) -> None:
+        self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
-            self.save_state(self.config.steps)
             self.measure("aligned")
             self.picture("aligned sample")
 
@@ -207,23 +234,33 @@ class Run:
         self.outcome.pictures.append((title, samples.cpu()))
 
     def save_state(self, step: int) -> None:
-        """Everything that `--resume` needs after `step` steps; all ranks call it."""
+        """Everything that `--resume` needs after `step` steps; all ranks call it.
+
+        Raises NonFiniteError, and saves nothing, where the last update has left weights that are not finite.
+        """
+        if not all_finite(self.models.generator):
+            raise NonFiniteError(
+                f"the weights after step {step} are not finite though the step's gradient is: lower --lr; earlier "
+                f"states stay in {self.config.snapshots}"
+            )
         extra = {
-            "config": {key: str(value) for key, value in dataclasses.asdict(self.config).items()},
+            "config": comparable(self.config),
             "curves": self.outcome.curves,
             "measured": self.outcome.measured,
+            "data": self.outcome.data,
         }
         self.snapshots.save(step, self.models.generator, self.trainer.optimizer, extra)
 
     def load_state(self) -> int:
         """Go on from the newest snapshot; returns the steps behind it. Raises ConfigError if the run was another."""
         step, extra = self.snapshots.restore(self.models.generator, self.trainer.optimizer)
-        for key, value in dataclasses.asdict(self.config).items():
-            if key not in RESUMABLE and extra["config"].get(key) != str(value):
-                before = extra["config"].get(key)
+        for key, value in comparable(self.config).items():
+            if key not in RESUMABLE and (before := extra["config"].get(key)) != value:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
+        if changed := difference(extra["data"], self.outcome.data):
+            raise ConfigError(f"--resume: {self.config.snapshots} was started on other images: {changed}")
         if step > self.config.steps:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")
         for group in self.trainer.optimizer.param_groups:
@@ -235,14 +272,18 @@ class Run:
         """The aligned checkpoint, the pictures, `run.json` and the table; the snapshots go."""
         output = self.config.output_dir
         weights = whole_state(self.models.generator)
-        if rank() == 0:
-            save_generator(output / "aligned.pt", weights)
-            report.write_pictures(self.outcome, output)
-        self.outcome.skipped_images = self.data.skipped
-        self.outcome.seconds["total"] = time.perf_counter() - started
-        record = report.run_record(self.outcome)
-        if rank() == 0:
-            report.write_record(record, output)
-            self.source.write(record, output)
+        try:
+            if rank() == 0:
+                save_generator(output / "aligned.pt", weights)
+                report.write_pictures(self.outcome, output)
+            self.outcome.skipped_images = self.data.skipped
+            self.outcome.seconds["total"] = time.perf_counter() - started
+            record = report.run_record(self.outcome)
+            if rank() == 0:
+                report.write_record(record, output)
+                self.source.write(record, output)
+        except OSError as error:
+            self.snapshots.finish()
+            raise not_written(error, output, f"go on with --resume --output-dir {output}") from error
         self.snapshots.clear()
         return record

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-import sys
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from vapi_fast.alignment.config import saved_steps
 from vapi_fast.runtime.distributed import rank, world_size
-from vapi_fast.runtime.errors import CheckpointError
+from vapi_fast.runtime.errors import CheckpointError, warn
+from vapi_fast.runtime.restricted import RestrictedPlanner, RestrictedReader
 
 MANIFEST = "manifest.json"
 READ_SIZE = 1 << 24
@@ -119,7 +119,8 @@ class Snapshots:
         folder = self.directory / f"step-{manifest['step']:06d}"
         state = state_of(model, optimizer, manifest["stepped"])
         try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), process_group=self.group)
+            reader = RestrictedReader(folder, manifest["files"])
+            dcp.load(state, storage_reader=reader, planner=RestrictedPlanner(), process_group=self.group)
         except dcp.api.CheckpointException as error:
             raise CheckpointError(f"{folder}: does not fit this model and optimizer: {reason(error)}") from error
         set_model_state_dict(model, state["model"])
@@ -196,12 +197,6 @@ class AtomicWriter(dcp.FileSystemWriter):
                 remove(self.folder.parent / f"step-{step:06d}")
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """The steps whose states are in `directory`, whole or damaged, in ascending order."""
-    names = (re.fullmatch(r"step-(\d{6,})", path.name) for path in directory.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
-
-
 def state_of(model: nn.Module, optimizer: Optimizer, stepped: bool) -> dict[str, Any]:
     """Weights and optimizer state by parameter name: what dcp can split otherwise among other numbers of ranks.
 
@@ -218,10 +213,10 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         manifest = content["state"]
-        whole = content["crc32"] == checksum_of(manifest)
+        whole = content["crc32"] == checksum_of(manifest) and is_manifest(manifest, folder)
     except FileNotFoundError:
         raise CheckpointError(f"{folder / MANIFEST} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(f"{folder / MANIFEST} is damaged")
@@ -234,6 +229,16 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
         if found != expected:
             raise CheckpointError(f"{folder / name} is damaged: its checksum is not the one it was written with")
     return manifest
+
+
+def is_manifest(manifest: dict[str, Any], folder: Path) -> bool:
+    """Whether it says what a manifest has to, of the folder that it lies in and of files in it."""
+    kinds = {"step": int, "world_size": int, "stepped": bool, "extra": dict, "files": dict}
+    return (
+        all(isinstance(manifest[name], kind) for name, kind in kinds.items())
+        and folder.name == f"step-{manifest['step']:06d}"
+        and all(Path(name).name == name for name in manifest["files"])
+    )
 
 
 def fingerprints(folder: Path, names: list[str]) -> list[list[int] | None]:
@@ -289,7 +294,3 @@ def reason(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def warn(message: str) -> None:
-    print(f"vapi-fast: warning: {message}", file=sys.stderr, flush=True)

@@ -4,5 +4,5 @@ from vapi_fast._lazy import offers
 
 __all__, __getattr__ = offers(
     __name__,
-    {"dataset": ["ImageBatch", "ImageData", "ahead"], "synthetic": ["SyntheticData"], "image_files": ["center_crop"]},
+    {"dataset": ["ImageBatch", "ImageData", "ahead"], "synthetic": ["SyntheticData"], "pixels": ["center_crop"]},
 )

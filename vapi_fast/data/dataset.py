@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 UNREADABLE_LIMIT = 0.01
 DECODE_THREADS = 4
 PREFETCH_STEPS = 2
+SHOWN_CLASSES = 5
 
 
 class ImageBatch(NamedTuple):
@@ -42,8 +42,10 @@ class ImageData:
     """A labelled image set: decoded, cropped to `image_size`² and served in batches; an image's id is its row.
 
     `source` is a local path, read through Hugging Face `datasets`: a folder of class folders (labels follow the sorted
-    folder names), a folder written by `save_to_disk`, a `.parquet` file or a folder of them, a WebDataset `.tar` file
-    or a folder of them (`key.jpg` beside `key.cls`). `split` picks among splits where the source has them.
+    folder names, in numeric order where all are numbers), a folder written by `save_to_disk`, a `.parquet` file or a
+    folder of them, a WebDataset `.tar` file or a folder of them (`key.jpg` beside `key.cls`). Where the source has
+    splits, `split` picks one; by default the training images, or with `held_out` those of validation or test.
+    `class_index` is a file with the ids of the classes' names (`vapi_fast.data.splits.read_class_index`).
     Parquet rows and tar indices are cached by `datasets`, keyed by the files' paths and modification times.
 
     Raises `DataError` for a missing or unknown source, no rows, no image or label column, an absent label, a label
@@ -51,20 +53,37 @@ class ImageData:
     """
 
     def __init__(
-        self, source: str | Path, image_size: int, *, num_classes: int | None = None, split: str = "train"
+        self,
+        source: str | Path,
+        image_size: int,
+        *,
+        num_classes: int | None = None,
+        split: str | None = None,
+        held_out: bool = False,
+        class_index: Path | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.source = Path(source)
         self.image_size = image_size
-        self._rows = reader().ImageRows(self.source, split)
+        self._rows = reader().ImageRows(self.source, split, held_out, class_index)
         self._labels = self._rows.labels(num_classes)
-        self.class_names: list[str] | None = self._rows.class_names
+        self.split: str | None = self._rows.split
+        self.class_names: dict[int, str] | None = self._rows.class_names
         self._read = np.zeros(len(self), dtype=bool)
         self._unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def summary(self) -> dict[str, Any]:
+        """What the set is made of, for `run.json` and to tell it from another: images and their number by class."""
+        ids, counts = np.unique(self._labels, return_counts=True)
+        names = self.class_names or {}
+        classes = {
+            str(i): {"name": names.get(i), "images": n} for i, n in zip(ids.tolist(), counts.tolist(), strict=True)
+        }
+        return {"split": self.split, "images": len(self), "classes": classes}
 
     @property
     def skipped(self) -> list[str]:
@@ -173,6 +192,33 @@ class ImageData:
 
     def _decode(self, image_id: int) -> np.ndarray:
         return self._rows.pixels(image_id, self.image_size)
+
+
+def described(summary: dict[str, Any], num_classes: int) -> str:
+    """A summary's images and classes in a line, and a second one where the generator has more classes than they."""
+    classes = summary["classes"]
+    shown = [f"{entry['name'] or 'class'}={label}" for label, entry in list(classes.items())[:SHOWN_CLASSES]]
+    split = f" of split {summary['split']}" if summary["split"] else ""
+    text = f"{summary['images']} images in {len(classes)} classes{split}: {', '.join(shown)}"
+    text += ", …" if len(classes) > SHOWN_CLASSES else ""
+    if len(classes) < num_classes:
+        text += (
+            f"\nwarning: the generator has {num_classes} classes, these images {len(classes)}: are their ids the "
+            "generator's? --class-index gives them by the folders' names"
+        )
+    return text
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What tells two summaries apart, in a few words; nothing if they are the same."""
+    for label in sorted(before["classes"].keys() | now["classes"].keys(), key=int):
+        one, other = (summary["classes"].get(label, {"name": None, "images": 0}) for summary in (before, now))
+        if one != other:
+            one, other = (
+                f"{each['images']} images{' of ' + each['name'] if each['name'] else ''}" for each in (one, other)
+            )
+            return f"class {label} had {one}, now it has {other}"
+    return "" if before == now else f"it was split {before['split']}, now it is {now['split']}"
 
 
 def reader() -> ModuleType:

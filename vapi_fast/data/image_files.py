@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import os
-import re
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
@@ -18,12 +16,12 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from vapi_fast.data.dataset import IMAGE_SUFFIXES
+from vapi_fast.data.pixels import center_crop, read_regular, rgb
+from vapi_fast.data.splits import IMAGE_SUFFIXES, choose_split, class_folders, is_hidden, read_class_index, split_of
 from vapi_fast.runtime.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls")
-SPLITS = ("train", "validation", "val", "test")
 TAR_FEATURES = datasets.Features(
     {"image": datasets.Value("string"), "cls": datasets.Value("int64"), "tar": datasets.Value("string")}
     | {"offset": datasets.Value("int64"), "size": datasets.Value("int64")}
@@ -34,14 +32,20 @@ LAYOUTS = "one sub-folder of images per class, a save_to_disk folder, *.parquet,
 class ImageRows:
     """The rows of `source`, an image and a label each; `ImageData` says what may lie there, and what is a DataError."""
 
-    def __init__(self, source: Path, split: str) -> None:
+    def __init__(self, source: Path, split: str | None, held_out: bool, class_index: Path | None) -> None:
         Image.init()  # Pillow's first lookup of the rarer formats is not thread-safe
         self.source = source
-        rows = _open_source(source, split)
+        self.split, rows = _open_source(source, split, held_out)
         if len(rows) == 0:
             raise DataError(f"{source} holds no images")
         image, label = (_find_column(rows, names, source) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-        self.class_names: list[str] | None = getattr(rows.features[label], "names", None)
+        names = getattr(rows.features[label], "names", None)
+        self._ids = None if class_index is None else self._ids_of(names, class_index)
+        self.class_names: dict[int, str] | None = None
+        if names is not None:
+            self.class_names = dict(
+                zip(range(len(names)) if self._ids is None else self._ids.tolist(), names, strict=True)
+            )
         self._label_column = rows.select_columns(label).with_format("arrow")[:][label]
         try:
             rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -63,6 +67,8 @@ class ImageRows:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise DataError(f"{self.name(row)} has no label ({column.null_count} such images in {self.source})")
         labels = column.to_numpy().astype(np.int64)
+        if self._ids is not None and ((labels >= 0) & (labels < len(self._ids))).all():
+            labels = self._ids[labels]
         outside = np.flatnonzero((labels < 0) | (labels >= (np.inf if num_classes is None else num_classes)))
         if len(outside):
             allowed = "0 and up" if num_classes is None else f"0..{num_classes - 1}"
@@ -72,6 +78,18 @@ class ImageRows:
                 f"expected {allowed} ({len(outside)} such images in {self.source})"
             )
         return labels
+
+    def _ids_of(self, names: list[str] | None, class_index: Path) -> np.ndarray:
+        """The class index's ids of the source's own class names."""
+        if names is None:
+            raise DataError(f"--class-index needs names of classes, and the labels of {self.source} are numbers")
+        index = read_class_index(class_index)
+        if unknown := [name for name in names if name not in index]:
+            raise DataError(
+                f"--class-index {class_index} has no id for {len(unknown)} of the {len(names)} classes in "
+                f"{self.source}: {', '.join(unknown[:5])}"
+            )
+        return np.array([index[name] for name in names], dtype=np.int64)
 
     def pixels(self, row: int, size: int) -> np.ndarray:
         """A row's image, cropped: float32 `[3, size, size]` in [−1, 1]. A damaged one may raise nearly anything."""
@@ -84,36 +102,19 @@ class ImageRows:
         elif image["bytes"] is not None:
             encoded = image["bytes"]
         elif image["path"]:
-            encoded = Path(image["path"]).read_bytes()
+            encoded = read_regular(image["path"])
         else:
             raise DataError("the row has no image")
         if not encoded:
             raise DataError("zero bytes")
         with Image.open(BytesIO(encoded)) as picture:
-            cropped = center_crop(picture.convert("RGB"), size)
+            cropped = center_crop(rgb(picture), size)
         return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def name(self, row: int) -> str:
         """The path of a row's image, or else its number."""
         image = self._rows[row][self._image_column]
         return image["path"] if image and image["path"] else f"row {row} of {self.source}"
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central `size`² of an image shrunk or grown until its shorter side is `size` (the crop of ADM and LlamaGen).
-
-    Halved by averaging while that leaves the shorter side at `size` or more, then resized bicubically. Raises
-    `Image.DecompressionBombError` where the image is so long and thin that the resized one passes Pillow's limit.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width}x{image.height} becomes {width}x{height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _find_column(rows: datasets.Dataset, names: tuple[str, ...], source: str | Path) -> str:
@@ -123,87 +124,80 @@ def _find_column(rows: datasets.Dataset, names: tuple[str, ...], source: str | P
     raise DataError(f"{source} has the columns {', '.join(rows.column_names)}; expected one of {', '.join(names)}")
 
 
-def _open_source(source: Path, split: str) -> datasets.Dataset:
-    """All rows of a source, its kind told by what lies there."""
+def _open_source(source: Path, split: str | None, held_out: bool) -> tuple[str | None, datasets.Dataset]:
+    """The split that was chosen, where there are any, and all of its rows; the kind is told by what lies there."""
     if not source.exists():
         raise DataError(f"no such file or folder: {source} (expected {LAYOUTS})")
     try:
         if (source / "state.json").exists() or (source / "dataset_dict.json").exists():
-            return _load_saved(source, split)
-        if parquet := _files(source, ".parquet", split):
-            return _read_parquet(parquet)
-        if tars := _files(source, ".tar", split):
-            shards = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in tars)
-            return datasets.Dataset.from_generator(_index_tars, features=TAR_FEATURES, gen_kwargs={"shards": shards})
+            return _load_saved(source, split, held_out)
+        for suffix, read in ((".parquet", _read_parquet), (".tar", _read_tars)):
+            chosen, files = _files(source, suffix, split, held_out)
+            if files:
+                return chosen, read(files)
+        if source.is_file():
+            raise DataError(f"{source} is not a known kind of data (expected {LAYOUTS})")
+        chosen, found = class_folders(source, split, held_out)
     except DataError:
         raise
-    except (DatasetsError, pa.ArrowException, OSError, ValueError, LookupError) as error:
+    except (DatasetsError, pa.ArrowException, OSError, ValueError, LookupError, tarfile.TarError) as error:
         cause = error.__cause__ or error  # `datasets` wraps what _index_tars raises
         raise DataError(str(cause) if isinstance(cause, DataError) else f"cannot read {source}: {cause}") from error
+    return chosen, _labelled(source, found)
+
+
+def _files(source: Path, suffix: str, split: str | None, held_out: bool) -> tuple[str | None, list[Path]]:
+    """The files with this suffix, those of one split where their names say which they belong to."""
     if source.is_file():
-        raise DataError(f"{source} is not a known kind of data (expected {LAYOUTS})")
-    return _scan_class_folders(source, split)
-
-
-def _files(source: Path, suffix: str, split: str) -> list[Path]:
-    if source.is_file():
-        return [source] if source.suffix == suffix else []
-    return _of_split(sorted(source.glob(f"*{suffix}")), split, source)
-
-
-def _of_split(paths: list[Path], split: str, source: Path) -> list[Path]:
-    """The paths with `split` as a word of their name (train-00000.parquet, val/), or all where none names a split."""
-    named = {
-        path: next((word for word in re.split("[^a-z]+", path.name.lower()) if word in SPLITS), "") for path in paths
-    }
+        return None, [source] if source.suffix == suffix else []
+    paths = sorted(path for path in source.glob(f"*{suffix}") if path.is_file() and not is_hidden(path.name))
+    named = {path: split_of(path.name) for path in paths}
     found = sorted(set(named.values()) - {""})
-    if found and split not in found:
-        raise DataError(f"{source} has no split {split!r}; it has {', '.join(found)}")
-    return [path for path, name in named.items() if name == split] if found else paths
+    if not found:
+        return None, paths
+    chosen = choose_split(found, split, held_out, source)
+    return chosen, [path for path, name in named.items() if name == chosen]
 
 
-def _load_saved(source: Path, split: str) -> datasets.Dataset:
+def _load_saved(source: Path, split: str | None, held_out: bool) -> tuple[str | None, datasets.Dataset]:
     if not any(source.rglob("*.arrow")):  # what saving no rows leaves behind cannot be loaded
         raise DataError(f"{source} holds no images")
-    saved = datasets.load_from_disk(str(source))
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if split not in saved:
-        raise DataError(f"{source} has no split {split!r}; it has {', '.join(saved)}")
-    return saved[split]
+    chosen, saved = None, datasets.load_from_disk(str(source))
+    if not isinstance(saved, datasets.Dataset):
+        chosen = choose_split(list(saved), split, held_out, source)
+        saved = saved[chosen]
+    return chosen, saved.with_format(None)
 
 
 def _read_parquet(paths: list[Path]) -> datasets.Dataset:
     filled = [path for path in paths if pq.read_metadata(path).num_rows]  # `datasets` fails on a file without rows
     if not filled:
         raise DataError(f"{paths[0]} holds no images")
-    return datasets.Dataset.from_parquet([glob.escape(str(path)) for path in filled], split="train")
+    columns = [pq.read_schema(path).names for path in filled]
+    wanted = [next((name for name in names if name in columns[0]), "") for names in (IMAGE_COLUMNS, LABEL_COLUMNS)]
+    for path, names in zip(filled, columns, strict=True):
+        if all(wanted) and (missing := [name for name in wanted if name not in names]):
+            raise DataError(f"{path} has no column {missing[0]!r}, which {filled[0].name} beside it has")
+    # Other columns may differ from shard to shard.
+    return datasets.Dataset.from_parquet(
+        [glob.escape(str(path)) for path in filled], split="train", columns=wanted if all(wanted) else None
+    )
 
 
-def _scan_class_folders(source: Path, split: str) -> datasets.Dataset:
-    folders = _subfolders(source)
-    split_folders = [folder for folder in folders if folder.name in SPLITS and _subfolders(folder)]
-    if split_folders:
-        folders = _subfolders(_of_split(split_folders, split, source)[0])
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        found = sorted(
-            os.path.join(parent, name)
-            for parent, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
+def _read_tars(paths: list[Path]) -> datasets.Dataset:
+    shards = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    return datasets.Dataset.from_generator(_index_tars, features=TAR_FEATURES, gen_kwargs={"shards": shards})
+
+
+def _labelled(source: Path, found: dict[str, list[str]]) -> datasets.Dataset:
+    if not found:
         raise DataError(f"{source} holds no images in class sub-folders (expected {LAYOUTS})")
-    classes = datasets.ClassLabel(names=[folder.name for folder in folders])
-    features = datasets.Features({"image": datasets.Value("string"), "label": classes})
-    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    columns = {
+        "image": [path for paths in found.values() for path in paths],
+        "label": [label for label, paths in enumerate(found.values()) for _ in paths],
+    }
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(found))})
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _index_tars(shards: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, object]]:
@@ -214,6 +208,7 @@ def _index_tars(shards: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, 
     empty = True
     for tar, _, _ in shards:
         with tarfile.open(tar, "r:") as archive:
+            check_whole(archive, tar)
             files = (member for member in archive if member.isfile() and _sample_key(member.name)[1])
             for key, members in itertools.groupby(files, key=lambda member: _sample_key(member.name)[0]):
                 row = {"image": None, "cls": None, "tar": tar, "offset": 0, "size": 0}
@@ -228,6 +223,21 @@ def _index_tars(shards: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, 
                     yield row | {"image": row["image"] or f"{tar}/{key}"}  # no image: unreadable, met as such
     if empty:
         raise DataError(f"{shards[0][0]} holds no images (expected members key.jpg and key.cls)")
+
+
+def check_whole(archive: tarfile.TarFile, tar: str) -> None:
+    """Raise DataError for a tar that was cut off, wherever: its last member is there, and so is the mark of the end.
+
+    `tarfile` itself takes a header that is not whole for the end.
+    """
+    last = archive.getmembers()[-1:]
+    end = max(
+        (member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for member in last), default=0
+    )
+    with open(tar, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{tar} is cut off, or was written over, after byte {end}: copy or download it again")
 
 
 def _sample_key(name: str) -> tuple[str, str]:

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vapi_fast.data.dataset import DECODE_THREADS, IMAGE_SUFFIXES, ImageData
+from vapi_fast.data.dataset import DECODE_THREADS, ImageData
+from vapi_fast.data.pixels import rgb
+from vapi_fast.data.splits import IMAGE_SUFFIXES, is_hidden
 from vapi_fast.runtime.errors import DataError
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files
@@ -36,13 +38,13 @@ class ImageSet(Protocol):
         """Images start … stop − 1 as uint8 `[n,3,H,W]`, n ≤ batch_size; raises DataError for a damaged one."""
 
 
-def open_image_set(source: Path, image_size: int) -> ImageSet:
+def open_image_set(source: Path, image_size: int, split: str | None = None) -> ImageSet:
     """The images at `source`, in one of these forms:
 
     - what `vapi-fast generate` wrote (its folder);
     - an `.npz` file with uint8 `arr_0` `[N,H,W,3]`, the ADM evaluator's layout;
     - a folder of pictures of one size, in the order of their names;
-    - anything `--data` takes, in which case images are cropped to `image_size`².
+    - anything `--data` takes, in which case images are cropped to `image_size`²; by default the held-out split.
 
     Raises DataError where there is none of these, or a damaged one.
     """
@@ -52,7 +54,7 @@ def open_image_set(source: Path, image_size: int) -> ImageSet:
         return NpzImages(source)
     if source.is_dir() and pictures_in(source):
         return FolderImages(source)
-    return LabelledImages(source, image_size)
+    return LabelledImages(source, image_size, split)
 
 
 def open_generated(folder: Path) -> ImageSet:
@@ -198,7 +200,7 @@ class FolderImages:
         path = self.paths[index]
         try:
             with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+                pixels = np.asarray(rgb(picture))
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             raise DataError(f"cannot read {path}: {error}") from error
         self.size = self.size or pixels.shape[:2]
@@ -214,8 +216,8 @@ class FolderImages:
 class LabelledImages:
     """A labelled image set, as `--data` takes it, cropped to `image_size`²; labels are not used."""
 
-    def __init__(self, source: Path, image_size: int) -> None:
-        self.data = ImageData(source, image_size)
+    def __init__(self, source: Path, image_size: int, split: str | None) -> None:
+        self.data = ImageData(source, image_size, split=split, held_out=True)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -230,7 +232,11 @@ class LabelledImages:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The picture files directly in `folder`, in the order of their names; hidden ones do not count."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name) and path.is_file()
+    )
 
 
 def decoded(load: Callable[[int], np.ndarray], start: int, stop: int, batch_size: int) -> Iterator[Tensor]:

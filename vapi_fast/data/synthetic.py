@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ class SyntheticData:
 
     def __len__(self) -> int:
         return EPOCH
+
+    def summary(self) -> dict[str, Any]:
+        """As `ImageData.summary`, but for the counts: they are no property of the images."""
+        return {"split": None, "images": EPOCH, "classes": {}}
 
     def batches(
         self, batch_size: int, steps: int, *, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1

@@ -41,6 +41,9 @@ class EvaluateConfig:
     )
     batch_size: int = option(PRESET, "images in the network at once", at_least=1)
     image_size: int = option(PRESET, "crop of images in class folders, parquet or tars", at_least=1)
+    split: str | None = option(
+        None, "which split of class folders, parquet or tars, in any case", shown="validation, test or the only one"
+    )
     output: Path | None = option(None, "also write the scores there, as JSON")
 
     def __post_init__(self) -> None:

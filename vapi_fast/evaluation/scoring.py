@@ -99,7 +99,7 @@ def image_statistics(
     statistics = read_statistics(source)
     features = None
     if statistics is None or has_images(source):
-        images = open_image_set(source, config.image_size)
+        images = open_image_set(source, config.image_size, config.split)
         if len(images) < max(NEIGHBOURS + 1, world_size()):
             raise EvaluationError(
                 f"{source} holds {len(images)} images: at least {NEIGHBOURS + 1} are needed, and one for each process"

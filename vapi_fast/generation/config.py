@@ -31,6 +31,7 @@ class ModelOptions:
         shown="required (shipped)",
         file="file or folder",
     )
+    ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
         PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="required (shipped)", file="file or folder"
     )

@@ -32,16 +32,17 @@ from vapi_fast.generation.sequences import (
 )
 from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import Generator, VQTokenizer
-from vapi_fast.models.families import load_generator
+from vapi_fast.models.families import check_vocabulary, load_generator
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
-from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.errors import ConfigError, NonFiniteError
+from vapi_fast.runtime.ownership import LOCK, owned
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
-FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features"}
+FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features", "ema"}
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
@@ -67,7 +68,7 @@ def draw_samples(config: GenerateConfig) -> None:
     """
     if config.entropy_maps:
         require(ConfigError, "--entropy-maps", "matplotlib")
-    with process_group() as device:
+    with process_group() as device, owned(config.out, "--out"):
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
         manifest = make_manifest(config, sampler.conditions)
@@ -129,9 +130,10 @@ class Sampler:
         """Read the checkpoints and the conditions, and see that they fit each other and the device."""
         with refusals():
             check_engine(device, 1, config.batch_size, config.kv_dtype)
-        generator = load_generator(checkpoint, config.model, grid_size=config.grid_size)
+        generator = load_generator(checkpoint, config.model, grid_size=config.grid_size, averaged=config.ema)
         conditions = read_conditions(config.class_ids, config.caption_features, generator)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
+        check_vocabulary(generator, checkpoint, tokenizer, config.vq_ckpt)
         for module in (generator, tokenizer):
             module.eval().requires_grad_(False).to(device)
         if device.type == "cuda":
@@ -192,7 +194,12 @@ class Sampler:
             if size != decoded.shape[-1]:
                 decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
             images.append(decoded.clamp(-1, 1))
-        return torch.cat(images)[: len(tokens)]
+        found = torch.cat(images)[: len(tokens)]
+        if not found.isfinite().all():
+            raise NonFiniteError(
+                f"the tokenizer {self.config.vq_ckpt} decodes to values that are not finite: pass another checkpoint"
+            )
+        return found
 
 
 def batch_that_fits(config: GenerateConfig, generator: Generator, device: torch.device) -> int:
@@ -233,6 +240,9 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
 def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, Any]:
     """What decides the images, and what each of them is."""
     used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": config.caption_features}
+    files = {key: identity(path) for key, path in used.items() if path is not None}
+    if config.ema:
+        files["generator"]["weights"] = "averaged"
     settings = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in FREE_FIELDS
     }
@@ -241,7 +251,7 @@ def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, A
     place = SAMPLES_FILE if config.format == "npz" else None
     return {
         "configuration": settings,
-        "files": {key: identity(path) for key, path in used.items() if path is not None},
+        "files": files,
         "draw": DRAW,
         "images": [
             {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", **condition, "seed": config.seed}
@@ -270,7 +280,7 @@ def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
     path = out / MANIFEST
     if not path.exists():
         # A run that was killed while it wrote the manifest leaves a temporary file.
-        if out.exists() and any(not found.name.startswith(f".{MANIFEST}.") for found in out.iterdir()):
+        if out.exists() and any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
             raise ConfigError(f"--out {out} holds other files: choose another folder")
         return True
     try:

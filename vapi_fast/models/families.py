@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import ChainMap
 from pathlib import Path
 
+from vapi_fast.runtime.errors import CheckpointError
+
 from .llamagen import LlamaGen
 from .sizes import GeneratorConfig, LlamaGenConfig
+from .tokenizer import VQTokenizer
 from .transformer import Generator
 
 FAMILIES: dict[type[GeneratorConfig], type[Generator]] = {LlamaGenConfig: LlamaGen}
@@ -25,6 +28,18 @@ def random_generator(config: GeneratorConfig) -> Generator:
     return FAMILIES[type(config)](config)
 
 
-def load_generator(path: str | Path, name: str, *, grid_size: int | None = None) -> Generator:
+def load_generator(path: str | Path, name: str, *, grid_size: int | None = None, averaged: bool = False) -> Generator:
     """The generator `name` with the weights at `path`; arguments and errors as of `LlamaGen.from_checkpoint`."""
-    return FAMILIES[type(generator_config(name))].from_checkpoint(path, name, grid_size=grid_size)
+    return FAMILIES[type(generator_config(name))].from_checkpoint(path, name, grid_size=grid_size, averaged=averaged)
+
+
+def check_vocabulary(
+    generator: Generator, path: str | Path, tokenizer: VQTokenizer, tokenizer_path: str | Path
+) -> None:
+    """Raise CheckpointError where the generator's tokens are not the tokenizer's."""
+    vocabulary, codes = generator.config.vocab_size, len(tokenizer.codebook())
+    if vocabulary != codes:
+        raise CheckpointError(
+            f"{path} has a vocabulary of {vocabulary} tokens, and {tokenizer_path} a codebook of {codes}: pass the "
+            "tokenizer that the generator was trained with"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,9 @@ class CaptionEmbedding(nn.Module):
         return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
 
 
+LAYER = re.compile(r"layers\.(\d{1,4})\.")
+
+
 class LlamaGen(Generator):
     """LlamaGen's transformer, with its parameters' names."""
 
@@ -62,22 +66,24 @@ class LlamaGen(Generator):
         return cls(replace(llamagen_config(name), **changes))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, name: str, *, grid_size: int | None = None) -> LlamaGen:
+    def from_checkpoint(
+        cls, path: str | Path, name: str, *, grid_size: int | None = None, averaged: bool = False
+    ) -> LlamaGen:
         """The model `name` with the weights at `path`; vocabulary, classes and kind of condition are the file's.
 
         Args:
             grid_size: tokens a side (image size / 16), default the named size's; not stored in checkpoints.
+            averaged: as of `load_state_dict`.
 
         Raises:
             CheckpointError: missing, damaged, or another size than `name` (the message says which size it looks like).
         """
         config = llamagen_config(name)
-        state = load_state_dict(path)
-        state.pop("freqs_cis", None)  # the rotary table, a buffer in LlamaGen's serving code
+        state = load_state_dict(path, averaged=averaged)
         for key in ("tok_embeddings.weight", "output.weight"):
             if key not in state or state[key].ndim != 2:
                 raise CheckpointError(f"{path}: no weight named {key}: not a LlamaGen generator's checkpoint")
-        layers = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("layers.")), default=-1)
+        layers = 1 + max((int(found[1]) for found in map(LAYER.match, state) if found), default=-1)
         width = state["tok_embeddings.weight"].shape[1]
         if (layers, width) != (config.layers, config.width):
             fitting = [n for n, c in LLAMAGEN_CONFIGS.items() if (c.layers, c.width) == (layers, width)]
@@ -89,6 +95,9 @@ class LlamaGen(Generator):
         changes = {"vocab_size": state["tok_embeddings.weight"].shape[0]}
         if grid_size is not None:
             changes["grid_size"] = grid_size
+        for key in ("cls_embedding.uncond_embedding", "cls_embedding.embedding_table.weight"):
+            if key in state and state[key].ndim != 2:
+                raise CheckpointError(f"{path}: {key} is {list(state[key].shape)}, expected a table")
         if "cls_embedding.uncond_embedding" in state:
             changes["caption_tokens"], changes["caption_width"] = state["cls_embedding.uncond_embedding"].shape
         elif "cls_embedding.embedding_table.weight" in state:

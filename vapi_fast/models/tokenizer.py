@@ -195,7 +195,6 @@ class VQTokenizer(nn.Module):
         """The tokenizer `name` with the weights of a LlamaGen checkpoint (`.pt`) or `.safetensors` file."""
         tokenizer = cls.from_name(name)
         state = load_state_dict(path)
-        state.pop("quantize.codebook_used", None)  # usage statistics of LlamaGen's training
         load_into(tokenizer, state, path, hint=f"pass the checkpoint of a {name} tokenizer")
         return tokenizer
 

@@ -144,7 +144,9 @@ class Generator(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_checkpoint(cls, path: str | Path, name: str, *, grid_size: int | None = None) -> Generator:
+    def from_checkpoint(
+        cls, path: str | Path, name: str, *, grid_size: int | None = None, averaged: bool = False
+    ) -> Generator:
         """The generator `name` with the weights at `path`; raises CheckpointError where they do not fit."""
 
     @abstractmethod

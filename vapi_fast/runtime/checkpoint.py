@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import tempfile
@@ -15,34 +17,123 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vapi_fast.runtime.errors import CheckpointError
+from vapi_fast.runtime.errors import CheckpointError, warn
 from vapi_fast.runtime.packages import require
 
 CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
+AVERAGES = ("ema", "model_ema", "ema_state_dict")  # weights averaged over the training's steps
+# Parts of a key that say how a module was wrapped, not what it is; `module` counts in front only.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What sampling and training leave among the weights: caches, masks, tables, counters.
+LEFTOVERS = {
+    "kv_cache",
+    "k_cache",
+    "v_cache",
+    "causal_mask",
+    "freqs_cis",
+    "rotary",
+    "inv_freq",
+    "_extra_state",
+    "num_batches_tracked",
+    "codebook_used",
+}
+CONSOLIDATED = ("consolidated.pth", "consolidated.00.pth", "model.safetensors", "pytorch_model.bin")
+SHOWN = 3  # of what was left out
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that are cast to a model's own
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a `.pt` file (bare, or under `model`, `module` or `state_dict`) or a `.safetensors` file."""
-    state = load_file_checked(path)
-    for key in CONTAINERS:
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    state = {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+def load_state_dict(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """The weights in a file or folder, by the names that the model itself has for them.
+
+    A file is read by its content: PyTorch's (bare, or under `model`, `module` or `state_dict`) or safetensors. A folder
+    has an index of shards (`*.index.json`), or one file of a usual name. Prefixes of wrappers go, and so does what is
+    no weight; standard error says what, in a line.
+
+    Args:
+        averaged: the exponential moving average instead of the weights. It is taken, and said, also where it is all
+            there is.
+
+    Raises:
+        CheckpointError: nothing that could be read, or a weight that is no finite, dense, floating-point tensor.
+    """
+    path = Path(path)
+    state = contained(load_file_checked(path), path, averaged)
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = ", ".join(printable(key) for key in list(state)[:5])
         raise CheckpointError(
             f"{path}: no weights found; expected tensors at the top level or under {', '.join(CONTAINERS)}, "
-            f"got {', '.join(list(state)[:5]) or 'an empty file'}; pass a checkpoint of weights"
+            f"got {found or 'an empty file'}; pass a checkpoint of weights"
         )
-    return state
+    weights: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = unwrapped(key)
+        if not LEFTOVERS.intersection(name.split(".")):
+            check_weight(value, f"{path}: {printable(key)}")
+            if name in weights:
+                raise CheckpointError(f"{path}: holds {printable(name)} twice, under several prefixes: save it once")
+            weights[name] = value
+    left_out = [key for key in map(str, state) if unwrapped(key) not in weights]
+    if left_out:
+        named = ", ".join(printable(key) for key in left_out[:SHOWN]) + (", …" if len(left_out) > SHOWN else "")
+        warn(f"{path}: left out {len(left_out)} entries that are no weights ({named})")
+    return weights
+
+
+def contained(state: dict[Any, Any], path: Path, averaged: bool) -> dict[Any, Any]:
+    """The weights' own dictionary in what a file holds."""
+    if averaged and not any(isinstance(state.get(key), dict) for key in AVERAGES):
+        raise CheckpointError(f"{path}: has no averaged weights ({', '.join(AVERAGES)}): leave --ema out")
+    keys = AVERAGES if averaged else (*CONTAINERS, *AVERAGES)
+    for key in keys:
+        if isinstance(state.get(key), dict) and state[key]:
+            if key in AVERAGES and not averaged:
+                warn(f"{path}: holds averaged weights ({key}) alone: they are taken")
+            return contained(state[key], path, False) if key in CONTAINERS else state[key]
+    return {} if any(isinstance(state.get(key), dict) for key in keys) else state
+
+
+def unwrapped(key: str) -> str:
+    """A weight's name without the wrappers around the modules that hold it."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def check_weight(value: Tensor, name: str) -> None:
+    """Raise CheckpointError for a tensor that cannot be a weight; reading through it costs what reading it costs."""
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        form = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+        raise CheckpointError(f"{name} is {form}, expected a dense tensor: save the whole weights")
+    if value.dtype not in DTYPES:
+        raise CheckpointError(f"{name} is of type {kind}, expected float32, float16, bfloat16 or float64")
+    if not value.numel():
+        raise CheckpointError(f"{name} is empty, {list(value.shape)}: save the whole weights")
+    low, high = value.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise CheckpointError(f"{name} has values that are not finite: pass a checkpoint from before they went wrong")
+
+
+def printable(key: object) -> str:
+    """A key as one line shows it: control characters escaped, cut down to a readable length."""
+    text = str(key)
+    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return textwrap.shorten(text, 80, placeholder=" …") if len(text) > 80 else text
 
 
 def load_file_checked(path: str | Path) -> dict[str, Any]:
-    """Unpickle (`weights_only`) or read safetensors; raises CheckpointError with one line for any damage."""
+    """What a file holds, or all files of a folder: unpickled (`weights_only`), or by safetensors, as its content is.
+
+    Raises CheckpointError with one line for any damage.
+    """
     path = Path(path)
+    if path.is_dir():
+        return load_folder(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; check the path")
-    safetensors = path.suffix == ".safetensors"
+    safetensors = is_safetensors(path)
     if safetensors:
         require(CheckpointError, f"reading {path}", "safetensors")
     try:
@@ -59,6 +150,47 @@ def load_file_checked(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}, expected a state dict; save the model's weights alone"
+        )
+    return state
+
+
+def is_safetensors(path: Path) -> bool:
+    """By suffix, or whatever its suffix by content: the length of a JSON header, and the header."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def load_folder(folder: Path) -> dict[str, Any]:
+    """A checkpoint in several files, whose index says which has which weight; or the one file of a usual name."""
+    indices = sorted(folder.glob("*.index.json"))
+    if not indices:
+        found = [folder / name for name in CONSOLIDATED if (folder / name).is_file()]
+        if not found:
+            raise CheckpointError(
+                f"{folder}: is a folder without a checkpoint that is known (*.index.json, {', '.join(CONSOLIDATED)}); "
+                "pass the file itself"
+            )
+        return load_file_checked(found[0])
+    try:
+        shards = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in shards.values()})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{indices[0]}: is no index of weights ({type(error).__name__}); copy it again"
+        ) from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{indices[0]}: names files outside of its folder; copy it again")
+    state: dict[str, Any] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{indices[0]}: names the shard {name}, which is not beside it; copy it there")
+        state |= load_file_checked(folder / name)
+    if missing := [key for key in shards if key not in state]:
+        raise CheckpointError(
+            f"{indices[0]}: names {len(missing)} weights that its shards lack ({printable(missing[0])}); copy it again"
         )
     return state
 
@@ -94,7 +226,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
     if missing:
         problems.append(f"{len(missing)} weights missing ({', '.join(missing[:2])})")
     if extra:
-        problems.append(f"{len(extra)} unknown weights ({', '.join(extra[:2])})")
+        problems.append(f"{len(extra)} unknown weights ({', '.join(map(printable, extra[:2]))})")
     if problems:
         raise CheckpointError(
             f"{path}: does not fit this {type(module).__name__}: {'; '.join(problems)}{': ' + hint if hint else ''}"
@@ -126,4 +258,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def save_generator(path: str | Path, state: dict[str, Tensor]) -> None:
     """Write a generator's weights as LlamaGen's FSDP export does: a bare state dict of CPU tensors."""
     state = {key: value.cpu() for key, value in state.items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    try:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    except RuntimeError as error:  # of torch's own writer, which does not say what the system said
+        size = sum(value.nbytes for value in state.values())
+        raise OSError(errno.EIO, f"{size / 1e6:.0f} MB did not fit or could not be written", str(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -13,7 +13,19 @@ import torch
 Clock = Callable[[str], AbstractContextManager[None]]  # times the stage it is given; `contextlib.nullcontext` does not
 
 # In the order in which they follow one another; a run may lack some.
-STAGES = ("startup", "data", "encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer")
+STAGES = (
+    "startup",
+    "data",
+    "encode",
+    "forward",
+    "sample",
+    "decode",
+    "lpips",
+    "reward",
+    "loss",
+    "backward",
+    "optimizer",
+)
 
 
 class Timeline(Protocol):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 class Error(Exception):
     """What a command expects to go wrong. exit_code: 2 for wrong arguments, 1 if the run failed."""
@@ -35,5 +38,15 @@ class NonFiniteError(Error, RuntimeError):
     """A reward, loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are good."""
 
 
+class RewardError(Error, RuntimeError):
+    """The user's reward raised an error, or returned what is no reward."""
+
+
 class StoppedError(Error, RuntimeError):
     """The run was asked to stop; its state is saved."""
+
+
+def warn(message: str) -> None:
+    """A line on standard error for what is taken in another way than it may have been meant; once, not by each rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vapi-fast: warning: {message}", file=sys.stderr, flush=True)

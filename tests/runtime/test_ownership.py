@@ -1,0 +1,68 @@
+"""A folder has one owner: a second run is told who has it, the dead own nothing, and nothing is left of nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.ownership import LOCK, owned
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vapi_fast.runtime.ownership import owned
+with owned(Path(sys.argv[1]), "--out"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_works_and_the_other_is_told_who_has_it(tmp_path: Path) -> None:
+    process = holder(tmp_path / "out")
+    try:
+        with (
+            pytest.raises(ConfigError, match=f"--out .*out is being written to by process {process.pid} on "),
+            owned(tmp_path / "out", "--out"),
+        ):
+            pytest.fail("owned by two")
+        assert (tmp_path / "out" / LOCK).exists()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with owned(tmp_path / "out", "--out"):  # the dead own nothing
+        (tmp_path / "out" / "result").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["result"]
+
+
+def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b" / "c"
+    with pytest.raises(FileNotFoundError), owned(folder, "--out"):
+        (folder / "missing").unlink()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with owned(tmp_path / "mine", "--out"):
+        pass
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "out", Path("/proc/nothing"), tmp_path / ("x" * 300)):
+        with (
+            pytest.raises(ConfigError, match="pass a folder that can be written to") as refused,
+            owned(folder, "--out"),
+        ):
+            pytest.fail("owned")
+        assert "\n" not in str(refused.value)
