@@ -238,7 +238,9 @@ def decode_attention_kernel(
                 BLOCK_PIECES,
             )
         out = out_ptr + query.to(tl.int64) * HEAD_DIM + column
-        tl.store(out, (weighted / total).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+        tl.store(
+            out, (weighted / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM
+        )
     else:
         row = (prefix_pieces + split).to(tl.int64) * N * heads + query
         tl.store(maximum_ptr + row, largest)
@@ -356,7 +358,7 @@ def decode_attention_combine_kernel(
         BLOCK_PIECES,
     )
     out = out_ptr + query.to(tl.int64) * HEAD_DIM + column
-    tl.store(out, (weighted / total).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+    tl.store(out, (weighted / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
 
 
 @torch.library.custom_op("vapi_fast::append_to_cache", mutates_args=("k_cache", "v_cache"))

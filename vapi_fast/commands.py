@@ -114,6 +114,10 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
         return fail(error.exit_code, error)
     except torch.OutOfMemoryError:
         return fail(FAILURE, out_of_memory)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        return fail(FAILURE, f"out of memory: {str(error) or 'this machine has too little'}; choose smaller sizes")
     except OSError as error:
         return fail(FAILURE, error)
     except KeyboardInterrupt:
@@ -124,8 +128,14 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
 def fail(code: int, error: object) -> int:
     """Print the error; of one that all processes of a machine have alike, that of the first."""
     if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"vapi-fast: error: {error}\n")  # as one piece: other processes write there too
+        sys.stderr.write(f"vapi-fast: error: {one_line(error)}\n")  # as one piece: other processes write there too
     return code
+
+
+def one_line(error: object) -> str:
+    """Its text in one line, with control characters, which could do anything to a terminal, escaped."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 MAINS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -124,7 +124,7 @@ class EvaluationOptions:
         shown="download (none)",
         file="file or folder",
     )
-    eval_samples: int = option(PRESET, "images drawn for each evaluation", at_least=2)
+    eval_samples: int = option(PRESET, "images drawn for each evaluation", at_least=4)
     eval_batch: int = option(
         PRESET, "images drawn at once; lower it when memory runs out during an evaluation", at_least=1
     )

@@ -20,6 +20,7 @@ from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tin
 from vapi_fast.generation.sequences import generate
 from vapi_fast.models import Generator
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
+from vapi_fast.runtime.errors import NonFiniteError
 from vapi_fast.runtime.progress import progress_bar
 
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
@@ -117,7 +118,10 @@ class Evaluator:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        return torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
+        images = torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
+        if not images.isfinite().all():
+            raise NonFiniteError("the tokenizer decodes samples to values that are not finite: pass another --vq-ckpt")
+        return images
 
     def rewards(self, generator: Generator) -> tuple[float, float, float]:
         """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""

@@ -27,8 +27,10 @@ def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor
     checks = ArgumentChecks("append_to_cache")
     checks.floating("qkv", qkv, "N 3 heads head_dim")
     checks.floating("table", table, "S pairs 2")
-    checks.floating("k_cache", k_cache, "N heads S head_dim")
-    checks.floating("v_cache", v_cache, "N heads S head_dim")
+    checks.floating("k_cache", k_cache, "N heads S head_dim", fp8=True)
+    checks.floating("v_cache", v_cache, "N heads S head_dim", fp8=True)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.written(name, cache)
     checks.not_empty("qkv", "head_dim")
     checks.not_empty("k_cache", "S")
     if qkv.shape[1] != 3:
@@ -66,7 +68,7 @@ def decode_attention(
         prefix_mask: bool `[P, prefix_len]`, False at prefix positions to leave out; default all True.
 
     Returns:
-        `[N, heads, head_dim]` in q's dtype, computed in fp32 (float64 for float64).
+        `[N, heads, head_dim]` in q's dtype, computed in fp32 (float64 for float64); zeros where there is no entry.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
@@ -74,8 +76,8 @@ def decode_attention(
     checks = ArgumentChecks("decode_attention")
     checks.floating("q", q, "N heads head_dim")
     checks.not_empty("q", "N", "heads", "head_dim")
-    checks.floating("k_cache", k_cache, "N heads S head_dim")
-    checks.floating("v_cache", v_cache, "N heads S head_dim")
+    checks.floating("k_cache", k_cache, "N heads S head_dim", fp8=True)
+    checks.floating("v_cache", v_cache, "N heads S head_dim", fp8=True)
     if (prefix_k is None) != (prefix_v is None) or (prefix_mask is not None and prefix_k is None):
         raise ValueError("decode_attention: prefix_k and prefix_v must be given together, prefix_mask only with them")
     if prefix_k is not None:

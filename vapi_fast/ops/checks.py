@@ -13,6 +13,7 @@ from torch import Tensor
 
 # A kernel holds one row of logits in registers; LlamaGen's and Janus-Pro's vocabularies are 16384.
 MAX_VOCABULARY = 65536
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def described(value: object) -> str:
@@ -33,8 +34,10 @@ class ArgumentChecks:
         self.sizes: dict[str, int | tuple[int, ...]] = {}
         self.device: tuple[str, torch.device] | None = None
 
-    def floating(self, name: str, value: object, dims: str) -> None:
-        self._tensor(name, value, dims, "floating", isinstance(value, Tensor) and value.is_floating_point())
+    def floating(self, name: str, value: object, dims: str, *, fp8: bool = False) -> None:
+        """float16, bfloat16, float32 or float64; with `fp8` float8_e4m3fn too."""
+        dtypes = (*FLOATING, torch.float8_e4m3fn) if fp8 else FLOATING
+        self._tensor(name, value, dims, "floating", isinstance(value, Tensor) and value.dtype in dtypes)
 
     def integers(self, name: str, value: object, dims: str) -> None:
         self._tensor(name, value, dims, "int64", isinstance(value, Tensor) and value.dtype == torch.int64)
@@ -46,6 +49,9 @@ class ArgumentChecks:
         expected = f"{self.operation}: {name} must be {kind} [{', '.join(dims.split())}]"
         if not right_dtype:
             raise TypeError(f"{expected}, got {described(value)}")
+        if value.layout != torch.strided or value.is_nested or value.device.type == "meta":
+            form = "on the meta device" if value.device.type == "meta" else "nested" if value.is_nested else "sparse"
+            raise ValueError(f"{expected}, dense and with values, got one that is {form}")
         if not self._bind(value.shape, dims.split()):
             known = ", ".join(f"{d}={self.sizes[d]}" for d in dims.split() if d in self.sizes)
             raise ValueError(f"{expected}{' with ' + known if known else ''}, got {described(value)}")
@@ -68,6 +74,11 @@ class ArgumentChecks:
             return False
         self.sizes = found
         return True
+
+    def written(self, name: str, value: Tensor) -> None:
+        """A tensor that is written in place: no two of its elements share memory, as those of an expanded one do."""
+        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(f"{self.operation}: {name} is written to and must not be expanded: pass a copy of it")
 
     def not_empty(self, name: str, *dims: str) -> None:
         for dim in dims:

@@ -59,14 +59,19 @@ def decode_attention(
         if future is not None:
             scores = scores.masked_fill(future, -torch.inf)
         if prefix_k is None:
-            return (scores.softmax(-1) @ values)[:, :, 0].to(q.dtype)
+            return (shares(scores) @ values)[:, :, 0].to(q.dtype)
         prefix_scores = in_groups(query, prefix_k.shape[0]) @ prefix_k.to(dtype).mT  # [P, heads, N/P, prefix_len]
         if prefix_mask is not None:
             prefix_scores = prefix_scores.masked_fill(~prefix_mask[:, None, None], -torch.inf)
-        weights = torch.cat([out_of_groups(prefix_scores), scores], dim=-1).softmax(-1)
+        weights = shares(torch.cat([out_of_groups(prefix_scores), scores], dim=-1))
         prefix_weights, own_weights = weights.split([prefix_k.shape[2], scores.shape[-1]], dim=-1)
         shared = in_groups(prefix_weights, prefix_k.shape[0]) @ prefix_v.to(dtype)
         return (out_of_groups(shared) + own_weights @ values)[:, :, 0].to(q.dtype)
+
+
+def shares(scores: Tensor) -> Tensor:
+    """softmax over the last dimension; zeros where all of it is masked."""
+    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def in_groups(x: Tensor, groups: int) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws pictures and writes files
 
 
@@ -24,6 +28,7 @@ def process_group() -> Iterator[torch.device]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    end_with_torchrun()
     joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if joins:
         # gloo beside nccl: snapshots and evaluation features are gathered on the host.
@@ -32,6 +37,18 @@ def process_group() -> Iterator[torch.device]:
     # After an error nothing is waited for: the other ranks may be in a collective that never ends.
     if joins:
         dist.destroy_process_group()
+
+
+def end_with_torchrun() -> None:
+    """On Linux, have SIGTERM sent to this process when the torchrun that started it dies, by SIGKILL too.
+
+    Workers would else go on, with nobody to end them; after SIGTERM an alignment saves its state.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has died just now
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def rank() -> int:

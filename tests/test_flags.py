@@ -1,0 +1,152 @@
+"""No combination of flags ends in a traceback: a configuration comes of it, or one line and nothing written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vapi_fast import cli, tiny
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.options import flags_of, kind_of, options
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+EXAMPLES = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "400"))  # of each command
+NUMBERS = (
+    "0",
+    "-0",
+    "1",
+    "2",
+    "4",
+    "7",
+    "-1",
+    "0.5",
+    "1e-6",
+    "1e300",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    "",
+    "x",
+    "٣",
+    "1_0",
+)
+LARGE = (str(2**31), str(2**53), str(2**63), str(2**70), "9" * 400)
+TEXTS = (
+    "",
+    "x",
+    "a:b",
+    ":",
+    "os:getcwd",
+    "no.such:thing",
+    "math:pi",
+    "\x1b[31m",
+    "é",
+    "0-3",
+    "3-0",
+    "0,",
+    "1-9999999999",
+)
+PATHS = (
+    "",
+    ".",
+    "/",
+    "missing",
+    "/proc/self/mem",
+    "/dev/null",
+    "x" * 300,
+    str(tiny.FILES.generator),
+    str(tiny.FILES.train_images),
+)
+
+
+def values(config: type, field: Field[Any]) -> Any:
+    """Texts that a field's flag may be given."""
+    if field.metadata["choices"]:
+        return st.sampled_from((*field.metadata["choices"], "other", ""))
+    kind = kind_of(config, field)
+    if kind in (int, float):
+        return st.sampled_from((*NUMBERS, *LARGE)) | st.integers().map(str) | st.floats().map(str)
+    return st.sampled_from(PATHS) if kind is Path else st.sampled_from(TEXTS) | st.text(max_size=8)
+
+
+@st.composite
+def command_lines(draw: Any, command: str) -> list[str]:
+    config = cli.COMMANDS[command].config
+    fields = list(options(config))
+    chosen = draw(st.lists(st.sampled_from(fields), max_size=6, unique_by=lambda field: field.name))
+    line = ["--model", draw(st.sampled_from(("tiny", "tiny", "xxl", "b", "TINY", "huge")))]
+    for field in chosen:
+        name = draw(st.sampled_from(flags_of(field)))
+        line += [name] if kind_of(config, field) is bool else [f"{name}={draw(values(config, field))}"]
+    return line
+
+
+def outcome(command: str, line: list[str]) -> str:
+    parser = argparse.ArgumentParser()
+    cli.add_command_flags(parser, command)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            parsed = vars(parser.parse_args(line))
+            required = {"generate": {"out": Path("out")}, "evaluate": {"samples": Path("missing")}}.get(command, {})
+            cli.COMMANDS[command].config(**(required | parsed))
+        except SystemExit as ended:
+            assert ended.code == 2, said.getvalue()
+            return "usage"
+        except ConfigError as refused:
+            assert str(refused).strip()
+            return "refused"
+    return "taken"
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_any_flags(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, int] = {}
+
+    @hypothesis.settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(command_lines(command))
+    def check(line: list[str]) -> None:
+        kind = outcome(command, [*line] if command == "align" else with_required(command, line))
+        seen[kind] = seen.get(kind, 0) + 1
+
+    check()
+    print(f"{command}: {sum(seen.values())} command lines, {seen}")
+    assert list(tmp_path.iterdir()) == []
+    assert seen.get("refused", 0) > 20
+    assert seen.get("taken", 0) > 5
+
+
+def with_required(command: str, line: list[str]) -> list[str]:
+    """The flag that the parser insists on, in front, where it was not drawn."""
+    name, value = {"generate": ("--out", "out"), "evaluate": ("--samples", str(tiny.FILES.heldout_images))}[command]
+    return line if any(each.startswith(f"{name}=") for each in line) else [f"{name}={value}", *line]
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 2**70, -(2**70), 1e400])
+def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
+    command: str, number: float, tmp_path: Path
+) -> None:
+    config = cli.COMMANDS[command].config
+    required = {"generate": {"out": tmp_path / "out"}, "evaluate": {"samples": tiny.FILES.heldout_images}}.get(
+        command, {}
+    )
+    config(model="tiny", **required)
+    tried = 0
+    for field in options(config):
+        if kind_of(config, field) in (int, float):
+            tried += 1
+            with pytest.raises(ConfigError, match=f"{flags_of(field)[0]} must be "):
+                config(**({"model": "tiny", field.name: number} | required))
+    assert tried >= (2 if command == "evaluate" else 8)
