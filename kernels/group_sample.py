@@ -223,7 +223,6 @@ def group_sample_op(
 def linear_group_sample_op(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     group_size: int,
     seed: Tensor,
     sample_ids: Tensor | None,
@@ -232,6 +231,7 @@ def linear_group_sample_op(
     top_p: float,
     first_position: Tensor,
     first_rollouts: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tokens, logprobs = empty_draws(hidden, group_size)
     draw = Draw(seed, contiguous(sample_ids), first_position, contiguous(first_rollouts))
@@ -242,7 +242,7 @@ def linear_group_sample_op(
 
 
 group_sample_op.register_fake(lambda logits, group_size, *_: empty_draws(logits, group_size))
-linear_group_sample_op.register_fake(lambda hidden, weight, bias, group_size, *_: empty_draws(hidden, group_size))
+linear_group_sample_op.register_fake(lambda hidden, weight, group_size, *_: empty_draws(hidden, group_size))
 
 
 @torch.no_grad()
@@ -283,5 +283,7 @@ def linear_group_sample(
     """`group_sample` of a chunk of rows at a time, in fp32; see `vapi_fast.ops.linear_group_sample`."""
     check_dtypes("linear_group_sample", hidden=hidden, weight=weight, bias=bias)
     seed, first_position = (seed_tensor(value, hidden.device) for value in (seed, first_position))
-    head, filters = (hidden, weight, bias), Filters(temperature, top_k, top_p)
-    return linear_group_sample_op(*head, group_size, seed, sample_ids, *filters, first_position, first_rollouts)
+    filters = Filters(temperature, top_k, top_p)
+    return linear_group_sample_op(
+        hidden, weight, group_size, seed, sample_ids, *filters, first_position, first_rollouts, bias
+    )

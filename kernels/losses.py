@@ -301,7 +301,6 @@ def empty_gradients(head: Head, needs: Sequence[bool]) -> tuple[Tensor, Tensor, 
 def policy_loss_op(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     tokens: Tensor,
     advantages: Tensor,
     targets: Tensor,
@@ -313,7 +312,8 @@ def policy_loss_op(
     temperature: float,
     needs_hidden: bool,
     needs_weight: bool,
-    needs_bias: bool,
+    bias: Tensor | None = None,
+    needs_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; policy, prior, KL, ratio and clip fraction; gradients of B·T times the loss to hidden, weight and bias.
 
@@ -330,11 +330,11 @@ def policy_loss_op(
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     targets: Tensor,
     needs_hidden: bool,
     needs_weight: bool,
-    needs_bias: bool,
+    bias: Tensor | None = None,
+    needs_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy; gradients of B·T times it to hidden, weight and bias where needed."""
     needs = [needs_hidden, needs_weight, needs_bias]
@@ -355,18 +355,23 @@ scale_gradient_op.register_fake(lambda gradient, scale, dtype: gradient.new_empt
 
 
 @policy_loss_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
     terms = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (5,)))
-    return *terms, *empty_gradients(Head(hidden, weight, bias), options[-3:])
+    return *terms, *_empty_gradients(hidden, weight, options)
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *needs: bool) -> tuple[Tensor, ...]:
-    return hidden.new_empty((), dtype=torch.float32), *empty_gradients(Head(hidden, weight, bias), needs)
+def _(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return hidden.new_empty((), dtype=torch.float32), *_empty_gradients(hidden, weight, options)
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
+    needs_hidden, needs_weight, bias, needs_bias = options[-4:]
+    return empty_gradients(Head(hidden, weight, bias), [needs_hidden, needs_weight, needs_bias])
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias = inputs[:3]
+    hidden, weight, bias = *inputs[:2], inputs[-2]
     ctx.inputs, ctx.rows = len(inputs), hidden.shape[0] * hidden.shape[1]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     ctx.save_for_backward(*output[-3:])
@@ -376,9 +381,12 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _gradient(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     scale = grad_loss / ctx.rows
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    gradients = [scale_gradient_op(gradient, scale, dtype) if need else None for gradient, dtype, need in wanted]
-    return *gradients, *[None] * (ctx.inputs - 3)
+    needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[-2])
+    wanted = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
+    to_hidden, to_weight, to_bias = (
+        scale_gradient_op(gradient, scale, dtype) if need else None for gradient, dtype, need in wanted
+    )
+    return to_hidden, to_weight, *[None] * (ctx.inputs - 4), to_bias, None
 
 
 policy_loss_op.register_autograd(_gradient, setup_context=_context)
@@ -411,15 +419,16 @@ def policy_loss(
     )
     sides = (tokens, advantages, targets, old_logprobs, base_logprobs)
     objective = (clip_range, prior_weight, kl_weight, temperature)
-    head = (hidden, weight, bias)
-    loss, report, *_ = policy_loss_op(*head, *sides, *objective, *gradients_needed(*head))
+    needs_hidden, needs_weight, needs_bias = gradients_needed(hidden, weight, bias)
+    loss, report, *_ = policy_loss_op(hidden, weight, *sides, *objective, needs_hidden, needs_weight, bias, needs_bias)
     return PolicyLoss(loss, *report.unbind())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Mean cross-entropy, with its gradients, from chunks of logits; see `vapi_fast.ops.linear_cross_entropy`."""
     check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight, bias=bias)
-    return linear_cross_entropy_op(hidden, weight, bias, targets, *gradients_needed(hidden, weight, bias))[0]
+    needs_hidden, needs_weight, needs_bias = gradients_needed(hidden, weight, bias)
+    return linear_cross_entropy_op(hidden, weight, targets, needs_hidden, needs_weight, bias, needs_bias)[0]
 
 
 def gradients_needed(*inputs: Tensor | None) -> list[bool]:

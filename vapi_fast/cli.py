@@ -40,7 +40,9 @@ def main() -> int:
     for name, (_, text) in COMMANDS.items():
         add_command_flags(commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."), name)
     # Flags of benchmarks/e2e_align.py, for a better answer than that they are unknown.
-    commands.choices["align"].add_argument("--path", default="fast", help=argparse.SUPPRESS)
+    commands.choices["align"].add_argument(
+        "--path", choices=("fast", "reference", "both"), default="fast", help=argparse.SUPPRESS
+    )
     commands.choices["align"].add_argument(
         "--compare", dest="path", action="store_const", const="both", help=argparse.SUPPRESS
     )

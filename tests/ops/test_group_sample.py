@@ -464,7 +464,7 @@ def test_opcheck(with_ids: bool) -> None:
     torch.library.opcheck(group_sample, (logits, 3, scalar(1), ids, 0.9, 0, 1.0, *place))
     torch.library.opcheck(group_sample, (logits, 3, scalar(1), ids, 0.9, 2, 1.0, *place))
     for each in (None, bias):
-        torch.library.opcheck(linear, (hidden, weight, each, 3, scalar(1), ids, 1.0, 0, 1.0, *place))
+        torch.library.opcheck(linear, (hidden, weight, 3, scalar(1), ids, 1.0, 0, 1.0, *place, each))
 
 
 @pytest.mark.gpu

@@ -81,7 +81,7 @@ def test_only_the_gradients_that_are_needed() -> None:
         assert [leaf.grad is None for leaf in leaves] == [i != index for i in range(3)]
         with ops.use_backend("triton"), torch.no_grad():
             assert not policy_loss(*leaves, **options).loss.requires_grad
-    results = losses.linear_cross_entropy_op(*inputs, options["targets"], False, True, False)
+    results = losses.linear_cross_entropy_op(*inputs[:2], options["targets"], False, True, inputs[2])
     assert [tuple(x.shape) for x in results] == [(), (0,), inputs[1].shape, (0,)]
 
 
@@ -122,10 +122,10 @@ def test_registration() -> None:
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
     anchored = [x.float() for x in anchors(inputs, options["tokens"]).values()]
     for bias, sides in ((leaves[2], anchored), (None, [None, None])):
-        needs = (True, True, bias is not None)
-        arguments = (*leaves[:2], bias, *options.values(), *sides, 0.2, 0.1, 0.1, 0.9, *needs)
+        needs = (True, True, *([] if bias is None else [bias, True]))  # the last two have defaults
+        arguments = (*leaves[:2], *options.values(), *sides, 0.2, 0.1, 0.1, 0.9, *needs)
         torch.library.opcheck(losses.policy_loss_op, arguments)
-        torch.library.opcheck(losses.linear_cross_entropy_op, (*leaves[:2], bias, options["targets"], *needs))
+        torch.library.opcheck(losses.linear_cross_entropy_op, (*leaves[:2], options["targets"], *needs))
     scale = torch.ones((), device=DEVICE)
     torch.library.opcheck(losses.scale_gradient_op, (torch.randn(3, 5, device=DEVICE), scale, torch.bfloat16))
 

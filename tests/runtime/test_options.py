@@ -90,7 +90,7 @@ def test_help_and_tables_show_help_and_defaults(capsys: pytest.CaptureFixture[st
         parsed("--help")
     printed = " ".join(capsys.readouterr().out.split())
     assert "pixels of --file, 100 % of them (default: 10 000)" in printed
-    assert "a rate (default: 1e-6 (2e-5))" in printed
+    assert "a rate (default: 1e-6; tiny: 2e-5)" in printed
     assert "--count COUNT, --number COUNT" in printed
     assert table(Config, PRESETS).splitlines()[2:] == [
         "| `--size` | 10 000 | pixels of `--file`, 100 % of them |",

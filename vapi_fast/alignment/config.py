@@ -11,13 +11,13 @@ from pathlib import Path
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, option
+from vapi_fast.runtime.options import PRESET, check_output, option
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
-# Besides run.json; TensorBoard's folder takes any number of runs.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "progress.jsonl")
+# Besides run.json; progress.jsonl and TensorBoard's folder are added to.
+RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class DataOptions:
         shown="in the order of the names",
         file="file",
     )
-    synthetic_data: bool = option(False, "made-up images instead of `--data`, to time a model; align only")
+    synthetic_data: bool = option(False, "made-up images instead of `--data`, to time a model; nothing is measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class OptimizerOptions:
 class EvaluationOptions:
     """The measurements before and after."""
 
-    evaluate: bool = option(True, "align only, measure nothing", flags=("--no-eval",))
+    evaluate: bool = option(True, "align, and measure nothing before and after", flags=("--no-eval",))
     eval_data: Path | None = option(
         PRESET, "images that samples are measured against", shown="`--data` (held-out)", file="file or folder"
     )
@@ -142,7 +142,7 @@ class RunOptions:
     )
     checkpoint_every: int = option(50, "steps between saved states", at_least=1)
     resume: bool = option(False, "go on with the unfinished run in `--output-dir`")
-    random_init: bool = option(False, "random weights instead of checkpoints, to time a model; align only")
+    random_init: bool = option(False, "random weights instead of checkpoints, to time a model; nothing is measured")
 
     @property
     def snapshots(self) -> Path:
@@ -200,6 +200,7 @@ class AlignConfig(
 
     def check_folder(self) -> None:
         """Raise ConfigError where the output folder holds anything that this run would write."""
+        check_output("output_dir", self.output_dir)
         if (self.output_dir / "run.json").exists():
             raise ConfigError(f"--output-dir {self.output_dir} holds a finished run: choose another folder")
         unfinished = bool(saved_steps(self.snapshots))

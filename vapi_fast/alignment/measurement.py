@@ -58,7 +58,7 @@ class Evaluator:
         self.config = config
         self.models = models
         self.device = device
-        classes = models.generator.config.num_classes
+        classes = models.generator.config.condition.count
         options = {"num_classes": classes, "class_index": config.class_index, "held_out": True}
         data = ImageData(config.eval_data or config.data, config.image_size, **options)
         self.network = feature_network(config, models, device)

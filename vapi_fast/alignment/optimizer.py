@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import OptimizerOptions
 from vapi_fast.runtime.accelerators import apex_fused_adam
 
 BETAS = (0.9, 0.999)
 
 
-def make_optimizer(generator: nn.Module, config: AlignConfig) -> torch.optim.Optimizer:
+def make_optimizer(generator: nn.Module, config: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW in one fused kernel; norm weights do not decay.
 
     apex's FusedAdam where it is installed and all parameters are plain CUDA tensors, else PyTorch's fused AdamW.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import RolloutOptions
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.transformer import Head
@@ -33,7 +33,7 @@ def condition_of(batch: ImageBatch) -> Condition:
 
 
 def teacher_forced_hidden(
-    model: Generator, tokens: Tensor, condition: Condition, config: AlignConfig, *, seed: int, sample_ids: Tensor
+    model: Generator, tokens: Tensor, condition: Condition, config: RolloutOptions, *, seed: int, sample_ids: Tensor
 ) -> Tensor:
     """Hidden states `[B,T,D]` that predict x_1…x_T from x̃*_{<t}: the image's own tokens, some replaced by noise."""
     context = tokens[:, :-1]
@@ -49,7 +49,7 @@ def roll_out(
     model: Generator,
     tokens: Tensor,
     condition: Condition,
-    config: AlignConfig,
+    config: RolloutOptions,
     *,
     seed: int,
     sample_ids: Tensor,

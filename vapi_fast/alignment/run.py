@@ -158,7 +158,7 @@ class Run:
             loaded = time.perf_counter()
         compiling = time.perf_counter() - loaded
         generator = self.models.generator
-        classes = generator.config.num_classes
+        classes = generator.config.condition.count
         if config.synthetic_data:
             self.data = SyntheticData(config.image_size, classes)
         else:
@@ -189,7 +189,9 @@ class Run:
         text += f"; results in {config.output_dir}"
         text += f"\nstart-up {seconds['startup']:.1f} s, {seconds['kernels']:.1f} of it waiting for kernels"
         plan = f"memory per GPU, as planned: {self.outcome.plan}" if self.outcome.plan else ""
-        images = "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.num_classes)
+        images = (
+            "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.condition.count)
+        )
         return "\n".join(filter(None, (text, images, plan, packages.left_out())))
 
     def begin(self) -> int:
@@ -255,11 +257,14 @@ class Run:
         """Go on from the newest snapshot; returns the steps behind it. Raises ConfigError if the run was another."""
         step, extra = self.snapshots.restore(self.models.generator, self.trainer.optimizer)
         for key, value in comparable(self.config).items():
-            if key not in RESUMABLE and (before := extra["config"].get(key)) != value:
+            before = extra["config"].get(key, value)  # a field that came later
+            if isinstance(getattr(self.config, key), Path):
+                before = str(Path(before).resolve())
+            if key not in RESUMABLE and before != value:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
-        if changed := difference(extra["data"], self.outcome.data):
+        if changed := difference(extra.get("data", self.outcome.data), self.outcome.data):
             raise ConfigError(f"--resume: {self.config.snapshots} was started on other images: {changed}")
         if step > self.config.steps:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check, check_files, fill_in, option
+from vapi_fast.runtime.options import PRESET, check, check_files, check_output, fill_in, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class EvaluateConfig:
         if self.reference is None:
             raise ConfigError(f"--reference is required for --model {self.model}; only tiny brings its own")
         check_files(self)
+        if self.output is not None:
+            check_output("output", self.output)
         if self.output is not None and self.output.exists():
             raise ConfigError(f"--output {self.output} exists: choose another name")
 

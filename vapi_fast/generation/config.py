@@ -10,7 +10,7 @@ from typing import Any
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check, check_files, fill_in, flag, option
+from vapi_fast.runtime.options import PRESET, check, check_files, check_output, fill_in, flag, option
 
 CFG_SCHEDULES = ("constant", "power-cosine")
 LARGEST_BATCH = 256
@@ -140,6 +140,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         if self.class_ids is not None and self.caption_features is not None:
             raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
         self.check_required("gpt_ckpt", "vq_ckpt")
+        check_output("out", self.out)
         if self.out.suffix == ".npz":
             raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/samples.npz: leave out the .npz")
         if self.out.exists() and not self.out.is_dir():

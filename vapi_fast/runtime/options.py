@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -76,9 +77,9 @@ def add_flags(parser: argparse.ArgumentParser, config: type, presets: Mapping[st
         else:
             arguments |= {"choices": field.metadata["choices"]} if field.metadata["choices"] else {"type": kind}
             arguments["required"] = field.default is MISSING
-            default = shown_default(field, presets)
-            if default:
-                text += f" ({default})" if default.startswith("required") else f" (default: {default})"
+            paper, _, tiny = shown_default(field, presets).rstrip(")").partition(" (")
+            shown = [paper if paper == "required" else f"default: {paper}"] if paper else []
+            text += f" ({'; '.join([*shown, *([f'tiny: {tiny}'] if tiny else [])])})" if shown else ""
         parser.add_argument(*flags_of(field), help=text.replace("`", "").replace("%", "%%"), **arguments)
 
 
@@ -136,8 +137,10 @@ def check(config: Any) -> None:
     """Raise ConfigError for the first field that is out of range, no choice of its own, or names no file."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
-        if value is None:
+        if value is None and field.default is None:
             continue
+        if value is None and (limits["choices"] or limits["at_least"] is not None or limits["above"] is not None):
+            raise ConfigError(f"{flag(field.name)} must be given, got None")
         if limits["choices"] and value not in limits["choices"]:
             raise ConfigError(f"{flag(field.name)} {value}: choose one of {', '.join(limits['choices'])}")
         if wrong := out_of_range(value, limits):
@@ -148,10 +151,31 @@ def check_files(config: Any) -> None:
     """Raise ConfigError for the first field that must name a file and names none."""
     for field in dataclasses.fields(config):
         path, expected = getattr(config, field.name), field.metadata["file"]
-        if path is not None and expected == "file" and not path.is_file():
+        if path is None or not expected:
+            continue
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            there = None
+        except (OSError, ValueError) as error:  # too long a name, one that may not be looked at, one with a null byte
+            raise ConfigError(f"{flag(field.name)} {path}: {getattr(error, 'strerror', None) or error}") from error
+        if expected == "file" and (there is None or not stat.S_ISREG(there.st_mode)):
             raise ConfigError(f"{flag(field.name)} {path}: no such file")
-        if path is not None and expected == "file or folder" and not path.exists():
+        if there is None:
             raise ConfigError(f"{flag(field.name)} {path}: no such file or folder")
+        if not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
+            raise ConfigError(f"{flag(field.name)} {path}: neither a file nor a folder")
+
+
+def check_output(name: str, path: Path) -> None:
+    """Raise ConfigError for a path of results that cannot be one: too long, with a null byte, not to be looked at."""
+    try:
+        path.exists()
+        path.resolve()
+        if "\0" in str(path):
+            raise ValueError("holds a null byte")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{flag(name)} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def out_of_range(value: Any, limits: Mapping[str, Any]) -> str:
@@ -159,8 +183,7 @@ def out_of_range(value: Any, limits: Mapping[str, Any]) -> str:
     at_least, above, at_most, below = (limits[name] for name in ("at_least", "above", "at_most", "below"))
     if (at_least is None and above is None) or isinstance(value, bool):
         return ""
-    low = f"at least {at_least}" if above is None else f"greater than {above}"
-    expected = low
+    expected = low = f"at least {at_least}" if above is None else f"greater than {above}"
     if at_most is not None:
         expected = f"between {at_least} and {at_most}" if above is None else f"{low} and at most {at_most}"
     elif below is not None:
