@@ -211,10 +211,7 @@ class AlignConfig(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
-        written = ((name, self.output_dir / name) for name in RESULTS)
-        there = [
-            name for name, path in written if path.exists() and path.stat().st_size
-        ]  # none of a run without a step
+        there = [name for name in RESULTS if (self.output_dir / name).exists()]
         if there and not self.resume:
             raise ConfigError(
                 f"--output-dir {self.output_dir} holds {there[0]}, which this run would write: choose another folder"

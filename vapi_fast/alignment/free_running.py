@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import AlignConfig, RolloutOptions
 from vapi_fast.alignment.figures import mean_terms, non_finite
 from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
 from vapi_fast.alignment.models import Models
@@ -74,7 +74,7 @@ def accumulate_free_gradients(
 
 
 @torch.no_grad()
-def draw(models: Models, config: AlignConfig, batch: ImageBatch, seed: int) -> Generation:
+def draw(models: Models, config: RolloutOptions, batch: ImageBatch, seed: int) -> Generation:
     """`config.group_size` sequences for each image's class."""
     generator, condition = whole_copy(models.generator), condition_of(batch)
     training = generator.training

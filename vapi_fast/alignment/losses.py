@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import AlignConfig, RewardOptions
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
 from vapi_fast.alignment.user_reward import user_rewards
@@ -52,7 +52,7 @@ def vapi_loss(
 
 
 def rewards_of(
-    models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, clock: Clock
+    models: Models, config: RewardOptions, rollouts: Tensor, batch: ImageBatch, clock: Clock
 ) -> dict[str, Tensor]:
     """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`."""
     if config.reward is None:

@@ -54,7 +54,7 @@ def noisy_prefix_cross_entropy(
 
     Args:
         model: called as `model(prefix, condition, return_hidden=True)` → hidden `[B, T, D]`; its LM head is
-            `model.output.weight` `[V, D]`.
+            `model.output`, a linear layer `[V, D]` with or without a bias.
         tokens: int64 `[B, T]`, T ≥ 1.
         condition: what the model takes, e.g. class ids int64 `[B]`.
         noise_prob, seed, sample_ids: as in `noisy_prefix`.
@@ -65,6 +65,6 @@ def noisy_prefix_cross_entropy(
     Raises:
         TypeError, ValueError: as `noisy_prefix` and `linear_cross_entropy`.
     """
-    weight = model.output.weight
+    weight, bias = model.output.weight, model.output.bias
     prefix = noisy_prefix(tokens, noise_prob, weight.shape[0], seed=seed, sample_ids=sample_ids)
-    return linear_cross_entropy(model(prefix, condition, return_hidden=True), weight, tokens)
+    return linear_cross_entropy(model(prefix, condition, return_hidden=True), weight, tokens, bias=bias)
