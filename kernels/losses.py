@@ -365,13 +365,20 @@ def _(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return hidden.new_empty((), dtype=torch.float32), *_empty_gradients(hidden, weight, options)
 
 
+def without_bias(arguments: int) -> int:
+    """How many of an operator's arguments come before its bias; PyTorch leaves out the last that are as by default."""
+    return 13 if arguments >= 13 else 5
+
+
 def _empty_gradients(hidden: Tensor, weight: Tensor, options: Sequence[Any]) -> tuple[Tensor, ...]:
-    needs_hidden, needs_weight, bias, needs_bias = options[-4:]
-    return empty_gradients(Head(hidden, weight, bias), [needs_hidden, needs_weight, needs_bias])
+    known = without_bias(2 + len(options)) - 2
+    bias, needs_bias = (*options[known:], *(None, False)[len(options) - known :])
+    return empty_gradients(Head(hidden, weight, bias), [*options[known - 2 : known], needs_bias])
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias = *inputs[:2], inputs[-2]
+    ctx.known = without_bias(len(inputs))
+    hidden, weight, bias = (*inputs[:2], *inputs[ctx.known : ctx.known + 1], None)[:3]
     ctx.inputs, ctx.rows = len(inputs), hidden.shape[0] * hidden.shape[1]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     ctx.save_for_backward(*output[-3:])
@@ -381,12 +388,12 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _gradient(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     scale = grad_loss / ctx.rows
-    needs = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[-2])
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
+    needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[ctx.known : ctx.known + 1], False)
+    wanted = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=False)
     to_hidden, to_weight, to_bias = (
         scale_gradient_op(gradient, scale, dtype) if need else None for gradient, dtype, need in wanted
     )
-    return to_hidden, to_weight, *[None] * (ctx.inputs - 4), to_bias, None
+    return to_hidden, to_weight, *[None] * (ctx.known - 2), *(to_bias, None)[: ctx.inputs - ctx.known]
 
 
 policy_loss_op.register_autograd(_gradient, setup_context=_context)

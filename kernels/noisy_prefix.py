@@ -75,6 +75,6 @@ def noisy_prefix_cross_entropy(
     sample_ids: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the clean tokens after a corrupted prefix; see `vapi_fast.ops.noisy_prefix_cross_entropy`."""
-    weight, bias = model.output.weight, model.output.bias
+    weight, bias = model.output.weight, getattr(model.output, "bias", None)
     prefix = noisy_prefix(tokens, noise_prob, weight.shape[0], seed=seed, sample_ids=sample_ids)
     return linear_cross_entropy(model(prefix, condition, return_hidden=True), weight, tokens, bias=bias)

@@ -52,6 +52,8 @@ def override() -> str | None:
 
 def backend_name(tensor: Tensor) -> str:
     """Name of the backend that an operation on this tensor runs on."""
+    if tensor.is_meta:  # shapes alone: no kernel can be launched
+        return "reference"
     return override() or ("triton" if tensor.is_cuda else "reference")
 
 

@@ -49,9 +49,8 @@ class ArgumentChecks:
         expected = f"{self.operation}: {name} must be {kind} [{', '.join(dims.split())}]"
         if not right_dtype:
             raise TypeError(f"{expected}, got {described(value)}")
-        if value.layout != torch.strided or value.is_nested or value.device.type == "meta":
-            form = "on the meta device" if value.device.type == "meta" else "nested" if value.is_nested else "sparse"
-            raise ValueError(f"{expected}, dense and with values, got one that is {form}")
+        if value.layout != torch.strided or value.is_nested:
+            raise ValueError(f"{expected}, dense, got one that is {'nested' if value.is_nested else 'sparse'}")
         if not self._bind(value.shape, dims.split()):
             known = ", ".join(f"{d}={self.sizes[d]}" for d in dims.split() if d in self.sizes)
             raise ValueError(f"{expected}{' with ' + known if known else ''}, got {described(value)}")
