@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 from vapi_fast import cli, commands
 from vapi_fast.generation.folder import Sampler
-from vapi_fast.runtime.errors import CaptureError
+from vapi_fast.runtime.errors import CaptureError, ConfigError
 
 Run = Callable[..., int]
 
@@ -123,3 +123,32 @@ def test_a_run_that_breaks_off_says_what_to_do(
     monkeypatch.setattr(Sampler, "draw", fail)
     assert run("generate", "--model", "tiny", "--num", 2, "--out", tmp_path / "out") == 1
     assert capsys.readouterr().err.rstrip().endswith(f"vapi-fast: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("a\x1b[31m\nb \x07"), "a\\x1b[31m b \\x07"),
+        (MemoryError(), "out of memory: this machine has too little; choose smaller sizes"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: DefaultCPUAllocator:"),
+        (OSError(28, "No space left on device", "a.pt"), "[Errno 28] No space left on device: 'a.pt'"),
+    ],
+)
+def test_an_error_is_one_line_without_control_characters(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> None:
+        raise error
+
+    assert commands.run_command(failing, str, "") == (2 if isinstance(error, ConfigError) else 1)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"vapi-fast: error: {line}")
+    assert said.isprintable()
+
+
+def test_an_error_of_ours_is_not_hidden() -> None:
+    def failing() -> None:
+        raise RuntimeError("a mistake in the package")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        commands.run_command(failing, str, "")

@@ -18,9 +18,12 @@ from vapi_fast.ops import backends
 
 def test_the_default_follows_the_device() -> None:
     assert backends.backend_name(torch.zeros(1)) == "reference"
-    assert backends.backend_name(SimpleNamespace(is_cuda=True)) == "triton"
+    on_gpu = SimpleNamespace(is_cuda=True, is_meta=False)
+    assert backends.backend_name(on_gpu) == "triton"
     with ops.use_backend("reference"):
-        assert backends.backend_name(SimpleNamespace(is_cuda=True)) == "reference"
+        assert backends.backend_name(on_gpu) == "reference"
+    with ops.use_backend("triton"):
+        assert backends.backend_name(torch.zeros(1, device="meta")) == "reference"  # no kernel could be launched
 
 
 def test_an_unknown_backend() -> None:
