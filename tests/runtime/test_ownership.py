@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -66,3 +68,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         ):
             pytest.fail("owned")
         assert "\n" not in str(refused.value)
+
+
+def test_a_file_system_without_locks_is_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with owned(tmp_path / "out", "--out"):
+        assert "its file system has no locks" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

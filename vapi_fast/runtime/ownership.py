@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -11,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vapi_fast.runtime.distributed import gather_objects, rank
-from vapi_fast.runtime.errors import ConfigError, Error
+from vapi_fast.runtime.errors import ConfigError, Error, warn
 
 LOCK = ".lock"
+UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
@@ -67,9 +69,12 @@ def lock(folder: Path, flag: str) -> int:
                 f"{flag} {folder} is being written to by {holder or 'another process'}: wait for it, or choose another "
                 "folder"
             ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                os.close(descriptor)
+                raise
+            warn(f"{folder}: its file system has no locks: see to it that no other run writes there")
+            return descriptor
         # The one before may have given it up, and its file away, between the two calls.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             os.truncate(descriptor, 0)
