@@ -72,7 +72,9 @@ def folder(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the scripts of this checkout, and the files that the pages name, of the tiny preset."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
     torch.save(load_state_dict(tiny.FILES.tokenizer), folder / "vq_ds16_c2i.pt")

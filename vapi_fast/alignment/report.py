@@ -142,6 +142,10 @@ def write_record(record: dict[str, Any], output: Path) -> None:
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
+
+
+def print_results(output: Path) -> None:
+    """Where what is."""
     written = sorted(path.name for path in output.iterdir() if path.name not in ("snapshots", LOCK))
     print(f"results in {output}: {', '.join(written)}")
 

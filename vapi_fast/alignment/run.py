@@ -287,6 +287,7 @@ class Run:
             if rank() == 0:
                 report.write_record(record, output)
                 self.source.write(record, output)
+                report.print_results(output)
         except OSError as error:
             self.snapshots.finish()
             raise not_written(error, output, f"go on with --resume --output-dir {output}") from error
