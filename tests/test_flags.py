@@ -20,7 +20,7 @@ from vapi_fast.runtime.options import flags_of, kind_of, options
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-EXAMPLES = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "400"))  # of each command
+EXAMPLES = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "250"))  # of each command
 NUMBERS = (
     "0",
     "-0",

@@ -215,7 +215,7 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     # Trailing and leading impossible tokens, at the smallest and the largest uniforms there are.
     logits = torch.full((1, 200, 300), -math.inf, device=DEVICE)
     logits[..., 100:200] = torch.randn(100, device=DEVICE)
-    tokens, logprobs = draw(logits, 1000 if override() == "reference" else 100, seed=0)
+    tokens, logprobs = draw(logits, 1000 if override() == "reference" else 25, seed=0)
     assert tokens.min() == 100
     assert tokens.max() == 199
     assert logprobs.isfinite().all()
