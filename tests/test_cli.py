@@ -187,9 +187,12 @@ def test_interrupted_run_says_how_to_go_on(vapi_fast: Callable, monkeypatch: pyt
     code, error = vapi_fast(*small, "--steps", "3", "--resume")
     assert code == 2
     assert "holds no snapshots" in error
+
+    def of_step(self: loop.GradientSource, step: int, *_: object) -> Callable:
+        return interrupt if step else loop.accumulate_gradients
+
     with monkeypatch.context() as patch:
-        steps = lambda self, step, *_: interrupt if step else loop.accumulate_gradients  # noqa: E731
-        patch.setattr(loop.GradientSource, "of_step", steps)
+        patch.setattr(loop.GradientSource, "of_step", of_step)
         again = "go on from the last saved state with --resume --output-dir out"
         assert vapi_fast(*small, "--steps", "3") == (1, f"vapi-fast: error: interrupted; {again}")
 

@@ -82,25 +82,29 @@ def images_below(folder: str | Path, seen: set[tuple[int, int]]) -> Iterator[str
 
 def class_folders(source: Path, wanted: str | None, held_out: bool) -> tuple[str | None, dict[str, list[str]]]:
     """The split that was chosen, if there are any, and the image paths of each class folder that holds some."""
-    split = None
-    found = images_of(source)
-    if found and all(split_of(name) == SPLITS.get(name.lower()) for name in found):
-        inner = {name: images_of(source / name) for name in found}
-        if any(inner.values()):
-            split = choose_split([name for name in found if inner[name]], wanted, held_out, source)
-            return split, inner[split]
-    return split, found
+    folders = subfolders(source)
+    splits = [each.name for each in folders if each.name.lower() in SPLITS and any(class_images(each))]
+    # Looked into only until a first image is found: another split's files are never listed.
+    if splits and not any(any(images_below(each, set())) for each in folders if each.name.lower() not in SPLITS):
+        split = choose_split(splits, wanted, held_out, source)
+        return split, images_of(source / split)
+    return None, images_of(source)
 
 
 def images_of(folder: Path) -> dict[str, list[str]]:
     """Sorted image paths below each sub-folder that holds some, by the sub-folder's name."""
-    folders = subfolders(folder)
-    seen = {(about.st_dev, about.st_ino) for about in [os.stat(folder)]}  # a link back up leads nowhere
-    found = {}
-    for each in folders:
-        if paths := sorted(images_below(each, seen)):
-            found[each.name] = paths
-    return found
+    found: dict[str, list[str]] = {}
+    for name, path in class_images(folder):
+        found.setdefault(name, []).append(path)
+    return {name: sorted(paths) for name, paths in found.items()}
+
+
+def class_images(folder: Path) -> Iterator[tuple[str, str]]:
+    """Image paths below each sub-folder, each behind the sub-folder's name."""
+    about = os.stat(folder)
+    seen = {(about.st_dev, about.st_ino)}  # a link back up leads nowhere
+    for each in subfolders(folder):
+        yield from ((each.name, path) for path in images_below(each, seen))
 
 
 def read_class_index(path: Path) -> dict[str, int]:

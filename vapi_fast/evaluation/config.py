@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check, check_files, check_output, fill_in, option
+from vapi_fast.runtime.options import PRESET, check_files, check_output, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,7 @@ class EvaluateConfig:
     output: Path | None = option(None, "also write the scores there, as JSON")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", self.model.lower())
-        fill_in(self, catalog.entry(self.model).preset("evaluate"))
-        check(self)
+        catalog.prepare(self, "evaluate")
         if self.is_tiny and self.inception_weights is not None:
             raise ConfigError("--model tiny scores with its own network: leave --inception-weights out")
         if self.reference is None:

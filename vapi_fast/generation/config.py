@@ -10,7 +10,7 @@ from typing import Any
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check, check_files, check_output, fill_in, flag, option
+from vapi_fast.runtime.options import PRESET, check_files, check_output, flag, option
 
 CFG_SCHEDULES = ("constant", "power-cosine")
 LARGEST_BATCH = 256
@@ -43,9 +43,7 @@ class ModelOptions:
 
     def prepare(self, command: str) -> None:
         """Fill in what `--model` decides for the command, and check ranges. Raises ConfigError."""
-        object.__setattr__(self, "model", self.model.lower())
-        fill_in(self, catalog.entry(self.model).preset(command))
-        check(self)
+        catalog.prepare(self, command)
         downsample = VQ_CONFIGS[self.tokenizer].downsample
         if self.image_size % downsample:
             raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")

@@ -12,6 +12,7 @@ from typing import Any
 from vapi_fast import tiny
 from vapi_fast.models.sizes import LLAMAGEN_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.options import check, fill_in
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ def entry(name: str) -> Entry:
     if name.lower() not in CATALOG:
         raise ConfigError(f"--model {name}: unknown, choose one of {', '.join(CATALOG)}")
     return CATALOG[name.lower()]
+
+
+def prepare(config: Any, command: str) -> None:
+    """Fill in what a command's configuration leaves to its model, and check its ranges; raises ConfigError."""
+    object.__setattr__(config, "model", config.model.lower())
+    fill_in(config, entry(config.model).preset(command))
+    check(config)
 
 
 def presets(command: str) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vapi_fast.runtime.errors import CheckpointError
 
 from .llamagen import LlamaGen
-from .sizes import GeneratorConfig, LlamaGenConfig
+from .sizes import GeneratorConfig, LlamaGenConfig, named_size
 from .tokenizer import VQTokenizer
 from .transformer import Generator
 
@@ -17,10 +17,7 @@ FAMILIES: dict[type[GeneratorConfig], type[Generator]] = {LlamaGenConfig: LlamaG
 
 def generator_config(name: str) -> GeneratorConfig:
     """The size of that name, in any case; raises ValueError for one that no family has."""
-    sizes = ChainMap(*(family.sizes for family in FAMILIES.values()))
-    if name.lower() not in sizes:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(sizes)}")
-    return sizes[name.lower()]
+    return named_size(ChainMap(*(family.sizes for family in FAMILIES.values())), name)
 
 
 def random_generator(config: GeneratorConfig) -> Generator:

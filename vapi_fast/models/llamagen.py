@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi_fast import ops
-from vapi_fast.models.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig
+from vapi_fast.models.sizes import LLAMAGEN_CONFIGS, LlamaGenConfig, named_size
 from vapi_fast.runtime.checkpoint import load_into, load_state_dict
 from vapi_fast.runtime.errors import CheckpointError
 
@@ -63,7 +63,7 @@ class LlamaGen(Generator):
     @classmethod
     def from_name(cls, name: str, **changes: int) -> LlamaGen:
         """A randomly initialised model of a named size; `changes` override fields of its LlamaGenConfig."""
-        return cls(replace(llamagen_config(name), **changes))
+        return cls(replace(named_size(LLAMAGEN_CONFIGS, name), **changes))
 
     @classmethod
     def from_checkpoint(
@@ -78,7 +78,7 @@ class LlamaGen(Generator):
         Raises:
             CheckpointError: missing, damaged, or another size than `name` (the message says which size it looks like).
         """
-        config = llamagen_config(name)
+        config = named_size(LLAMAGEN_CONFIGS, name)
         state = load_state_dict(path, averaged=averaged)
         for key in ("tok_embeddings.weight", "output.weight"):
             if key not in state or state[key].ndim != 2:
@@ -150,9 +150,3 @@ class LlamaGen(Generator):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != rows.shape[:2]):
             raise ValueError(f"condition_mask must be bool {list(rows.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
         return Condition(rows.to(device), None if mask is None else mask.to(device))
-
-
-def llamagen_config(name: str) -> LlamaGenConfig:
-    if name.lower() not in LLAMAGEN_CONFIGS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(LLAMAGEN_CONFIGS)}")
-    return LLAMAGEN_CONFIGS[name.lower()]

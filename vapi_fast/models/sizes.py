@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Classes(NamedTuple):
@@ -109,3 +112,10 @@ VQ_CONFIGS = {
         channels=32, multipliers=(1, 2, 3), latent_channels=64, codebook_size=512, code_width=8, norm_groups=8
     ),
 }
+
+
+def named_size(sizes: Mapping[str, T], name: str) -> T:
+    """The size of that name, in any case; raises ValueError for one that is not among them."""
+    if name.lower() not in sizes:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(sizes)}")
+    return sizes[name.lower()]
