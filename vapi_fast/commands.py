@@ -17,7 +17,7 @@ import torch.distributed as dist
 from vapi_fast.alignment.config import AlignConfig, saved_steps
 from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.run import align
-from vapi_fast.runtime.errors import CaptureError, ConfigError, Error
+from vapi_fast.runtime.errors import CaptureError, ConfigError, Error, warn
 from vapi_fast.runtime.packages import require
 
 USAGE_ERROR = 2
@@ -93,12 +93,8 @@ def evaluate_main(options: argparse.Namespace) -> int:
         from vapi_fast.evaluation.config import EvaluateConfig
         from vapi_fast.evaluation.scoring import evaluate
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            report = evaluate(EvaluateConfig(**vars(options)))
+        report = evaluate(EvaluateConfig(**vars(options)))
         if report is not None:
-            for warning in caught:
-                print(f"vapi-fast: warning: {warning.message}", file=sys.stderr)
             print(report)
 
     return run_command(score, lambda: "interrupted", LOWER_BATCH_SIZE)
@@ -107,7 +103,9 @@ def evaluate_main(options: argparse.Namespace) -> int:
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = warning_line
+            command()
     except CaptureError as error:
         return fail(error.exit_code, str(error).splitlines()[0])  # CUDA adds its advice on debugging
     except Error as error:
@@ -123,6 +121,11 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
     except KeyboardInterrupt:
         return fail(FAILURE, interrupted())
     return 0
+
+
+def warning_line(message: Warning | str, *_: object) -> None:
+    """Of a warning the line that `warn` would print, whoever warns."""
+    warn(one_line(message))
 
 
 def fail(code: int, error: object) -> int:

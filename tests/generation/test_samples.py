@@ -31,7 +31,7 @@ from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import LlamaGen, VQTokenizer
 from vapi_fast.models.frozen import FrozenTokenizer
 from vapi_fast.runtime.checkpoint import save_generator
-from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError
+from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError, Error
 
 
 def config(out: Path, **changes: object) -> GenerateConfig:
@@ -347,7 +347,10 @@ def test_a_full_disk_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(sample_files, "save_file", full)
-    with pytest.raises(OSError, match=r"parts/000000.safetensors cannot be written \(.*No space left"):
+    told = (
+        r"parts/000000.safetensors could not be written: .*No space left.*; the results take up to .*same command goes"
+    )
+    with pytest.raises(Error, match=told):
         draw_samples(config(tmp_path / "out", format="npz", num=2))
     assert not list((tmp_path / "out/parts").iterdir())
 

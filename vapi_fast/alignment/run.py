@@ -44,6 +44,7 @@ from vapi_fast.runtime.options import flag
 from vapi_fast.runtime.ownership import not_written, owned
 
 GRID_IMAGES = 24
+PICTURES_BYTES = 10_000_000  # and what else lies beside the weights
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
 # a run that met infinities needs.
 RESUMABLE = {
@@ -290,6 +291,7 @@ class Run:
                 report.print_results(output)
         except OSError as error:
             self.snapshots.finish()
-            raise not_written(error, output, f"go on with --resume --output-dir {output}") from error
+            needed = sum(value.nbytes for value in weights.values()) + PICTURES_BYTES
+            raise not_written(error, output, f"go on with --resume --output-dir {output}", needed) from error
         self.snapshots.clear()
         return record

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,18 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vapi_fast.data import npz
 from vapi_fast.data.dataset import DECODE_THREADS, ImageData
 from vapi_fast.data.pixels import rgb
 from vapi_fast.data.splits import IMAGE_SUFFIXES, is_hidden
 from vapi_fast.runtime.errors import DataError
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files
-STATISTICS_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
+LARGEST_SIDE = 4096  # pixels: a batch has to fit into memory
+WIDEST = 1 << 16  # features
+LARGEST_STATISTIC = 1e30  # no network's features are: their products stay finite
 MANIFEST = "manifest.json"
 SAMPLES_FILE = "samples.npz"
 SAMPLES_FOLDER = "images"
 TOLERANCE = 1e-3  # of a covariance, as part of its largest variance
-DAMAGE = (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)  # what reading a bad .npz raises
 
 
 class ImageSet(Protocol):
@@ -50,7 +51,7 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
     """
     if source.is_dir() and (source / MANIFEST).is_file():
         return open_generated(source)
-    if source.suffix == ".npz":
+    if source.suffix.lower() == ".npz":
         return NpzImages(source)
     if source.is_dir() and pictures_in(source):
         return FolderImages(source)
@@ -61,11 +62,11 @@ def open_generated(folder: Path) -> ImageSet:
     """The finished samples that `vapi-fast generate` left in `folder`."""
     try:
         expected = len(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["images"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged or not one of vapi-fast generate's: {error}") from error
-    npz = folder / SAMPLES_FILE
-    if npz.exists():
-        images: ImageSet = NpzImages(npz)
+    samples = folder / SAMPLES_FILE
+    if samples.exists():
+        images: ImageSet = NpzImages(samples)
         present = len(images)
     else:
         present = len(pictures_in(folder / SAMPLES_FOLDER)) if (folder / SAMPLES_FOLDER).is_dir() else 0
@@ -73,7 +74,7 @@ def open_generated(folder: Path) -> ImageSet:
         raise DataError(
             f"{folder} holds {present} of {expected} samples: run the same vapi-fast generate again to finish it"
         )
-    return images if npz.exists() else FolderImages(folder / SAMPLES_FOLDER)
+    return images if samples.exists() else FolderImages(folder / SAMPLES_FOLDER)
 
 
 class NpzImages:
@@ -81,85 +82,63 @@ class NpzImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as member:
-            self.shape, order, dtype = read_header(member, self.path)
-        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or order or 0 in self.shape:
+        array = npz.open_array(path, IMAGES_KEY)
+        self.shape = array.shape
+        if array.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape:
             raise DataError(
-                f"{path}: {IMAGES_KEY} is {dtype} {list(self.shape)}, expected images as uint8 [N, H, W, 3]"
+                f"{path}: {IMAGES_KEY} is {array.dtype} {list(self.shape)}, expected images as uint8 [N, H, W, 3]"
             )
+        if array.fortran_order:
+            raise DataError(
+                f"{path}: {IMAGES_KEY} lies in Fortran's order, expected C's: save numpy.ascontiguousarray of it"
+            )
+        if max(self.shape[1:]) > LARGEST_SIDE:
+            raise DataError(f"{path}: its images are {self.shape[2]}x{self.shape[1]}, at most {LARGEST_SIDE} are taken")
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
-        size = int(np.prod(self.shape[1:]))
-        with self._open() as member:
-            read_header(member, self.path)
-            member.seek(member.tell() + start * size)
+        size = math.prod(self.shape[1:])
+        stream = npz.open_array(self.path, IMAGES_KEY).stream
+        with stream:
+            with npz.damage_named(self.path):
+                stream.seek(stream.tell() + start * size)
             for first in range(start, stop, batch_size):
                 count = min(batch_size, stop - first)
-                try:
-                    raw = member.read(count * size)
-                except DAMAGE as error:
-                    raise DataError(f"{self.path}: damaged ({error}); copy or make it again") from error
+                with npz.damage_named(self.path):
+                    raw = stream.read(count * size)
                 if len(raw) != count * size:
                     raise DataError(f"{self.path}: damaged, ends inside {IMAGES_KEY}; copy or make it again")
                 pixels = np.frombuffer(raw, dtype=np.uint8).reshape(count, *self.shape[1:])
                 yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
-    def _open(self) -> zipfile.ZipExtFile:
-        return open_npz_member(self.path, IMAGES_KEY)
-
-
-def open_npz_member(path: Path, key: str) -> zipfile.ZipExtFile:
-    """The array `key` of an `.npz` file, a stream that starts at its `.npy` header; DataError where there is none."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if f"{key}.npy" in names:
-                return archive.open(f"{key}.npy")
-    except DAMAGE as error:
-        raise DataError(f"{path}: truncated or not an .npz file ({error}); copy or make it again") from error
-    raise DataError(f"{path}: has no array {key}, only {', '.join(sorted(names)) or 'nothing'}")
-
-
-def read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of a `.npy` stream, which then stands at the first element."""
-    try:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(member)
-    except DAMAGE as error:
-        raise DataError(f"{path}: {IMAGES_KEY} is not a NumPy array ({error})") from error
-
 
 def read_statistics(path: Path) -> dict[str, Tensor] | None:
-    """`mu`, `sigma` and, where they are there, `mu_s`, `sigma_s` of a statistics file; None if it is not one.
+    """`mu`, `sigma` and, where they are there, `mu_s`, `sigma_s` of a file, in float64; None if it has no statistics.
 
     Raises DataError for a damaged file, or arrays that are not a mean `[F]` with a covariance `[F,F]`.
     """
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return None
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: truncated or not an .npz file; copy or make it again")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" not in file.files:
-                return None
-            found = {key: torch.from_numpy(np.asarray(file[key])) for key in STATISTICS_KEYS if key in file.files}
-    except DAMAGE as error:
-        raise DataError(f"{path}: its statistics cannot be read ({error})") from error
+    there = npz.names(path)
+    if "mu" not in there:
+        return None
+    found: dict[str, Tensor] = {}
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean not in found:
+        if mean not in there:
             continue
-        width = found[mean].numel()
-        if not width or covariance not in found or found[mean].ndim != 1 or found[covariance].shape != (width, width):
+        keys = (mean, covariance)
+        arrays = [npz.open_array(path, key) for key in keys if key in there]
+        width = math.prod(arrays[0].shape)
+        if not 0 < width <= WIDEST or [a.shape for a in arrays] != [(width,), (width, width)]:
             raise DataError(f"{path}: {mean} and {covariance} are not a mean [F] and its covariance [F, F]")
-        if not (found[mean].isfinite().all() and found[covariance].isfinite().all()):
-            raise DataError(f"{path}: {mean} or {covariance} has values that are not finite")
-        if not is_covariance(found[covariance].double()):
+        if any(array.dtype.kind not in "fiu" for array in arrays):
+            raise DataError(f"{path}: {mean} and {covariance} are {arrays[0].dtype} and {arrays[1].dtype}, no numbers")
+        found |= {key: torch.from_numpy(npz.read_all(path, key)) for key in keys}
+        if not all((found[key].abs() <= LARGEST_STATISTIC).all() for key in keys):  # and no NaN
+            raise DataError(f"{path}: {mean} or {covariance} has values that are not finite, or past any feature's")
+        if not is_covariance(found[covariance]):
             raise DataError(
                 f"{path}: {covariance} is not a covariance, which is symmetric and has no negative eigenvalue: make "
                 "the statistics again"
@@ -179,8 +158,7 @@ def is_covariance(matrix: Tensor) -> bool:
 
 def has_images(path: Path) -> bool:
     """Whether an `.npz` file holds images beside its statistics, as the ADM evaluator's reference batches do."""
-    with zipfile.ZipFile(path) as archive:
-        return f"{IMAGES_KEY}.npy" in archive.namelist()
+    return IMAGES_KEY in npz.names(path)
 
 
 class FolderImages:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+# Pillow refuses what is twice as large as its limit; before that it warns, and what is taken is taken.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 

@@ -101,10 +101,14 @@ class NpzFiles:
     def add(self, ids: Sequence[int], pixels: Tensor) -> None:
         part = {"ids": torch.tensor(ids), "images": pixels.permute(0, 2, 3, 1).contiguous()}
         path = self.folder / f"{ids[0]:06d}.safetensors"
-        try:
-            write_atomically(path, lambda temporary: save_file(part, temporary))
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"{path} cannot be written ({error})") from error
+
+        def save(temporary: Path) -> None:
+            try:
+                save_file(part, temporary)
+            except SafetensorError as error:  # a full disk, for one
+                raise OSError(str(error)) from error
+
+        write_atomically(path, save)
 
     def flush(self) -> None:
         pass

@@ -7,6 +7,7 @@ with the global random state. The tests hold both to torchmetrics' values.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vapi_fast.runtime.errors import EvaluationError
 
 CHUNK = 1024  # rows of a distance matrix held at once: 1024 × 50 000 float64 is 0.4 GB
 NEIGHBOURS = 3  # of precision and recall
@@ -101,8 +104,11 @@ def compare(
             precision, recall = precision_recall(reference.features.pooled, drawn)
     if samples.spatial is not None and reference.spatial is not None:
         sfid = float(reference.spatial.distance(samples.spatial))
+    fid = float(reference.pooled.distance(samples.pooled))
+    if not math.isfinite(fid) or not math.isfinite(sfid or 0.0):
+        raise EvaluationError("the sets' features are too large or too far apart for a distance: check the images")
     return Scores(
-        fid=float(reference.pooled.distance(samples.pooled)),
+        fid=fid,
         fid_se=errors[0],
         sfid=sfid,
         inception_score=quality,

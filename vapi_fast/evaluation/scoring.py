@@ -31,6 +31,7 @@ from vapi_fast.models import LPIPS
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_rows, process_group, rank, world_size
 from vapi_fast.runtime.errors import EvaluationError
+from vapi_fast.runtime.ownership import not_written
 from vapi_fast.runtime.progress import progress_bar
 
 TINY_NAME = "the tiny preset's own network, not Inception: not comparable with published figures"
@@ -80,7 +81,11 @@ def evaluate(config: EvaluateConfig) -> Report | None:
         report = Report(**dataclasses.asdict(scores), seconds=time.perf_counter() - started)
         if config.output is not None:
             text = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
-            write_atomically(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            try:
+                write_atomically(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            except OSError as error:
+                print(report)  # it took its time
+                raise not_written(error, config.output.parent, "the scores stand above", len(text)) from error
     return report
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         choices=("fp8",),
     )
     compare_ckpt: Path | None = option(
-        None, "another generator: `comparison.png` shows both at equal seeds", file="file"
+        None, "another generator: `comparison.png` shows both at equal seeds", file="file or folder"
     )
     entropy_maps: bool = option(False, "also draw where the generator is unsure: `entropy.png`")
 
@@ -133,7 +135,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         self.prepare("generate")
         if self.save_size is None:
             object.__setattr__(self, "save_size", self.image_size)
-        if isinstance(self.class_ids, str):
+        if self.class_ids is not None:
             object.__setattr__(self, "class_ids", parse_class_ids(self.class_ids))
         if self.class_ids is not None and self.caption_features is not None:
             raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
@@ -149,9 +151,17 @@ class GenerateConfig(DrawOptions, ModelOptions):
         return catalog.entry(self.model).tokenizer
 
 
-def parse_class_ids(text: str) -> tuple[int, ...]:
-    """Class ids from "0,7,20-29" (both ends included), in the order given; raises ConfigError for anything else."""
+def parse_class_ids(text: str | Sequence[int]) -> tuple[int, ...]:
+    """Class ids from "0,7,20-29" (both ends included), or numbers, as given; raises ConfigError for anything else."""
     ids: list[int] = []
+    if not isinstance(text, str):
+        try:
+            ids += map(operator.index, text)
+        except TypeError:
+            ids.clear()
+        if not ids:
+            raise ConfigError(f"--class-ids must be whole numbers, at least one, got {text!r}")
+        return tuple(ids)
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not found:

@@ -34,10 +34,10 @@ from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import Generator, VQTokenizer
 from vapi_fast.models.families import check_vocabulary, load_generator
 from vapi_fast.models.frozen import PixelCodec
-from vapi_fast.runtime.checkpoint import write_atomically
+from vapi_fast.runtime.checkpoint import checkpoint_files, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
-from vapi_fast.runtime.ownership import LOCK, owned
+from vapi_fast.runtime.ownership import LOCK, not_written, owned
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
@@ -69,28 +69,45 @@ def draw_samples(config: GenerateConfig) -> None:
     if config.entropy_maps:
         require(ConfigError, "--entropy-maps", "matplotlib")
     with process_group() as device, owned(config.out, "--out"):
+        before = read_manifest(config.out)
+        if before and config.batch_size is None:
+            config = dataclasses.replace(config, batch_size=before["batch_size"])
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
-        manifest = make_manifest(config, sampler.conditions)
-        fresh = check_folder(config.out, manifest)
+        manifest = make_manifest(config, sampler)
+        if before:
+            check_same(config.out, before, manifest)
         gather_objects(None)  # all ranks have looked before one writes
-        if rank() == 0:
-            remove_leftovers(config.out)
-            if fresh:
-                text = json.dumps(manifest, indent=1) + "\n"
-                write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-            save_views(config, sampler, compared)
-        del compared  # its memory is for the draws
-        gather_objects(None)
-        files = FORMATS[config.format](config.out, config.num)
-        draw_missing(files, sampler)
-        gather_objects(None)
-        if rank() == 0:
-            files.finish()
-            shown = manifest["images"][:SHEET_IMAGES]
-            kind = "caption" if "caption" in shown[0] else "class"
-            captions = [f"{kind} {image[kind]}" for image in shown]
-            save_sheet(config.out / "contact_sheet.png", files.first(len(shown)), captions)
+        try:
+            write_samples(config, sampler, compared, manifest, fresh=before is None)
+        except OSError as error:
+            needed = config.num * 3 * config.save_size**2 * (2 if config.format == "npz" else 1)
+            raise not_written(
+                error, config.out, "make room: the same command goes on where it stopped", needed
+            ) from error
+
+
+def write_samples(
+    config: GenerateConfig, sampler: Sampler, compared: Sampler | None, manifest: dict[str, Any], fresh: bool
+) -> None:
+    """Everything in the folder, by all ranks."""
+    if rank() == 0:
+        remove_leftovers(config.out)
+        if fresh:
+            text = json.dumps(manifest, indent=1) + "\n"
+            write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        save_views(config, sampler, compared)
+    del compared  # its memory is for the draws
+    gather_objects(None)
+    files = FORMATS[config.format](config.out, config.num)
+    draw_missing(files, sampler)
+    gather_objects(None)
+    if rank() == 0:
+        files.finish()
+        shown = manifest["images"][:SHEET_IMAGES]
+        kind = "caption" if "caption" in shown[0] else "class"
+        captions = [f"{kind} {image[kind]}" for image in shown]
+        save_sheet(config.out / "contact_sheet.png", files.first(len(shown)), captions)
 
 
 @contextlib.contextmanager
@@ -119,7 +136,7 @@ class Sampler:
         self.device = device
         limit = config.batch_size
         if limit is None:
-            limit = batch_that_fits(config, generator, device)
+            limit = min(gather_objects(batch_that_fits(config, generator, device)))  # one for all: it rounds products
         self.batch_size = min(limit, config.num)
         # In float32: bf16 would move a quarter of the pixels.
         self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
@@ -237,7 +254,7 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
             files.flush()
 
 
-def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, Any]:
+def make_manifest(config: GenerateConfig, sampler: Sampler) -> dict[str, Any]:
     """What decides the images, and what each of them is."""
     used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": config.caption_features}
     files = {key: identity(path) for key, path in used.items() if path is not None}
@@ -252,50 +269,64 @@ def make_manifest(config: GenerateConfig, conditions: Conditions) -> dict[str, A
     return {
         "configuration": settings,
         "files": files,
+        "batch_size": sampler.batch_size,  # it rounds products: a restart takes the same
         "draw": DRAW,
         "images": [
             {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", **condition, "seed": config.seed}
-            for i, condition in enumerate(conditions.names(config.num))
+            for i, condition in enumerate(sampler.conditions.names(config.num))
         ],
     }
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """Name, size and fingerprint of an input file: of all of it, or of samples of it where it is large."""
-    size = path.stat().st_size
-    spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
-    spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
-    if size <= sum(length for _, length in spans):
-        spans = [(0, size)]
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        for start, length in spans:
-            file.seek(start)
-            digest.update(file.read(length))
-    return {"name": path.name, "bytes": size, "blake2b": digest.hexdigest()}
+    """Name, size and fingerprint of an input: of all of it, or of samples of its files where they are large."""
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for each in checkpoint_files(path):
+        size = each.stat().st_size
+        total += size
+        spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
+        spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
+        if size <= sum(length for _, length in spans):
+            spans = [(0, size)]
+        digest.update(str(size).encode())
+        with each.open("rb") as file:
+            for start, length in spans:
+                file.seek(start)
+                digest.update(file.read(length))
+    return {"name": path.name, "bytes": total, "blake2b": digest.hexdigest()}
 
 
-def check_folder(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `out` is new or empty; raises ConfigError where it holds anything but a part of these samples."""
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """What an earlier run left in `out`; None if that is new or empty. Raises ConfigError where it holds anything else."""
     path = out / MANIFEST
     if not path.exists():
         # A run that was killed while it wrote the manifest leaves a temporary file.
-        if out.exists() and any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
+        if any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
             raise ConfigError(f"--out {out} holds other files: choose another folder")
-        return True
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        there = {key: value for part in ("configuration", "files") for key, value in found[part].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(found[part], dict) for part in ("configuration", "files")):
+            raise TypeError("no configuration, or no files")
+        if not 0 < found["batch_size"] <= found["configuration"]["num"]:
+            raise ValueError("a batch of no size")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--out {out}: its {MANIFEST} is damaged: choose another folder") from error
-    now = {key: value for part in ("configuration", "files") for key, value in manifest[part].items()}
+    return found
+
+
+def check_same(out: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise ConfigError where `out` holds anything but a part of these samples."""
+    there, now = (
+        {key: value for part in ("configuration", "files") for key, value in each[part].items()}
+        for each in (before, manifest)
+    )
     for key in now | there:
         if now.get(key) != there.get(key):
             raise ConfigError(
                 f"--out {out} holds samples of another run ({key} is {there.get(key)} there, {now.get(key)} now): "
                 "choose another folder"
             )
-    return False
 
 
 def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | None) -> None:

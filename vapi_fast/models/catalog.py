@@ -80,14 +80,14 @@ CATALOG: dict[str, Entry] = {name: TINY if name == "tiny" else PAPER for name in
 
 def entry(name: str) -> Entry:
     """The entry of `--model NAME`, in any case; raises ConfigError for another."""
-    if name.lower() not in CATALOG:
+    if str(name).lower() not in CATALOG:
         raise ConfigError(f"--model {name}: unknown, choose one of {', '.join(CATALOG)}")
-    return CATALOG[name.lower()]
+    return CATALOG[str(name).lower()]
 
 
 def prepare(config: Any, command: str) -> None:
     """Fill in what a command's configuration leaves to its model, and check its ranges; raises ConfigError."""
-    object.__setattr__(config, "model", config.model.lower())
+    object.__setattr__(config, "model", str(config.model).lower())
     fill_in(config, entry(config.model).preset(command))
     check(config)
 

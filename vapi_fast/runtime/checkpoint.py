@@ -163,34 +163,51 @@ def is_safetensors(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or of a folder the one of a usual name, or its index and the shards in that.
+
+    Raises CheckpointError for a folder without either, or an index that cannot be read or names what is not there.
+    """
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.index.json"))
+    if indices:
+        return [indices[0], *(path / name for name in sorted(set(shards_of(indices[0]).values())))]
+    found = [path / name for name in CONSOLIDATED if (path / name).is_file()]
+    if not found:
+        raise CheckpointError(
+            f"{path}: is a folder without a checkpoint that is known (*.index.json, {', '.join(CONSOLIDATED)}); "
+            "pass the file itself"
+        )
+    return found[:1]
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """The file beside the index that each weight is in."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name) for name in shards.values()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: is no index of weights ({type(error).__name__}); copy it again") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: names files outside of its folder; copy it again")
+    for name in sorted(names):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names the shard {printable(name)}, which is not beside it; copy it there")
+    return {key: str(name) for key, name in shards.items()}
+
+
 def load_folder(folder: Path) -> dict[str, Any]:
     """A checkpoint in several files, whose index says which has which weight; or the one file of a usual name."""
-    indices = sorted(folder.glob("*.index.json"))
-    if not indices:
-        found = [folder / name for name in CONSOLIDATED if (folder / name).is_file()]
-        if not found:
-            raise CheckpointError(
-                f"{folder}: is a folder without a checkpoint that is known (*.index.json, {', '.join(CONSOLIDATED)}); "
-                "pass the file itself"
-            )
-        return load_file_checked(found[0])
-    try:
-        shards = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in shards.values()})
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{indices[0]}: is no index of weights ({type(error).__name__}); copy it again"
-        ) from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{indices[0]}: names files outside of its folder; copy it again")
+    first, *shards = checkpoint_files(folder)
+    if not shards:
+        return load_file_checked(first)
     state: dict[str, Any] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{indices[0]}: names the shard {name}, which is not beside it; copy it there")
-        state |= load_file_checked(folder / name)
-    if missing := [key for key in shards if key not in state]:
+    for shard in shards:
+        state |= load_file_checked(shard)
+    if missing := [key for key in shards_of(first) if key not in state]:
         raise CheckpointError(
-            f"{indices[0]}: names {len(missing)} weights that its shards lack ({printable(missing[0])}); copy it again"
+            f"{first}: names {len(missing)} weights that its shards lack ({printable(missing[0])}); copy it again"
         )
     return state
 
@@ -239,29 +256,37 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)` with a name beside `path`, then rename: readers see the old file or the whole new one."""
+    """Call `write(temporary)` with a name beside `path`, then rename: readers see the old file or the whole new one.
+
+    An OSError names `path`, whatever wrote to it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def save_generator(path: str | Path, state: dict[str, Tensor]) -> None:
     """Write a generator's weights as LlamaGen's FSDP export does: a bare state dict of CPU tensors."""
     state = {key: value.cpu() for key, value in state.items()}
-    try:
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
-    except RuntimeError as error:  # of torch's own writer, which does not say what the system said
-        size = sum(value.nbytes for value in state.values())
-        raise OSError(errno.EIO, f"{size / 1e6:.0f} MB did not fit or could not be written", str(path)) from error
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def save(temporary: Path) -> None:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # of torch's own writer, which does not say what the system said
+            raise OSError(f"{sum(value.nbytes for value in state.values()) / 1e6:.0f} MB did not fit") from error
+
+    write_atomically(path, save)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
 import stat
 import types
 import typing
@@ -21,6 +22,8 @@ from vapi_fast.runtime.errors import ConfigError
 
 PRESET: Any = ...  # default of a field whose value `--model` decides
 LIMIT = 2**63  # what a number has to stay below
+KINDS = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str, Path: Path}  # what a field's values may be
+NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 
 
 def option(
@@ -134,13 +137,17 @@ def fill_in(config: Any, preset: Mapping[str, Any]) -> None:
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError for the first field that is out of range, no choice of its own, or names no file."""
+    """Raise ConfigError for the first field that is of another type than its own, out of range or none of its choices."""
     for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
-        if value is None and field.default is None:
-            continue
-        if value is None and (limits["choices"] or limits["at_least"] is not None or limits["above"] is not None):
+        value, limits, kind = getattr(config, field.name), field.metadata, kind_of(type(config), field)
+        if value is None:
+            if field.default is None or kind is Path:
+                continue
             raise ConfigError(f"{flag(field.name)} must be given, got None")
+        if (not limits["kind"] and not isinstance(value, KINDS[kind])) or isinstance(value, bool) is not (kind is bool):
+            raise ConfigError(f"{flag(field.name)} must be {NAMES[kind]}, got {value!r}")
+        if kind in (int, float):  # NumPy's numbers are none to JSON
+            object.__setattr__(config, field.name, value := kind(value))
         if limits["choices"] and value not in limits["choices"]:
             raise ConfigError(f"{flag(field.name)} {value}: choose one of {', '.join(limits['choices'])}")
         if wrong := out_of_range(value, limits):

@@ -83,9 +83,16 @@ def lock(folder: Path, flag: str) -> int:
         os.close(descriptor)
 
 
-def not_written(failed: OSError, folder: Path, advice: str) -> Error:
-    """What to tell of a file that could not be written: which, why, how much room there is, and how to go on."""
+def not_written(failed: OSError, folder: Path, advice: str, needed: int) -> Error:
+    """What to tell of a file that could not be written: which, why, how much room it takes and there is, and how to go on.
+
+    Args:
+        needed: bytes that all of the folder's files take at most.
+    """
     room = ""
     with contextlib.suppress(OSError):
-        room = f", {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
-    return Error(f"{failed.filename or folder} could not be written: {failed.strerror or failed}{room}; {advice}")
+        room = f" and {shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    return Error(
+        f"{failed.filename or folder} could not be written: {failed.strerror or failed}; the results take up to "
+        f"{needed / 1e6:.1f} MB{room}; {advice}"
+    )
