@@ -65,6 +65,4 @@ def damage_named(path: Path) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(
-            f"{path}: truncated, or no .npz file that can be read ({error}); copy or make it again"
-        ) from error
+        raise DataError(f"{path}: truncated or not an .npz file ({error}); copy or make it again") from error

@@ -297,7 +297,7 @@ def identity(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """What an earlier run left in `out`; None if that is new or empty. Raises ConfigError where it holds anything else."""
+    """What an earlier run left in `out`; None if that is empty. Raises ConfigError where it holds anything else."""
     path = out / MANIFEST
     if not path.exists():
         # A run that was killed while it wrote the manifest leaves a temporary file.

@@ -137,7 +137,7 @@ def fill_in(config: Any, preset: Mapping[str, Any]) -> None:
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError for the first field that is of another type than its own, out of range or none of its choices."""
+    """Raise ConfigError for the first field that is of another type than its own, out of range or no choice of its."""
     for field in dataclasses.fields(config):
         value, limits, kind = getattr(config, field.name), field.metadata, kind_of(type(config), field)
         if value is None:
@@ -146,12 +146,12 @@ def check(config: Any) -> None:
             raise ConfigError(f"{flag(field.name)} must be given, got None")
         if (not limits["kind"] and not isinstance(value, KINDS[kind])) or isinstance(value, bool) is not (kind is bool):
             raise ConfigError(f"{flag(field.name)} must be {NAMES[kind]}, got {value!r}")
-        if kind in (int, float):  # NumPy's numbers are none to JSON
-            object.__setattr__(config, field.name, value := kind(value))
         if limits["choices"] and value not in limits["choices"]:
             raise ConfigError(f"{flag(field.name)} {value}: choose one of {', '.join(limits['choices'])}")
         if wrong := out_of_range(value, limits):
             raise ConfigError(f"{flag(field.name)} must be {wrong}, got {value}")
+        if kind in (int, float):  # NumPy's numbers are none to JSON
+            object.__setattr__(config, field.name, kind(value))
 
 
 def check_files(config: Any) -> None:

@@ -84,7 +84,7 @@ def lock(folder: Path, flag: str) -> int:
 
 
 def not_written(failed: OSError, folder: Path, advice: str, needed: int) -> Error:
-    """What to tell of a file that could not be written: which, why, how much room it takes and there is, and how to go on.
+    """What to tell of a file that could not be written: which, why, how much room it takes and has, and how to go on.
 
     Args:
         needed: bytes that all of the folder's files take at most.
