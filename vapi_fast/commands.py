@@ -17,7 +17,7 @@ import torch.distributed as dist
 from vapi_fast.alignment.config import AlignConfig, saved_steps
 from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.run import align
-from vapi_fast.runtime.errors import CaptureError, ConfigError, Error, warn
+from vapi_fast.runtime.errors import ConfigError, Error, one_line, warn
 from vapi_fast.runtime.packages import require
 
 USAGE_ERROR = 2
@@ -106,8 +106,6 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
         with warnings.catch_warnings():
             warnings.showwarning = warning_line
             command()
-    except CaptureError as error:
-        return fail(error.exit_code, str(error).splitlines()[0])  # CUDA adds its advice on debugging
     except Error as error:
         return fail(error.exit_code, error)
     except torch.OutOfMemoryError:
@@ -125,7 +123,7 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
 
 def warning_line(message: Warning | str, *_: object) -> None:
     """Of a warning the line that `warn` would print, whoever warns."""
-    warn(one_line(message))
+    warn(message)
 
 
 def fail(code: int, error: object) -> int:
@@ -133,12 +131,6 @@ def fail(code: int, error: object) -> int:
     if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"vapi-fast: error: {one_line(error)}\n")  # as one piece: other processes write there too
     return code
-
-
-def one_line(error: object) -> str:
-    """Its text in one line, with control characters, which could do anything to a terminal, escaped."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 MAINS: dict[str, Callable[[argparse.Namespace], int]] = {

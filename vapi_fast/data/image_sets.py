@@ -70,7 +70,7 @@ def open_generated(folder: Path) -> ImageSet:
         present = len(images)
     else:
         present = len(pictures_in(folder / SAMPLES_FOLDER)) if (folder / SAMPLES_FOLDER).is_dir() else 0
-    if present != expected:
+    if present != expected or not present:
         raise DataError(
             f"{folder} holds {present} of {expected} samples: run the same vapi-fast generate again to finish it"
         )

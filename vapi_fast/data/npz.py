@@ -59,7 +59,7 @@ def read_all(path: Path, key: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """DataError for whatever zipfile and NumPy raise: of a password and of unknown compression they have no one kind."""
+    """DataError for whatever zipfile and NumPy raise: of a password or a compression they have no one kind."""
     try:
         yield
     except (DataError, MemoryError):

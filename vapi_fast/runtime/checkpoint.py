@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vapi_fast.runtime.errors import CheckpointError, warn
+from vapi_fast.runtime.errors import CheckpointError, one_line, warn
 from vapi_fast.runtime.packages import require
 
 CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
@@ -117,9 +117,8 @@ def check_weight(value: Tensor, name: str) -> None:
 
 
 def printable(key: object) -> str:
-    """A key as one line shows it: control characters escaped, cut down to a readable length."""
-    text = str(key)
-    text = text if text.isprintable() else text.encode("unicode_escape").decode()
+    """A key as one line shows it, cut down to a readable length."""
+    text = one_line(key)
     return textwrap.shorten(text, 80, placeholder=" …") if len(text) > 80 else text
 
 

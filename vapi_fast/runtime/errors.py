@@ -7,9 +7,12 @@ import sys
 
 
 class Error(Exception):
-    """What a command expects to go wrong. exit_code: 2 for wrong arguments, 1 if the run failed."""
+    """What a command expects to go wrong, in one line. exit_code: 2 for wrong arguments, 1 if the run failed."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(Error, ValueError):
@@ -33,6 +36,9 @@ class EvaluationError(Error, RuntimeError):
 class CaptureError(Error, RuntimeError):
     """A function could not be recorded as a CUDA graph."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(str(message).splitlines()[0])  # CUDA adds its advice on debugging
+
 
 class NonFiniteError(Error, RuntimeError):
     """A reward, loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are good."""
@@ -46,7 +52,13 @@ class StoppedError(Error, RuntimeError):
     """The run was asked to stop; its state is saved."""
 
 
-def warn(message: str) -> None:
+def one_line(message: object) -> str:
+    """Its text in one line, with control characters, which could do anything to a terminal, escaped."""
+    text = " ".join(filter(None, map(str.strip, str(message).splitlines())))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(message: object) -> None:
     """A line on standard error for what is taken in another way than it may have been meant; once, not by each rank."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"vapi-fast: warning: {message}", file=sys.stderr, flush=True)
+        print(f"vapi-fast: warning: {one_line(message)}", file=sys.stderr, flush=True)
