@@ -33,6 +33,7 @@ from vapi_fast.alignment.snapshots import verified_manifest
 from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.image_sets import open_image_set, read_statistics
 from vapi_fast.data.splits import read_class_index
+from vapi_fast.generation.conditions import read_captions
 from vapi_fast.generation.folder import read_manifest
 from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.runtime.errors import Error
@@ -200,6 +201,15 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
 
 def test_arrays(tmp_path: Path) -> None:
     try_all("damaged .npz", 600, damaged(ARRAYS), read_file(tmp_path / "a.npz", read_set))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.safetensors"])
+def test_captions(name: str, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros((3, 2, 4), np.float32))
+    whole = [file.getvalue(), safetensors_bytes({"features": torch.zeros(3, 2, 4), "mask": torch.ones(3, 2)}), *ARRAYS]
+    read = read_file(tmp_path / name, lambda path: read_captions(path, 2, 4))
+    try_all(f"damaged captions, {name}", 200, damaged(whole), read)
 
 
 def test_tars(tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ class Run:
     def write_results(self, started: float) -> dict[str, Any]:
         """The aligned checkpoint, the pictures, `run.json` and the table; the snapshots go."""
         output = self.config.output_dir
+        self.snapshots.finish()  # a state is whole, or has given up its room, before the rest needs some
         weights = whole_state(self.models.generator)
         try:
             if rank() == 0:
@@ -290,7 +291,6 @@ class Run:
                 self.source.write(record, output)
                 report.print_results(output)
         except OSError as error:
-            self.snapshots.finish()
             needed = sum(value.nbytes for value in weights.values()) + PICTURES_BYTES
             raise not_written(error, output, f"go on with --resume --output-dir {output}", needed) from error
         self.snapshots.clear()

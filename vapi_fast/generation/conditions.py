@@ -44,13 +44,12 @@ def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, ge
         return read_captions(captions, *taken)
     if captions is not None:
         raise ConfigError("--caption-features: this checkpoint is conditioned on classes, pass --class-ids")
-    ids = torch.tensor(class_ids or range(taken.count))
-    unknown = ids[ids >= taken.count].tolist()
+    unknown = [i for i in class_ids or () if not 0 <= i < taken.count]
     if unknown:
         raise ConfigError(
             f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has 0-{taken.count - 1}"
         )
-    return Conditions(ids)
+    return Conditions(torch.tensor(class_ids or range(taken.count)))
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:
@@ -64,7 +63,7 @@ def read_captions(path: Path, tokens: int, width: int) -> Conditions:
     else:
         try:
             features, mask = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
-        except (ValueError, TypeError, OSError, EOFError, AttributeError) as error:
+        except Exception as error:  # NumPy has no one kind for what is damaged
             raise ConfigError(f"--caption-features {path}: cannot be read as a .npy array ({error})") from error
     if features.ndim != 3 or features.shape[1:] != (tokens, width) or not len(features):
         raise ConfigError(

@@ -81,7 +81,8 @@ def draw_samples(config: GenerateConfig) -> None:
         try:
             write_samples(config, sampler, compared, manifest, fresh=before is None)
         except OSError as error:
-            needed = config.num * 3 * config.save_size**2 * (2 if config.format == "npz" else 1)
+            images = config.num * (2 if config.format == "npz" else 1) + SHEET_IMAGES
+            needed = images * 3 * config.save_size**2
             raise not_written(
                 error, config.out, "make room: the same command goes on where it stopped", needed
             ) from error

@@ -87,8 +87,9 @@ def entry(name: str) -> Entry:
 
 def prepare(config: Any, command: str) -> None:
     """Fill in what a command's configuration leaves to its model, and check its ranges; raises ConfigError."""
-    object.__setattr__(config, "model", str(config.model).lower())
-    fill_in(config, entry(config.model).preset(command))
+    found = entry(config.model)
+    object.__setattr__(config, "model", config.model.lower())
+    fill_in(config, found.preset(command))
     check(config)
 
 

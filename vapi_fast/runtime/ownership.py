@@ -91,8 +91,8 @@ def not_written(failed: OSError, folder: Path, advice: str, needed: int) -> Erro
     """
     room = ""
     with contextlib.suppress(OSError):
-        room = f" and {shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+        room = f" and {shutil.disk_usage(folder).free / 1e6:.2f} MB are free there"
     return Error(
         f"{failed.filename or folder} could not be written: {failed.strerror or failed}; the results take up to "
-        f"{needed / 1e6:.1f} MB{room}; {advice}"
+        f"{needed / 1e6:.2f} MB{room}; {advice}"
     )
