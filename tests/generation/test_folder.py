@@ -1,4 +1,4 @@
-"""A folder of samples has one owner, restarts give the same bytes, and of a full disk it is said what there was to fit."""
+"""A folder of samples has one owner, restarts give the same bytes, and of a full disk it is said what was to fit."""
 
 from __future__ import annotations
 
@@ -92,6 +92,13 @@ def test_a_restart_takes_the_batch_of_the_start(tmp_path: Path, monkeypatch: pyt
     draw_samples(config(tmp_path / "part", batch_size=None))
     assert drawn == [4]
     assert contents(tmp_path / "part") == contents(tmp_path / "whole")
+
+
+def test_an_image_is_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
+    draw_samples(config(tmp_path / "six"))
+    draw_samples(config(tmp_path / "two", num=2))
+    for name in ("000000.png", "000001.png"):
+        assert (tmp_path / "two/images" / name).read_bytes() == (tmp_path / "six/images" / name).read_bytes()
 
 
 def test_a_checkpoint_in_shards_is_known_by_all_of_them(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from vapi_fast.runtime.checkpoint import checkpoint_files, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 from vapi_fast.runtime.ownership import LOCK, not_written, owned
+from vapi_fast.runtime.options import LIMIT
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
@@ -135,10 +136,10 @@ class Sampler:
         self.generator = generator
         self.conditions = conditions
         self.device = device
-        limit = config.batch_size
-        if limit is None:
-            limit = min(gather_objects(batch_that_fits(config, generator, device)))  # one for all: it rounds products
-        self.batch_size = min(limit, config.num)
+        # One for all processes, and never of what is missing: products of another size round otherwise.
+        self.batch_size = config.batch_size or min(
+            config.num, *gather_objects(batch_that_fits(config, generator, device))
+        )
         # In float32: bf16 would move a quarter of the pixels.
         self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
         self.guidance = {name: getattr(config, f"cfg_{name}") for name in ("scale", "interval", "schedule", "power")}
@@ -309,7 +310,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(found[part], dict) for part in ("configuration", "files")):
             raise TypeError("no configuration, or no files")
-        if not 0 < found["batch_size"] <= found["configuration"]["num"]:
+        if not isinstance(found["batch_size"], int) or not 0 < found["batch_size"] < LIMIT:
             raise ValueError("a batch of no size")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"--out {out}: its {MANIFEST} is damaged: choose another folder") from error
