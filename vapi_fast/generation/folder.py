@@ -37,8 +37,8 @@ from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import checkpoint_files, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
-from vapi_fast.runtime.ownership import LOCK, not_written, owned
 from vapi_fast.runtime.options import LIMIT
+from vapi_fast.runtime.ownership import LOCK, not_written, owned
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
