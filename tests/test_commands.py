@@ -107,7 +107,7 @@ def test_what_is_no_image_set_is_one_line(run: Run, capsys: pytest.CaptureFixtur
         (KeyboardInterrupt(), "interrupted; the same command goes on where it stopped"),
         (
             OSError(28, "No space left on device", "a.png"),
-            "a.png could not be written: No space left on device; the results take up to 0.0 MB and ",
+            "a.png could not be written: No space left on device; the results take up to 0.20 MB and ",
         ),
         (CaptureError("decode([16, 64]) cannot be recorded: no\nadvice"), "decode([16, 64]) cannot be recorded: no"),
     ],
@@ -135,6 +135,7 @@ def test_a_run_that_breaks_off_says_what_to_do(
         (ConfigError("a\x1b[31m\nb \x07"), "a\\x1b[31m b \\x07"),
         (MemoryError(), "out of memory: this machine has too little; choose smaller sizes"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: DefaultCPUAllocator:"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "out of memory: Storage size calculation"),
         (OSError(28, "No space left on device", "a.pt"), "[Errno 28] No space left on device: 'a.pt'"),
     ],
 )

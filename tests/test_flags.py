@@ -132,15 +132,18 @@ def with_required(command: str, line: list[str]) -> list[str]:
     return line if any(each.startswith(f"{name}=") for each in line) else [f"{name}={value}", *line]
 
 
+def required_of(command: str, folder: Path) -> dict[str, Path]:
+    """The fields that have no default."""
+    return {"generate": {"out": folder / "out"}, "evaluate": {"samples": tiny.FILES.heldout_images}}.get(command, {})
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 2**70, -(2**70), 1e400])
 def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
     command: str, number: float, tmp_path: Path
 ) -> None:
     config = cli.COMMANDS[command].config
-    required = {"generate": {"out": tmp_path / "out"}, "evaluate": {"samples": tiny.FILES.heldout_images}}.get(
-        command, {}
-    )
+    required = required_of(command, tmp_path)
     config(model="tiny", **required)
     tried = 0
     for field in options(config):
@@ -149,3 +152,15 @@ def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
             with pytest.raises(ConfigError, match=f"{flags_of(field)[0]} must be "):
                 config(**({"model": "tiny", field.name: number} | required))
     assert tried >= (2 if command == "evaluate" else 8)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_what_decides_the_size_of_a_tensor_has_a_largest_value(command: str, tmp_path: Path) -> None:
+    """Past it a size in bytes is no 64-bit number, or a list of all takes minutes to fail."""
+    config = cli.COMMANDS[command].config
+    sizes = {"group_size", "batch_size", "image_size", "save_size", "num", "eval_samples"}
+    found = {field.name: field.metadata["at_most"] for field in options(config) if field.name in sizes}
+    assert found
+    assert all(most <= 10**7 for most in found.values())
+    with pytest.raises(ConfigError, match="--batch-size must be between 1 and 10000000, got 9223372036854775807"):
+        config(**({"model": "tiny", "batch_size": 2**63 - 1} | required_of(command, tmp_path)))

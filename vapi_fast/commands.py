@@ -23,6 +23,7 @@ from vapi_fast.runtime.packages import require
 USAGE_ERROR = 2
 FAILURE = 1
 LOWER_BATCH_SIZE = "out of GPU memory: lower --batch-size"
+TOO_LARGE = ("allocate memory", "size calculation overflowed", "cannot be represented as a SymInt")  # torch's words
 OUT_OF_MEMORY = "out of GPU memory: lower --micro-batch, or --eval-batch if it happened during an evaluation"
 
 
@@ -111,7 +112,7 @@ def run_command(command: Callable[[], None], interrupted: Callable[[], str], out
     except torch.OutOfMemoryError:
         return fail(FAILURE, out_of_memory)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in TOO_LARGE):
             raise
         return fail(FAILURE, f"out of memory: {str(error) or 'this machine has too little'}; choose smaller sizes")
     except OSError as error:

@@ -37,6 +37,7 @@ def assert_same(state: Named, expected: Named) -> None:
         lambda key: f"_orig_mod.module.{key}",
         lambda key: f"module._orig_mod.{key}",
         lambda key: f"module.module.{key}",
+        lambda key: f"model._orig_mod.module.{key}",
         lambda key: f"_fsdp_wrapped_module._orig_mod.{key}",
         lambda key: key.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
         lambda key: f"_orig_mod.{key.replace('layers.0.', 'layers.0._orig_mod.')}",
@@ -45,6 +46,18 @@ def assert_same(state: Named, expected: Named) -> None:
 def test_wrappers_in_any_order_and_number(wrapped: Callable[[str], str], tmp_path: Path) -> None:
     state = {wrapped(key): value for key, value in WEIGHTS.items()}
     assert_same(load_state_dict(saved({"model": state}, tmp_path / "a.pt")), WEIGHTS)
+
+
+def test_containers_in_each_other_or_of_another_name(tmp_path: Path) -> None:
+    assert_same(load_state_dict(saved({"state_dict": {"module": {"model": WEIGHTS}}}, tmp_path / "a.pt")), WEIGHTS)
+    other = {"generator_weights": WEIGHTS, "optimizer": {"state": {0: {"step": 3}}}, "args": {"lr": 1}}
+    assert_same(load_state_dict(saved(other, tmp_path / "b.pt")), WEIGHTS)
+    with pytest.raises(CheckpointError, match="no weights found"):  # which of the two?
+        load_state_dict(saved({"generator": WEIGHTS, "discriminator": AVERAGED}, tmp_path / "c.pt"))
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    with pytest.raises(CheckpointError, match="no weights found"):
+        load_state_dict(saved(endless, tmp_path / "d.pt"))
 
 
 def test_a_name_under_two_prefixes_is_refused(tmp_path: Path) -> None:
@@ -140,6 +153,7 @@ def test_damaged_folders_of_shards(tmp_path: Path) -> None:
     [
         (torch.tensor([1.0, float("nan")]), "has values that are not finite"),
         (torch.tensor([1.0, float("-inf")]), "has values that are not finite"),
+        (torch.tensor([1e300], dtype=torch.float64), "has values that are not finite in float32"),
         (torch.tensor([65504.0, float("inf")], dtype=torch.float16), "has values that are not finite"),
         (torch.zeros(2, dtype=torch.int64), "is of type int64, expected float32"),
         (torch.zeros(2, dtype=torch.bool), "is of type bool"),

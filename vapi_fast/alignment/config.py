@@ -11,7 +11,7 @@ from pathlib import Path
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check_output, option
+from vapi_fast.runtime.options import MOST, PRESET, check_output, option
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
@@ -48,7 +48,7 @@ class DataOptions:
 class RolloutOptions(DrawOptions):
     """The G token sequences that are drawn for each image."""
 
-    group_size: int = option(8, "rollouts per image, G", at_least=1)
+    group_size: int = option(8, "rollouts per image, G", at_least=1, at_most=MOST)
     rollouts: str = option(
         "teacher-forced",
         "around the image's own tokens; `free`: sampled from the class alone, as AR-GRPO does",
@@ -98,7 +98,7 @@ class ObjectiveOptions:
 class OptimizerOptions:
     """The steps of the optimizer."""
 
-    batch_size: int = option(PRESET, "images per step, over all processes", at_least=1)
+    batch_size: int = option(PRESET, "images per step, over all processes", at_least=1, at_most=MOST)
     micro_batch: int = option(
         PRESET,
         "images in one forward on one GPU; lower it when memory runs out, results stay",
@@ -124,7 +124,7 @@ class EvaluationOptions:
         shown="download (none)",
         file="file or folder",
     )
-    eval_samples: int = option(PRESET, "images drawn for each evaluation", at_least=4)
+    eval_samples: int = option(PRESET, "images drawn for each evaluation", at_least=4, at_most=MOST)
     eval_batch: int = option(
         PRESET, "images drawn at once; lower it when memory runs out during an evaluation", at_least=1
     )

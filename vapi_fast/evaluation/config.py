@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check_files, check_output, option
+from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,10 @@ class EvaluateConfig:
         shown="download (none)",
         file="file or folder",
     )
-    batch_size: int = option(PRESET, "images in the network at once", at_least=1)
-    image_size: int = option(PRESET, "crop of images in class folders, parquet or tars", at_least=1)
+    batch_size: int = option(PRESET, "images in the network at once", at_least=1, at_most=MOST)
+    image_size: int = option(
+        PRESET, "crop of images in class folders, parquet or tars", at_least=1, at_most=LARGEST_SIDE
+    )
     split: str | None = option(
         None, "which split of class folders, parquet or tars, in any case", shown="validation, test or the only one"
     )

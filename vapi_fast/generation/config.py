@@ -12,7 +12,7 @@ from typing import Any
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import PRESET, check_files, check_output, flag, option
+from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
 
 CFG_SCHEDULES = ("constant", "power-cosine")
 LARGEST_BATCH = 256
@@ -41,6 +41,7 @@ class ModelOptions:
         PRESET,
         "pixels per side as drawn; that the checkpoint was trained at (`c2i_…_256.pt`: 256)",
         at_least=1,
+        at_most=LARGEST_SIDE,
     )
 
     def prepare(self, command: str) -> None:
@@ -90,6 +91,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         PRESET,
         "images to draw; torchrun takes `--num` for its own, use the second there",
         at_least=1,
+        at_most=MOST,
         flags=("--num", "--num-images"),
     )
     class_ids: tuple[int, ...] | str | None = option(
@@ -110,13 +112,18 @@ class GenerateConfig(DrawOptions, ModelOptions):
     )
     cfg_power: float = option(1.0, "of the power-cosine; above 1 it rises later", above=0)
     save_size: int | None = option(
-        None, "pixels per side as written; papers draw 384 and score 256", at_least=1, shown="`--image-size`"
+        None,
+        "pixels per side as written; papers draw 384 and score 256",
+        at_least=1,
+        at_most=LARGEST_SIDE,
+        shown="`--image-size`",
     )
     format: str = option("png", "or `npz`: one file in the ADM evaluator's layout", choices=("png", "npz"))
     batch_size: int | None = option(
         None,
         "images drawn at once on one GPU; lower it when memory runs out",
         at_least=1,
+        at_most=MOST,
         shown=f"up to {LARGEST_BATCH}",
     )
     kv_dtype: str | None = option(

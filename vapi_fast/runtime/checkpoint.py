@@ -22,22 +22,30 @@ from vapi_fast.runtime.packages import require
 
 CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
 AVERAGES = ("ema", "model_ema", "ema_state_dict")  # weights averaged over the training's steps
-# Parts of a key that say how a module was wrapped, not what it is; `module` counts in front only.
+# Parts of a key that say how a module was wrapped, not what it is; `module` and `model` count in front only.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+LEADING = {"module", "model"}
 # What sampling and training leave among the weights: caches, masks, tables, counters.
 LEFTOVERS = {
     "kv_cache",
     "k_cache",
     "v_cache",
+    "cache_k",
+    "cache_v",
     "causal_mask",
+    "attn_mask",
+    "position_ids",
     "freqs_cis",
     "rotary",
     "inv_freq",
+    "cos_cached",
+    "sin_cached",
     "_extra_state",
     "num_batches_tracked",
     "codebook_used",
 }
 CONSOLIDATED = ("consolidated.pth", "consolidated.00.pth", "model.safetensors", "pytorch_model.bin")
+DEEPEST = 8  # containers in each other; one can hold itself
 SHOWN = 3  # of what was left out
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that are cast to a model's own
 
@@ -45,7 +53,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that a
 def load_state_dict(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """The weights in a file or folder, by the names that the model itself has for them.
 
-    A file is read by its content: PyTorch's (bare, or under `model`, `module` or `state_dict`) or safetensors. A folder
+    A file is read by its content: PyTorch's (bare, under `model`, `module` or `state_dict`, or under another name if
+    there is but one dictionary of tensors) or safetensors. A folder
     has an index of shards (`*.index.json`), or one file of a usual name. Prefixes of wrappers go, and so does what is
     no weight; standard error says what, in a line.
 
@@ -85,18 +94,32 @@ def contained(state: dict[Any, Any], path: Path, averaged: bool) -> dict[Any, An
     if averaged and not any(isinstance(state.get(key), dict) for key in AVERAGES):
         raise CheckpointError(f"{path}: has no averaged weights ({', '.join(AVERAGES)}): leave --ema out")
     keys = AVERAGES if averaged else (*CONTAINERS, *AVERAGES)
-    for key in keys:
-        if isinstance(state.get(key), dict) and state[key]:
-            if key in AVERAGES and not averaged:
+    for _ in range(DEEPEST):
+        there = [key for key in keys if isinstance(state.get(key), dict)]
+        if not there:
+            break
+        key = next((key for key in there if state[key]), None)
+        if key is None:
+            return {}
+        if key in AVERAGES:
+            if not averaged:
                 warn(f"{path}: holds averaged weights ({key}) alone: they are taken")
-            return contained(state[key], path, False) if key in CONTAINERS else state[key]
-    return {} if any(isinstance(state.get(key), dict) for key in keys) else state
+            return state[key]
+        state = state[key]
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        others = [value for key, value in state.items() if "optim" not in str(key) and holds_tensors(value)]
+        return others[0] if len(others) == 1 else {}
+    return state
+
+
+def holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values())
 
 
 def unwrapped(key: str) -> str:
     """A weight's name without the wrappers around the modules that hold it."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
+    while len(parts) > 1 and parts[0] in LEADING:
         parts = parts[1:]
     return ".".join(parts)
 
@@ -111,9 +134,11 @@ def check_weight(value: Tensor, name: str) -> None:
         raise CheckpointError(f"{name} is of type {kind}, expected float32, float16, bfloat16 or float64")
     if not value.numel():
         raise CheckpointError(f"{name} is empty, {list(value.shape)}: save the whole weights")
-    low, high = value.aminmax()
+    low, high = (extreme.float() for extreme in value.aminmax())
     if not (low.isfinite() and high.isfinite()):
-        raise CheckpointError(f"{name} has values that are not finite: pass a checkpoint from before they went wrong")
+        raise CheckpointError(
+            f"{name} has values that are not finite in float32: pass a checkpoint from before they went wrong"
+        )
 
 
 def printable(key: object) -> str:

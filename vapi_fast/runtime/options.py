@@ -22,6 +22,8 @@ from vapi_fast.runtime.errors import ConfigError
 
 PRESET: Any = ...  # default of a field whose value `--model` decides
 LIMIT = 2**63  # what a number has to stay below
+MOST = 10**7  # images or sequences: so many have a size in bytes, and a list
+LARGEST_SIDE = 2**14  # pixels
 KINDS = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str, Path: Path}  # what a field's values may be
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 
