@@ -221,6 +221,23 @@ def test_parquet(tmp_path: Path) -> None:
     try_all("damaged .parquet", 60, damaged([parquet_bytes()]), read_file(tmp_path / "a.parquet", read_images))
 
 
+def test_saved_data_sets(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [{"bytes": picture("PNG"), "path": None}] * 2, "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "whole")
+    names = ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")
+    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in names}
+
+    def read(drawn: tuple[str, bytes]) -> None:
+        for name, content in (whole | dict([drawn])).items():
+            (tmp_path / "set" / name).write_bytes(content)
+        read_images(tmp_path / "set")
+
+    (tmp_path / "set").mkdir()
+    one = st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), damaged([whole[name]])))
+    try_all("damaged data set as saved", 150, one, read)
+
+
 def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat").mkdir(parents=True)
     for place, read in (
@@ -389,11 +406,27 @@ def test_what_a_table_may_hold(tmp_path: Path) -> None:
 def trees(draw: Any) -> list[tuple[str, str]]:
     """Paths below a folder, and what lies there."""
     names = st.sampled_from(
-        ("cat", "dog", "Train", "val", "__MACOSX", ".hidden", "10", "9", "a\nb", "é", "0.png", "a.JPG", "x.txt")
+        (
+            "cat",
+            "dog",
+            "Train",
+            "val",
+            "__MACOSX",
+            ".hidden",
+            "10",
+            "9",
+            "a\nb",
+            "é",
+            "\udcff",
+            "0.png",
+            "a.JPG",
+            "x.txt",
+        )
     )
     paths = st.lists(names, min_size=1, max_size=3).map("/".join)
     kinds = st.sampled_from(("picture", "picture", "cut", "empty", "pipe", "folder", "up", "gone", "device", "itself"))
-    return draw(st.lists(st.tuples(paths, kinds), max_size=6, unique_by=lambda each: each[0]))
+    sound = [("cat/0.png", "picture"), ("dog/0.png", "picture")] if draw(st.booleans()) else []
+    return sound + draw(st.lists(st.tuples(paths, kinds), max_size=4, unique_by=lambda each: each[0]))
 
 
 def test_what_a_folder_may_hold(tmp_path: Path) -> None:

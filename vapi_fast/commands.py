@@ -103,6 +103,8 @@ def evaluate_main(options: argparse.Namespace) -> int:
 
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding does not
+        stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warning_line

@@ -22,7 +22,7 @@ from vapi_fast.runtime.errors import DataError
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files
 LARGEST_SIDE = 4096  # pixels: a batch has to fit into memory
-WIDEST = 1 << 16  # features
+WIDEST = 1 << 13  # features: a covariance has to fit into memory
 LARGEST_STATISTIC = 1e30  # no network's features are: their products stay finite
 MANIFEST = "manifest.json"
 SAMPLES_FILE = "samples.npz"

@@ -107,13 +107,14 @@ def contained(state: dict[Any, Any], path: Path, averaged: bool) -> dict[Any, An
             return state[key]
         state = state[key]
     if not any(isinstance(value, Tensor) for value in state.values()):
-        others = [value for key, value in state.items() if "optim" not in str(key) and holds_tensors(value)]
+        others = [value for value in state.values() if holds_weights(value)]
         return others[0] if len(others) == 1 else {}
     return state
 
 
-def holds_tensors(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values())
+def holds_weights(value: object) -> bool:
+    """Whether it is a dictionary with tensors by name; an optimizer's has them by number."""
+    return isinstance(value, dict) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def unwrapped(key: str) -> str:
