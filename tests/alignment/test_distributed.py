@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import PATIENCE, free_port
 from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import load_state_dict
@@ -54,14 +54,12 @@ def runs(
     results = {}
     for world_size in (1, 2, 4):
         output = tmp_path_factory.mktemp("runs") / str(world_size)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ranks = [context.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(180)
+            process.join(PATIENCE)
             assert process.exitcode == 0
         shares = [torch.load(output / f"drawn-{rank}.pt", weights_only=True) for rank in range(world_size)]
         drawn = [torch.cat(parts) for parts in zip(*shares, strict=True)]
@@ -113,7 +111,7 @@ def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None
         [*command, "--output-dir", str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        timeout=900,  # half of a collective's patience
+        timeout=PATIENCE,  # half of a collective's
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PATIENCE
 from test_snapshots import truncate
 
 import vapi_fast.alignment.loop
@@ -28,7 +29,6 @@ from vapi_fast.runtime.checkpoint import load_state_dict
 STEPS = 24
 SMALL = {"model": "tiny", "batch_size": 2, "group_size": 2, "steps": STEPS, "lr": 1e-3, "evaluate": False}
 KILLS, TORN = 20, 3  # at least, and of them while a state was being written
-PATIENCE = 600  # seconds, for what hangs
 
 forkserver = multiprocessing.get_context("forkserver")
 # Imported once for all.
