@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import socket
 import time
@@ -9,6 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 PATIENCE = 900  # seconds: ends what hangs, and nothing that a slow machine is still at
+
+forkserver = multiprocessing.get_context("forkserver")
+# Imported once for all, what a run imports as it needs it included.
+forkserver.set_forkserver_preload(
+    [
+        "pytest",
+        "torch.distributed.fsdp",
+        "torch.utils.tensorboard",
+        "vapi_fast.alignment.charts",
+        "vapi_fast.alignment.run",
+        "vapi_fast.data.image_files",
+    ]
+)
 
 
 def wait_until(happened: Callable[[], object]) -> None:

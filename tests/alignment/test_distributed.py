@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import PATIENCE, free_port
+from processes import PATIENCE, forkserver, free_port
 from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import load_state_dict
@@ -49,13 +48,11 @@ def runs(
     image_sets: None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
     """Number of processes → tokens and rollouts of every step in the order of the sample ids, and the final weights."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vapi_fast.alignment.run"])
     results = {}
     for world_size in (1, 2, 4):
         output = tmp_path_factory.mktemp("runs") / str(world_size)
         port = free_port()
-        ranks = [context.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
+        ranks = [forkserver.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
         for process in ranks:
             process.start()
         for process in ranks:
