@@ -15,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before vapi_fast is imported
+    from interpreter import remap_once_a_launch  # imports Triton
+
+    remap_once_a_launch()
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]  # a pytest that a test starts is no worker
 

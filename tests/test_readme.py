@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import pytest
 import readme
 import torch
 from PIL import Image
+from processes import free_port
 from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
@@ -92,10 +92,7 @@ def folder(image_sets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> tuple[int, str]:
     """Exit code and output of a command, made small."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for old, new in (REPLACED | {"HOST:29500": f"127.0.0.1:{port}", " … ": " "}).items():
+    for old, new in (REPLACED | {"HOST:29500": f"127.0.0.1:{free_port()}", " … ": " "}).items():
         command = command.replace(old, new)
     command += "".join(f" {flags}" for program, flags in ADDED.items() if program in command)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from processes import PATIENCE
 
 import vapi_fast
 from vapi_fast import kernels
@@ -60,7 +61,9 @@ def python(bare: Path, *arguments: object, folder: Path | None = None) -> subpro
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TRITON"))}
     command = [sys.executable, "-S", "-s", *map(str, arguments)]
     environment |= {"PYTHONPATH": str(bare), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder or bare, env=environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder or bare, env=environment, timeout=PATIENCE
+    )
 
 
 def test_the_main_job(bare: Path, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ for command in {list(MISSING)}:
 def test_help_imports_no_torch(arguments: str) -> None:
     """Which modules a command imported, Python tells itself; that is also where its seconds are."""
     finished = subprocess.run(
-        [sys.executable, "-X", "importtime", *shlex.split(arguments)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-X", "importtime", *shlex.split(arguments)], capture_output=True, text=True, timeout=PATIENCE
     )
     assert finished.returncode == 0, finished.stderr
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}

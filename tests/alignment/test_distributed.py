@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import PATIENCE, forkserver, free_port
 from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import load_state_dict
@@ -44,34 +43,31 @@ def train(rank: int, world_size: int, port: int, output: Path) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def runs(
-    image_sets: None, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, tuple[list[Tensor], dict[str, Tensor]]]:
-    """Number of processes → tokens and rollouts of every step in the order of the sample ids, and the final weights."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vapi_fast.alignment.run"])
-    results = {}
-    for world_size in (1, 2, 4):
-        output = tmp_path_factory.mktemp("runs") / str(world_size)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [context.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(180)
-            assert process.exitcode == 0
-        shares = [torch.load(output / f"drawn-{rank}.pt", weights_only=True) for rank in range(world_size)]
-        drawn = [torch.cat(parts) for parts in zip(*shares, strict=True)]
-        results[world_size] = [rows[rows[:, 0].argsort()] for rows in drawn], load_state_dict(output / "aligned.pt")
-    return results
+def run_on(world_size: int, output: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Tokens and rollouts of every step in the order of the sample ids, and the final weights."""
+    port = free_port()
+    ranks = [forkserver.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    shares = [torch.load(output / f"drawn-{rank}.pt", weights_only=True) for rank in range(world_size)]
+    drawn = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    return [rows[rows[:, 0].argsort()] for rows in drawn], load_state_dict(output / "aligned.pt")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_sharded_runs_draw_the_same_tokens(runs: dict, world_size: int) -> None:
-    one, several = runs[1][0], runs[world_size][0]
+@pytest.mark.usefixtures("image_sets")
+def test_sharded_runs_draw_the_same_tokens_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    """One test, as it takes one undivided run: two workers of pytest would both make it."""
+    one_drawn, one_weights = run_on(1, tmp_path / "1")
+    for world_size in (2, 4):
+        drawn, weights = run_on(world_size, tmp_path / str(world_size))
+        assert_same_tokens(one_drawn, drawn)
+        assert_same_weights(one_weights, weights)
+
+
+def assert_same_tokens(one: list[Tensor], several: list[Tensor]) -> None:
     assert len(one) == len(several) == SMALL["steps"]
     for mine, theirs in zip(one, several, strict=True):
         assert mine.shape == (8, 1 + 64 + 4 * 64)
@@ -79,10 +75,8 @@ def test_sharded_runs_draw_the_same_tokens(runs: dict, world_size: int) -> None:
         assert torch.equal(mine, theirs) if mine is one[0] else (mine == theirs).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_sharded_runs_end_with_the_same_weights(runs: dict, world_size: int) -> None:
+def assert_same_weights(one: dict[str, Tensor], several: dict[str, Tensor]) -> None:
     start = load_state_dict(FILES.generator)
-    one, several = runs[1][1], runs[world_size][1]
     assert one.keys() == several.keys() == start.keys()
     flat_start, flat_one, flat_several = (
         torch.cat([state[name].double().flatten() for name in start]) for state in (start, one, several)
@@ -113,7 +107,7 @@ def test_a_rank_that_dies_ends_the_others_with_its_error(tmp_path: Path) -> None
         [*command, "--output-dir", str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        timeout=900,  # half of a collective's patience
+        timeout=PATIENCE,  # half of a collective's
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PATIENCE, forkserver
 from test_snapshots import truncate
 
 import vapi_fast.alignment.loop
@@ -28,11 +28,6 @@ from vapi_fast.runtime.checkpoint import load_state_dict
 STEPS = 24
 SMALL = {"model": "tiny", "batch_size": 2, "group_size": 2, "steps": STEPS, "lr": 1e-3, "evaluate": False}
 KILLS, TORN = 20, 3  # at least, and of them while a state was being written
-PATIENCE = 600  # seconds, for what hangs
-
-forkserver = multiprocessing.get_context("forkserver")
-# Imported once for all.
-forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.alignment.run"])
 
 
 def child(

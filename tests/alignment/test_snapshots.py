@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import PATIENCE, forkserver
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,9 +31,6 @@ from vapi_fast.models import LlamaGen
 from vapi_fast.runtime.errors import CheckpointError
 
 EXTRA = {"config": {"lr": "1e-06"}, "curves": {"reward": [-0.1, float("nan")]}}
-forkserver = multiprocessing.get_context("forkserver")
-# Imported once for all.
-forkserver.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "vapi_fast.alignment.run"])
 
 
 class StepInGroup(torch.optim.Optimizer):
@@ -105,7 +102,7 @@ def run_children(target: Callable[..., None], arguments: list[tuple[Any, ...]]) 
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(PATIENCE)
         child.kill()
     assert [child.exitcode for child in children] == [0] * len(children)
 
@@ -198,7 +195,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, trained: Any, monk
     real_save = snapshots.dcp.save
 
     def save_late(*args: Any, **kwargs: Any) -> None:
-        assert changed.wait(30)
+        assert changed.wait(PATIENCE)
         real_save(*args, **kwargs)
 
     monkeypatch.setattr(snapshots.dcp, "save", save_late)

@@ -20,6 +20,7 @@ import gpu_check
 import parts
 import pytest
 from parts import Part
+from processes import PATIENCE, gone, wait_until
 
 BENCHMARKS = Path(gpu_check.__file__).parent
 PYTEST = """.F.s
@@ -40,20 +41,6 @@ def run(folder: Path, *together: Part) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     parts.run_together(together, folder, lambda name, result: results.update({name: json.loads(json.dumps(result))}))
     return results
-
-
-def wait_until(happened: Callable[[], object]) -> None:
-    """However slow the machine, but not for ever."""
-    end = time.monotonic() + 600
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 # ---- parts
@@ -425,6 +412,7 @@ import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu_check
 from parts import Part
+from processes import PATIENCE, gone, wait_until
 
 first = "print(1, file=open('first-runs', 'a')); print('{{\\"name\\": \\"copy\\", \\"rate\\": 5.0}}')"
 second = '''
@@ -460,7 +448,7 @@ sys.exit(gpu_check.main())
     assert [result["status"] for result in left["parts"].values()] == ["passed", "running"]
 
     (tmp_path / "go").touch()
-    resumed = subprocess.run([commit if each == "abc" else each for each in command], timeout=600)
+    resumed = subprocess.run([commit if each == "abc" else each for each in command], timeout=PATIENCE)
     assert resumed.returncode == 0
     assert [result["status"] for result in record()["parts"].values()] == ["passed", "passed"]
     assert record()["headline"] == left["headline"]

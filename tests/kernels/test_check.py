@@ -12,11 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import gone, wait_until
 
 import vapi_fast
 from vapi_fast import kernels
@@ -179,10 +179,7 @@ def test_no_compiler_outlives_a_run_that_fails(two_kernels: Path, tmp_path: Path
     assert "a damaged checkpoint" in ended.stderr
     workers = [int(path.name) for path in started.iterdir()]
     assert workers
-    deadline = time.monotonic() + 60
-    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
+    wait_until(lambda: all(map(gone, workers)))
 
 
 @pytest.mark.parametrize(

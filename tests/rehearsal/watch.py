@@ -7,17 +7,19 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import pkgutil
+import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vapi_fast import kernels
 from vapi_fast.kernels.launch import Launch, recorded
@@ -48,17 +50,27 @@ class Finding:
 
 
 def place() -> str:
-    return lines_of(traceback.extract_stack())
+    return lines_of(traceback.walk_stack(sys._getframe()))
 
 
-def lines_of(stack: traceback.StackSummary) -> str:
+def lines_of(innermost_first: Iterable[tuple[FrameType, int]]) -> str:
     """Our innermost four lines on the stack, innermost first."""
-    frames = [frame for frame in stack if any(part in frame.filename for part in OURS)]
-    return " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames[:-5:-1])
+    lines = ((frame.f_code.co_filename, line) for frame, line in innermost_first)
+    ours = (f"{file.rsplit('/', 1)[-1]}:{line}" for file, line in lines if any(part in file for part in OURS))
+    return " < ".join(itertools.islice(ours, 4))
 
 
 def tensors(*values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    """Those in tuples, lists and dictionaries; pytree would take as long as all other checks."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += tensors(*value)
+        elif isinstance(value, dict):
+            found += tensors(*value.values())
+    return found
 
 
 class Watch(TorchDispatchMode):
@@ -86,8 +98,8 @@ class Watch(TorchDispatchMode):
                 with self:
                     yield
             except Exception as error:
-                where = traceback.extract_tb(error.__traceback__)
-                self.note("fails", f"{type(error).__name__}: {str(error).splitlines()[0]}", lines_of(where))
+                where = lines_of(reversed(list(traceback.walk_tb(error.__traceback__))))
+                self.note("fails", f"{type(error).__name__}: {str(error).splitlines()[0]}", where)
         self.launches[scene] = recording.launches
         self.check_captured()
         self.scene, self.hot = "", False

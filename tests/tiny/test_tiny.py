@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -115,10 +114,10 @@ def test_thinning_keeps_one_skin_tone() -> None:
 
 
 def test_build_trains_each_network_from_the_images(build: ModuleType, tmp_path: Path) -> None:
-    """A few steps of each: the files load, and the generator's loss is below that of a uniform guess."""
-    files = tiny.tiny_files(tmp_path)
+    """A few steps of each on some of the images: the files load, the generator's loss is below a uniform guess's."""
+    parquet, files = importlib.import_module("pyarrow.parquet"), tiny.tiny_files(tmp_path)
     for source, target in zip(tiny.FILES[:2], files[:2], strict=True):
-        shutil.copy(source, target)
+        parquet.write_table(parquet.read_table(source).slice(0, 300), target)
     build.train_perceptual(files, steps=3, batch_size=16)
     build.train_tokenizer(files, steps=5, batch_size=8, continuous_steps=2)
     build.train_generator(files, steps=30, batch_size=8)

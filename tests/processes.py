@@ -1,0 +1,50 @@
+"""Tests that start processes: how long one may take, when one is gone, and ports that nobody else is given."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PATIENCE = 900  # seconds: ends what hangs, and nothing that a slow machine is still at
+
+forkserver = multiprocessing.get_context("forkserver")
+# Imported once for all, what a run imports as it needs it included.
+forkserver.set_forkserver_preload(
+    [
+        "pytest",
+        "torch.distributed.fsdp",
+        "torch.utils.tensorboard",
+        "vapi_fast.alignment.charts",
+        "vapi_fast.alignment.run",
+        "vapi_fast.data.image_files",
+    ]
+)
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    """However slow the machine, but not for ever."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def free_port() -> int:
+    """One that a server may take some seconds later: the system gives those from 32768 on to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found:
+            if found.connect_ex(("127.0.0.1", port)):
+                return port
