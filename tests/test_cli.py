@@ -48,7 +48,7 @@ USAGE = [
     (["--model", "tiny", "--steps", "0"], "--steps must be at least 1, got 0"),
     (["--model", "tiny", "--steps", "many"], "invalid int value: 'many'"),
     (["--model", "tiny", "--group-size", "1"], "--group-size must be at least 2"),
-    (["--model", "tiny", "--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
+    (["--model", "tiny", "--batch-size", "-3"], "--batch-size must be between 1 and 10000000, got -3"),
     (["--model", "tiny", "--image-size", "30"], "--image-size must be a multiple of 4, got 30"),
     (["--model", "tiny", "--noise-prob", "1.5"], "--noise-prob must be between 0 and 1, got 1.5"),
     (["--model", "tiny", "--top-p", "nan"], "--top-p must be greater than 0 and at most 1, got nan"),

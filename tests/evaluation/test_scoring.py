@@ -271,7 +271,7 @@ def test_a_folder_that_cannot_be_scored_is_one_line(tmp_path: Path, pixels: np.n
         ({"model": "xxl"}, "--reference is required for --model xxl"),
         ({"inception_weights": Path("x.pth")}, "leave --inception-weights out"),
         ({"samples": Path("absent")}, "--samples absent: no such file"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be between 1 and 10000000"),
         ({"output": Path(__file__)}, "exists: choose another name"),
     ],
 )

@@ -381,7 +381,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"cfg_scale": math.inf}, "--cfg-scale must be finite and less than 2.63, got inf"),
         ({"temperature": math.inf}, "--temperature must be greater than 0 and finite, got inf"),
         ({"out": Path("x.npz")}, r"--out x.npz is a folder; the images go to OUT/samples.npz: leave out the .npz"),
-        ({"num": 0}, "--num must be at least 1"),
+        ({"num": 0}, "--num must be between 1 and 10000000"),
         ({"top_p": 0.0}, "--top-p"),
         ({"cfg_power": 0.0}, "--cfg-power must be greater than 0"),
         ({"cfg_interval": -2}, "--cfg-interval must be at least -1"),
