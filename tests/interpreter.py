@@ -1,7 +1,7 @@
 """Triton's interpreter for tests: it remaps `triton.language` once a launch, not again in each call inside a kernel.
 
-The remapping looks at every name of the language, a millisecond or two, more than what is then called takes: `tl.sum`
-alone calls three jitted functions. What is computed stays the same.
+The remapping looks at every name of the language, which takes a millisecond or two, more than most of what is then
+called. What is computed stays the same.
 """
 
 from __future__ import annotations
