@@ -364,7 +364,11 @@ def test_no_conditions() -> None:
         ({"cfg_scale": math.nan}, "cfg_scale must be at least 1"),
         ({"cfg_schedule": "cosine"}, "cfg_schedule must be one of constant, power-cosine, got 'cosine'"),
         ({"cfg_power": 0.0}, "cfg_power must be positive"),
+        ({"condition": [1, 2]}, "a condition and its mask must be tensors, got <class 'list'>"),
+        ({"seed": 2**63}, r"generate: seed must be an int in \[-2.63, 2.63\) or a 0-d int64 tensor, got 922337"),
+        ({"seed": 1.5}, "seed must be an int in .*, got float"),
         ({"group_size": 0}, "group_size must be at least 1"),
+        ({"group_size": 1.5}, "group_size must be at least 1, got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"kv_dtype": "int8"}, "kv_dtype must be None or 'fp8', got 'int8'"),
         ({"temperature": 0.0}, "temperature must be positive"),
@@ -372,7 +376,7 @@ def test_no_conditions() -> None:
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         generate(make_model(), **{"condition": torch.tensor([0])} | changes)
 
 

@@ -115,6 +115,12 @@ def test_tiny_classifier_sees_the_pooled_last_level(tiny: LPIPS) -> None:
     assert logits.shape == (2, 9)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 3, 32), (3, 32, 32), (1, 1, 32, 32)])
+def test_images_too_small_or_of_another_form_are_refused(shape: tuple[int, ...], tiny: LPIPS) -> None:
+    with pytest.raises(ValueError, match=r"images must be \[N,3,H,W\] of at least 4 pixels a side, got \["):
+        tiny(torch.zeros(shape), torch.zeros(shape))
+
+
 def test_vgg16_has_no_classifier(vgg16: LPIPS) -> None:
     with pytest.raises(ValueError, match="no classifier: only the tiny preset's has one"):
         vgg16.features_and_logits(torch.zeros(1, 3, 32, 32))

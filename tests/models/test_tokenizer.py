@@ -126,7 +126,14 @@ def test_images_of_a_wrong_size_are_refused(shape: tuple[int, ...], tokenizer: V
         tokenizer.encode(torch.zeros(shape))
 
 
+def test_images_of_whole_numbers_are_refused(tokenizer: VQTokenizer) -> None:
+    with pytest.raises(TypeError, match=r"images must be floating-point numbers in \[−1, 1\], got torch.uint8"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_tokens_that_fill_no_square_are_refused(tokenizer: VQTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"tokens must be \[B,T\], got \[16\]"):
+        tokenizer.decode(torch.zeros(16, dtype=torch.int64))
     with pytest.raises(ValueError, match="tokens must fill a square grid: T = 15 is not a square number"):
         tokenizer.decode(torch.zeros(1, 15, dtype=torch.int64))
 

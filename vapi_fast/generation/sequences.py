@@ -12,6 +12,7 @@ from torch import Tensor
 from vapi_fast.generation.config import CFG_SCHEDULES
 from vapi_fast.generation.engine import Engine, Generation, KVCache, compute_dtype
 from vapi_fast.models import Generator, GeneratorConfig
+from vapi_fast.ops.checks import ArgumentChecks
 
 __all__ = ["Generation", "KVCache", "generate", "guidance_scales", "sample_groups"]
 
@@ -82,6 +83,7 @@ def sample_groups(
     scales = guidance_scales(model.config.grid_size**2, cfg_scale, cfg_interval, cfg_schedule, cfg_power)
     batch, device = len(checked.rows), checked.rows.device
     check_engine(device, group_size, batch_size, kv_dtype)
+    ArgumentChecks("generate").seed(seed)
     shape = (batch, group_size, len(scales))
     tokens = torch.empty(shape, dtype=torch.int64, device=device)
     logprobs = torch.empty(shape, device=device)
@@ -169,9 +171,9 @@ def checked_sample_ids(sample_ids: Tensor | None, condition: Tensor) -> Tensor:
 
 
 def check_engine(device: torch.device, group_size: int, batch_size: int | None, kv_dtype: str | None) -> None:
-    if group_size < 1:
+    if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if kv_dtype not in CACHE_DTYPES:
         raise ValueError(f"kv_dtype must be None or 'fp8', got {kv_dtype!r}")

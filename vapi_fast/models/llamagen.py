@@ -133,6 +133,8 @@ class LlamaGen(Generator):
 
     def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
         config, device = self.config, self.output.weight.device
+        if not isinstance(rows, Tensor) or not isinstance(mask, Tensor | None):
+            raise TypeError(f"a condition and its mask must be tensors, got {type(rows)} and {type(mask)}")
         if not config.caption_tokens:
             if rows.dtype != torch.int64 or rows.ndim != 1:
                 raise ValueError(f"class ids must be an int64 tensor [B], got {rows.dtype} {list(rows.shape)}")

@@ -87,6 +87,11 @@ class LPIPS(nn.Module):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
+        halvings = sum(isinstance(layer, nn.MaxPool2d) for layer in self.features)
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 2**halvings:
+            raise ValueError(
+                f"images must be [N,3,H,W] of at least {2**halvings} pixels a side, got {list(images.shape)}"
+            )
         maps = []
         h = (images - self.shift) / self.scale
         for index, layer in enumerate(self.features):

@@ -207,6 +207,8 @@ class VQTokenizer(nn.Module):
         side = self.config.downsample
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
             raise ValueError(f"images must be [B,3,H,W] with H and W multiples of {side}, got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating-point numbers in [−1, 1], got {images.dtype}")
         return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -220,6 +222,8 @@ class VQTokenizer(nn.Module):
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """Code embeddings `[B,T,C]` in row order → images `[B,3,H,W]`; differentiable."""
+        if embeddings.ndim != 3:
+            raise ValueError(f"tokens must be [B,T], got {list(embeddings.shape[:-1])}")
         batch, length, width = embeddings.shape
         side = round(length**0.5)
         if side * side != length:

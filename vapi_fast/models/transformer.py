@@ -172,7 +172,7 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
-        """Both on the generator's device; ValueError for what it cannot take."""
+        """Both on the generator's device; ValueError or TypeError for what it cannot take."""
 
     def token_table(self) -> Tensor:
         """What each token of the vocabulary enters as, `[V,D]`."""
