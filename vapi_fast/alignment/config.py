@@ -16,6 +16,7 @@ from vapi_fast.runtime.options import PRESET, check_output, option
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
+CONTROLS = ("random", "shuffled")
 # Besides run.json; progress.jsonl and TensorBoard's folder are added to.
 RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png")
 
@@ -86,6 +87,13 @@ class ObjectiveOptions:
         "vapi",
         "`vapi`, `ste` (straight-through baseline) or `ntp` (next-token prediction alone)",
         choices=METHODS,
+    )
+    control: str | None = option(
+        None,
+        "what the rewards are worth: advantages drawn at `random`, or `shuffled` between the images of a step; "
+        "everything else stays",
+        choices=CONTROLS,
+        shown="none",
     )
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
@@ -187,6 +195,10 @@ class AlignConfig(
             raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
         if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
+        if self.control and self.method != "vapi":
+            raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
+        if self.control == "shuffled" and self.batch_size < 2:
+            raise ConfigError("--control shuffled needs --batch-size 2 or more: advantages go to another image")
         if self.prior == "kl" and self.method != "vapi":
             raise ConfigError(f"--prior kl needs --method vapi: --method {self.method} has no sampled tokens")
         if self.method != "vapi" and (self.rollouts == "free" or self.reward):

@@ -94,7 +94,8 @@ class Loop:
                 if writer := curve_writer():
                     folder = str(config.output_dir / "tensorboard")
                     self.writer = stack.enter_context(writer(folder, purge_step=self.start_step))
-            bar = {"desc": f"aligning ({config.method})", "unit": "step", "disable": rank() > 0}
+            what = f"{config.method}, control {config.control}" if config.control else config.method
+            bar = {"desc": f"aligning ({what})", "unit": "step", "disable": rank() > 0}
             self.progress = stack.enter_context(progress_bar(config.steps, initial=self.start_step, **bar))
             try:
                 self.steps(batches)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.runtime.accelerators import attention_backend
@@ -152,7 +153,8 @@ def print_results(output: Path) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """Before and after, and stage timings, as text."""
-    lines = []
+    control = record["config"]["control"]
+    lines = [SAID[control]] if control else []
     if "base" in record and "aligned" in record:
         lines += scores_table(record["base"], record["aligned"], record["config"]["cfg_scale"])
     seconds = record["seconds"]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -192,7 +193,8 @@ class Run:
         images = (
             "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.condition.count)
         )
-        return "\n".join(filter(None, (text, images, plan, packages.left_out())))
+        control = SAID[config.control] if config.control else ""
+        return "\n".join(filter(None, (text, control, images, plan, packages.left_out())))
 
     def begin(self) -> int:
         """Measure the generator, or go on from the newest state; returns the steps that are done."""
