@@ -13,7 +13,7 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.models import Models
-from vapi_fast.alignment.rollout import condition_of, roll_out
+from vapi_fast.alignment.rollout import condition_of, roll_out, token_uncertainty
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
@@ -31,23 +31,36 @@ SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a trainin
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One generator's figures: scores of its samples without and with guidance, and its held-out rollouts' means."""
+class HeldOut:
+    """Means over held-out images: of their rollouts' rewards, and of what these are drawn from.
 
-    plain: evaluation.Scores
-    cfg: evaluation.Scores
+    entropy, cross_entropy: in nats a token, of the teacher-forced distributions at temperature 1 (around noise, where
+    there is `--noise-prob`); the latter to the images' own tokens. A sharper generator has less of the first, one that
+    has over-fitted more of the second.
+    """
+
     reward: float
     mse: float
     lpips: float
+    entropy: float
+    cross_entropy: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One generator's figures: scores of its samples without and with guidance, and those of held-out images."""
+
+    plain: evaluation.Scores
+    cfg: evaluation.Scores
+    held_out: HeldOut
 
     def as_record(self) -> dict[str, Any]:
-        """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
-        rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
+        """The layout of `run.json`: the plain scores on top with the held-out figures, the guided ones under `cfg`."""
         plain, guided = (
             {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for scores in (self.plain, self.cfg)
         )
-        return plain | {"cfg": guided} | rewards
+        return plain | {"cfg": guided} | dataclasses.asdict(self.held_out)
 
 
 class Evaluator:
@@ -77,7 +90,7 @@ class Evaluator:
     def measure(self, generator: Generator, name: str) -> Measurement:
         """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
         scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
-        return Measurement(*scores, *self.rewards(generator))
+        return Measurement(*scores, self.held_out(generator))
 
     def score(self, generator: Generator, cfg_scale: float, name: str) -> evaluation.Scores:
         features, logits = [], []
@@ -123,8 +136,8 @@ class Evaluator:
             raise NonFiniteError("the tokenizer decodes samples to values that are not finite: pass another --vq-ckpt")
         return images
 
-    def rewards(self, generator: Generator) -> tuple[float, float, float]:
-        """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
+    def held_out(self, generator: Generator) -> HeldOut:
+        """Means over teacher-forced rollouts around held-out images."""
         training = generator.training
         generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
@@ -135,9 +148,10 @@ class Evaluator:
             draw = {"seed": seed, "sample_ids": batch.image_ids}
             rollout = roll_out(generator, tokens, condition_of(batch), self.config, **draw)
             reward = self.models.reward.score(rollout.tokens, batch.images)
-            rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
+            uncertainty = token_uncertainty(rollout.hidden, generator.head, tokens)
+            rows.append(torch.cat([torch.stack([value.mean(1) for value in reward], dim=1), uncertainty], dim=1).cpu())
         generator.train(training)
-        return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
+        return HeldOut(*gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 
 def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
