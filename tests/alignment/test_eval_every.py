@@ -120,7 +120,7 @@ def test_a_resumed_run_measures_what_is_missing(
         (loop, "align_step", by_signal, ["base"]),
         (Evaluator, "measure", in_measurement, ["base"]),
     ):
-        options = EVERY | {"output_dir": tmp_path / stopped.__name__, "checkpoint_every": 1}
+        options = EVERY | {"output_dir": tmp_path / stopped.__name__}
         measured.clear()
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, stopped)
@@ -132,6 +132,8 @@ def test_a_resumed_run_measures_what_is_missing(
         assert measured == ["base", "step 2", "step 4", "aligned"][len(before) :]
         for key in ("base", "evaluations", "aligned", "curves"):
             assert resumed[key] == whole[key]
+        lines = map(json.loads, (options["output_dir"] / "progress.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]  # none is done twice
         found = load_state_dict(options["output_dir"] / "aligned.pt")
         assert all(torch.equal(found[key], weights[key]) for key in weights)
 

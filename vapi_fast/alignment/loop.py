@@ -142,10 +142,10 @@ class Loop:
                 pending = None
             if first:
                 self.outcome.first_step = clock.seconds(wait=True)
+            if (due or measured or self.stopping) and not last:
+                self.save(step + 1)  # before a measurement, which can take longer than the steps so far
             if measured and not self.stopping:
                 self.evaluate(step + 1)
-            elif (due or self.stopping) and not last:
-                self.save(step + 1)
             if self.stopping and not last:
                 again = f"--resume --output-dir {config.output_dir}"
                 raise StoppedError(f"stopped by SIGTERM after step {step + 1}; go on with {again}")
