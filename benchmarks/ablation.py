@@ -1,9 +1,10 @@
-"""The reward ablation of the paper on the tiny preset: one run per variant and seed, then a Markdown table.
+"""The paper's ablations in miniature, each beside the controls: a run per row and seed, then a Markdown table.
 
-    python benchmarks/ablation.py [--seeds 0 1 2] [--output-dir runs/ablation]
+    python benchmarks/ablation.py --table controls [--seeds 0 1 2 3 4] [--output-dir runs/ablation] [flags of align]
 
-Finished runs in the output folder are not repeated; `ablation.json` in it has the figures of all, those of the README
-are in `benchmarks/results/ablation/`.
+Flags of `vapi-fast align` hold for every run; without `--model` it is the tiny preset's. Runs and measurements that are
+finished in the output folder are not repeated, one that was interrupted goes on, and tables share them. `<table>.json`
+in it has the figures of all; those of the README are in `benchmarks/results/ablation/`.
 """
 
 from __future__ import annotations
@@ -11,65 +12,309 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vapi_fast import AlignConfig, align
+from vapi_fast.alignment.config import AlignConfig, saved_steps
+from vapi_fast.cli import add_command_flags
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.options import flag
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "MSE only": {"prior_weight": 0.0, "lpips_weight": 0.0},
-    "MSE + LPIPS": {"prior_weight": 0.0},
-    "prior only": {"method": "ntp"},
-    "MSE + LPIPS + prior (VA-π)": {},
-    "STE": {"method": "ste"},
+Changes = dict[str, Any]  # of a row, from the settings that all runs have
+Record = dict[str, Any]
+
+VAPI = "MSE + LPIPS + prior (VA-π)"
+RANDOM = "random advantages"
+SHUFFLED = "shuffled advantages"
+PRIOR = "prior only"
+TEMPERATURE = "base at its best temperature"
+CONTROLS: dict[str, Changes] = {RANDOM: {"control": "random"}, SHUFFLED: {"control": "shuffled"}}
+TABLES = ("controls", "reward", "prior", "noise", "steps", "group")
+SEEDS = {"controls": 5}  # of a table; of the others 3
+TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
+TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+LONG, EVERY, SHORT = 200, 25, 10  # steps of the table of steps
+KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
+# Settings that a finished run may have had otherwise.
+FREE = {"output_dir", "resume", "checkpoint_every", "micro_batch", "eval_batch", "inception_weights"}
+NO_TABLE = {  # flags of align: the table's own, or nothing is measured
+    "seed": "--seed",
+    "resume": "--resume",
+    "evaluate": "--no-eval",
+    "random_init": "--random-init",
+    "synthetic_data": "--synthetic-data",
 }
-
-KEPT = ("commit", "versions", "device", "base", "aligned", "step_seconds")  # of a run.json
-
-
-def finished_run(folder: Path, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
-    if not (folder / "run.json").exists():
-        align(
-            AlignConfig(model="tiny", seed=seed, output_dir=folder, resume=(folder / "snapshots").exists(), **changes)
-        )
-    return json.loads((folder / "run.json").read_text())
+SCORES = ("fid", "inception_score")
 
 
-def row(name: str, figures: list[dict[str, Any]]) -> str:
+def rows_of(table: str, lr: float) -> dict[str, Changes]:
+    """The rows of a table that are runs, the controls included; `lr`: the learning rate without a change."""
+    if table == "controls":
+        return {VAPI: {}, **CONTROLS, PRIOR: {"method": "ntp"}}
+    if table == "reward":
+        return {
+            "MSE only": {"prior_weight": 0.0, "lpips_weight": 0.0},
+            "MSE + LPIPS": {"prior_weight": 0.0},
+            PRIOR: {"method": "ntp"},
+            VAPI: {},
+            "STE": {"method": "ste"},
+            **CONTROLS,
+        }
+    if table == "prior":
+        weights = (0.01, 0.03, 0.1, 0.3, 1.0)
+        weighted = {
+            f"{kind.upper()}, β {w:g}": {"prior": kind, "prior_weight": w} for kind in ("ce", "kl") for w in weights
+        }
+        return {"no prior": {"prior_weight": 0.0}, **weighted, **CONTROLS}
+    if table == "noise":
+        return {f"ξ {share:g}": {"noise_prob": share} for share in (0.0, 0.25, 0.5, 0.75, 0.95)} | CONTROLS
+    if table == "group":
+        return {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)} | CONTROLS
+    found: dict[str, Changes] = {}
+    for rate in (lr / 2, lr, 2 * lr):
+        for name, control in {"": {}, f", {RANDOM}": CONTROLS[RANDOM]}.items():
+            found[f"lr {rate:g}{name}"] = {"lr": rate, "steps": LONG, "eval_every": EVERY} | control
+            found[f"lr {rate:g}{name}, {SHORT} steps"] = {"lr": rate, "steps": SHORT} | control
+    return found
+
+
+def settings(config: AlignConfig) -> Changes:
+    """As `run.json` has them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs and measurements with common settings, each done once and kept in a folder."""
+
+    folder: Path
+    common: Changes
+
+    def config(self, seed: int, changes: Changes, **more: Any) -> AlignConfig:
+        return AlignConfig(**{"model": "tiny", **self.common, **changes, "seed": seed, **more})
+
+    def finished(self, seed: int, changes: Changes) -> Record:
+        """What is kept of the run with these changes; it is done, or gone on with, if that has not happened yet."""
+        standard = self.config(seed, {})
+        changes = {key: value for key, value in changes.items() if value != getattr(standard, key)}
+        name = "_".join(f"{flag(key)[2:]}-{value}" for key, value in sorted(changes.items())) or "unchanged"
+        folder = self.folder / f"{name}_seed-{seed}"
+        if not (folder / "run.json").exists():
+            from vapi_fast.alignment.run import align
+
+            resume = bool(saved_steps(folder / "snapshots"))
+            align(self.config(seed, changes, output_dir=folder, resume=resume))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        self.check(folder, record["config"], self.config(seed, changes))
+        return {key: record[key] for key in KEPT if key in record} | {"seed": seed, "steps": record["config"]["steps"]}
+
+    def check(self, path: Path, found: Changes, wanted: AlignConfig) -> None:
+        """Raise ConfigError where what the path holds was found with other settings."""
+        for key, value in settings(wanted).items():
+            if key not in FREE and found.get(key) != value:
+                raise ConfigError(
+                    f"{path} was made with {flag(key)} {found.get(key)}, not {value}: choose another --output-dir"
+                )
+
+    def base_at(self, seed: int, temperatures: Iterable[float]) -> dict[float, Record]:
+        """The base's measurements by temperature, with the seed's draws."""
+        path, config = self.folder / f"temperatures_seed-{seed}.json", self.config(seed, {})
+        found: dict[float, Record] = {}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.check(path, kept["config"], config)
+            found = {float(temperature): record for temperature, record in kept["measured"].items()}
+        if missing := [each for each in temperatures if each not in found]:
+            from vapi_fast.alignment.measurement import Evaluator
+            from vapi_fast.alignment.models import load_models
+            from vapi_fast.runtime.checkpoint import write_atomically
+            from vapi_fast.runtime.distributed import process_group
+
+            with process_group() as device:
+                models = load_models(config, device)
+                evaluator = Evaluator(config, models, device)
+                for each in missing:
+                    name = f"base at temperature {each:g}, seed {seed}"
+                    found[each] = evaluator.measure(models.generator, name, each).as_record()
+                    text = json.dumps({"config": settings(config), "measured": found}, indent=1)
+                    write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        return {each: found[each] for each in temperatures}
+
+    def best_base(self, seeds: Sequence[int], temperatures: Sequence[float]) -> list[Record]:
+        """The base at the temperature of its lowest FID, and guided at that of its lowest guided FID: a record a seed.
+
+        Both are chosen on a seed of their own.
+        """
+        tuned = self.base_at(TUNING_SEED, temperatures)
+        plain = min(tuned, key=lambda each: tuned[each]["fid"])
+        guided = min(tuned, key=lambda each: tuned[each]["cfg"]["fid"])
+        chosen = {"temperature": plain, "cfg_temperature": guided}
+        records = []
+        for seed in seeds:
+            found = self.base_at(seed, dict.fromkeys((plain, guided)))
+            records.append({"seed": seed, "aligned": found[plain] | {"cfg": found[guided]["cfg"]}} | chosen)
+        return records
+
+
+def mean_and_error(values: Sequence[float], alone: float | None = None) -> tuple[float, float | None]:
+    """Mean over the seeds and its standard error, of one seed `alone`."""
+    if len(values) < 2:
+        return values[0], alone
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
     """Means over the seeds; FID and IS with the standard error of that mean (of the one sample set, for one seed)."""
     cells = [name]
     for scores in (figures, [f["cfg"] for f in figures]):
-        for key in ("fid", "inception_score"):
-            values = [s[key] for s in scores]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else scores[0][f"{key}_se"]
-            cells.append(f"{statistics.mean(values):.2f} ± {error:.2f}")
+        for key in SCORES:
+            mean, error = mean_and_error([s[key] for s in scores], scores[0][f"{key}_se"])
+            cells.append(f"{mean:.2f} ± {error:.2f}")
         if scores is figures:
             cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall")]
             cells.append(f"{-statistics.mean(f['mse'] + f['lpips'] for f in figures):.3f}")  # the full reward for all
+    if "entropy" in figures[0]:
+        cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("entropy", "cross_entropy")]
+        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
     return "| " + " | ".join(cells) + " |"
 
 
-def table(records: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown, of `run.json` records by variant."""
-    lines = ["| | FID↓ | IS↑ | precision | recall | reward | FID, CFG | IS, CFG |", "|---|---|---|---|---|---|---|---|"]
-    lines.append(row("base", [record["base"] for record in next(iter(records.values()))]))
-    lines += [row(name, [record["aligned"] for record in each]) for name, each in records.items()]
+def table(records: dict[str, list[Record]]) -> str:
+    """Markdown, of kept records by row: the base's own from the first of them that is of runs."""
+    runs = next(each for each in records.values() if "base" in each[0])
+    header = ["", "FID↓", "IS↑", "precision", "recall", "reward", "FID, CFG", "IS, CFG"]
+    if "entropy" in runs[0]["base"]:
+        header += ["entropy", "held-out CE", "alignment, s"]
+    lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|" + "---|" * len(header)]
+    lines.append(row("base", [run["base"] for run in runs]))
+    for name, each in records.items():
+        if "temperature" in each[0]:
+            name += " ({temperature:g}, with CFG {cfg_temperature:g})".format(**each[0])
+        # By the median step: a resumed run's seconds are those of its last part.
+        seconds = [run["step_seconds"] * run["steps"] for run in each if run.get("steps") and run["step_seconds"]]
+        lines.append(row(name, [run["aligned"] for run in each], seconds))
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"))
-    options = parser.parse_args()
-    records = {}
-    for name, changes in VARIANTS.items():
-        slug = "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
-        runs = [finished_run(options.output_dir / f"{slug}-{seed}", seed, changes) for seed in options.seeds]
-        records[name] = [{key: run[key] for key in KEPT} for run in runs]
-    (options.output_dir / "ablation.json").write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
-    print(table(records))
+def figures_of(record: Record) -> dict[str, float]:
+    """What two rows are compared in, of one measurement."""
+    plain = {"FID": record["fid"], "IS": record["inception_score"]}
+    plain |= {name: record[name] for name in ("precision", "recall")}
+    plain |= {"reward": -record["mse"] - record["lpips"], "MSE": record["mse"], "LPIPS": record["lpips"]}
+    return plain | {"FID, CFG": record["cfg"]["fid"], "IS, CFG": record["cfg"]["inception_score"]}
+
+
+def difference(records: dict[str, list[Record]], one: str, other: str) -> str:
+    """Markdown: how far two rows are apart, paired by the seeds that both have, as these share their draws."""
+    pairs = {
+        run["seed"]: (figures_of(run["aligned"]), figures_of(theirs["aligned"]))
+        for run in records[one]
+        for theirs in records[other]
+        if run["seed"] == theirs["seed"]
+    }
+    names = list(next(iter(pairs.values()))[0])
+    cells, ratios = [], []
+    for name in names:
+        mean, error = mean_and_error([mine[name] - theirs[name] for mine, theirs in pairs.values()])
+        cells.append(f"{mean:+.3f} ± {error:.3f}" if error is not None else f"{mean:+.3f}")
+        ratios.append(f"{mean / error:+.1f}" if error else "")
+    return "\n".join(
+        f"| {' | '.join(line)} |"
+        for line in (
+            [f"{one} − {other}, {len(pairs)} seeds", *names],
+            ["---"] * (len(names) + 1),
+            ["difference", *cells],
+            ["in standard errors", *ratios],
+        )
+    )
+
+
+def curves(records: dict[str, list[Record]]) -> str:
+    """Markdown: FID and held-out reward of each learning rate over the steps, the runs of few and of many joined."""
+    found: dict[str, dict[int, list[Record]]] = {}
+    for name, runs in records.items():
+        points = found.setdefault(name.removesuffix(f", {SHORT} steps"), {})
+        for run in runs:
+            if "temperature" in run:
+                measured = {0: run["aligned"]}
+            elif run["steps"] == SHORT:  # its base is the long run's
+                measured = {SHORT: run["aligned"]}
+            else:
+                between = {int(step): each for step, each in run["evaluations"].items()}
+                measured = {0: run["base"]} | between | {run["steps"]: run["aligned"]}
+            for step, each in measured.items():
+                points.setdefault(step, []).append(each)
+    steps = sorted({step for points in found.values() for step in points})
+    lines = []
+    for figure, digits in (("FID", 2), ("reward", 4)):
+        lines += [f"| {figure} after steps | {' | '.join(map(str, steps))} |", "|" + "---|" * (len(steps) + 1)]
+        for name, points in found.items():
+            cells = [name]
+            for each in (points.get(step) for step in steps):
+                if each is None:
+                    cells.append("")
+                    continue
+                alone = each[0]["fid_se"] if figure == "FID" else 0.0
+                mean, error = mean_and_error([figures_of(record)[figure] for record in each], alone)
+                cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def report(name: str, records: dict[str, list[Record]]) -> str:
+    """All that is printed of a table."""
+    parts = [curves(records) if name == "steps" else table(records)]
+    if VAPI in records:
+        parts += [difference(records, VAPI, other) for other in (RANDOM, SHUFFLED, PRIOR) if other in records]
+    return "\n\n".join(parts)
+
+
+def make(name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[float]) -> dict[str, list[Record]]:
+    """All runs of a table, every row's of the first seed first; what is finished is kept in the folder."""
+    if TUNING_SEED in seeds:
+        raise ConfigError(f"--seeds {TUNING_SEED} is the one that temperatures are chosen on: leave it out")
+    records: dict[str, list[Record]] = {}
+    rows = rows_of(name, runs.config(seeds[0], {}).lr)
+    for seed in seeds:
+        for row_name, changes in rows.items():
+            records.setdefault(row_name, []).append(runs.finished(seed, changes))
+    records[TEMPERATURE] = runs.best_base(seeds, temperatures)
+    text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
+    (runs.folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="The paper's ablations in miniature, each beside the controls. Flags of `vapi-fast align` hold for "
+        "every run; without --model it is the tiny preset's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--table", choices=TABLES, default="reward", help="(default: reward)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 to 4 for controls, to 2 for the others)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), help="(default: runs/ablation)")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the base's best is found"
+    )
+    options, others = parser.parse_known_args(arguments)
+    align_parser = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False)
+    add_command_flags(align_parser, "align")
+    common = vars(align_parser.parse_args(others))
+    seeds = options.seeds or list(range(SEEDS.get(options.table, 3)))
+    from vapi_fast.commands import OUT_OF_MEMORY, run_command  # --help and a mistyped flag need not wait for torch
+
+    def run() -> None:
+        if refused := [name for field, name in NO_TABLE.items() if field in common]:
+            raise ConfigError(f"{refused[0]} does not go with a table: leave it out")
+        records = make(options.table, Runs(options.output_dir, common), seeds, options.temperatures)
+        print(report(options.table, records))
+
+    return run_command(run, lambda: "interrupted; the same command goes on", OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

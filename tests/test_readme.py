@@ -58,7 +58,8 @@ STARTED = {
     "bash benchmarks/gpu_check.sh DIR": ("", 1, "no CUDA device: nothing was run"),
     "python benchmarks/readme.py benchmarks/results/NAME.json": ("", 1, "readme.py: error: benchmarks/results/NAME"),
     "python -m vapi_fast.tiny.build": (" --help", 0, "Rebuild the tiny preset from nothing"),
-    "python benchmarks/ablation.py": (" --help", 0, "The reward ablation of the paper on the tiny preset"),
+    "python benchmarks/ablation.py": (" --help", 0, "The paper's ablations in miniature, each beside the controls"),
+    "python benchmarks/ablation.py --table controls": (" --help", 0, "noise,steps,group"),
     "python -m vapi_fast.kernels.check": (" --help", 0, "--arch"),  # in full in kernels/test_check.py
     "pytest benchmarks/ --benchmark-only": (" --collect-only -q", 0, "test_operation[mse forward]"),
     "vapi-fast align": (" --help", 0, "--model"),

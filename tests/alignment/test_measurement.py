@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -38,6 +39,45 @@ def test_measurement_does_not_depend_on_batch_sizes(tiny_config: Make, tiny_mode
     assert first["cfg"]["inception_score"] == pytest.approx(second["cfg"]["inception_score"], rel=1e-3)
     assert first["reward"] == pytest.approx(second["reward"], rel=1e-3)
     assert first["samples"] == 130
+
+
+@pytest.mark.parametrize("micro_batch", [10, 24])
+def test_entropy_and_cross_entropy_are_those_of_a_plain_computation(
+    tiny_config: Make, tiny_models: Models, micro_batch: int
+) -> None:
+    """In float64, by their definitions, over all positions of the first held-out images; at temperature 1 always."""
+    test = evaluator(tiny_config(eval_samples=24, micro_batch=micro_batch, temperature=0.7), tiny_models)
+    found = test.held_out(tiny_models.generator, 0.7)
+    images = torch.cat([batch.images for batch in test.rewarded])
+    labels = torch.cat([batch.labels for batch in test.rewarded])
+    assert len(images) == 24
+    tokens = tiny_models.codec.encode(images)
+    with torch.no_grad():
+        logits = copy.deepcopy(tiny_models.generator).double().eval()(tokens[:, :-1], labels)
+    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    cross_entropy = -probabilities.gather(-1, tokens[..., None]).log().mean()
+    assert found.entropy == pytest.approx(float(entropy), rel=1e-5)
+    assert found.cross_entropy == pytest.approx(float(cross_entropy), rel=1e-5)
+    assert found.cross_entropy > found.entropy  # the preset's base has over-fitted
+
+
+def test_a_temperature_makes_samples_and_rollouts_sharper(tiny_config: Make, tiny_models: Models) -> None:
+    """By default samples are drawn at 1, and rollouts at the configuration's temperature; entropy stays at 1."""
+    test = evaluator(tiny_config(eval_samples=24, temperature=0.8), tiny_models)
+    generator, drawn = tiny_models.generator, []
+    draw = test.draw
+    test.draw = lambda *arguments: (drawn.append(arguments[3]), draw(*arguments))[1]
+    plain, sharp = test.measure(generator, "base"), test.measure(generator, "base", 0.5)
+    assert drawn == [1.0, 1.0, 0.5, 0.5]
+    assert plain.held_out == test.held_out(generator, 0.8)
+    assert sharp.held_out.reward > plain.held_out.reward + 0.02
+    for name in ("entropy", "cross_entropy"):
+        assert getattr(sharp.held_out, name) == getattr(plain.held_out, name)
+    assert plain.plain.fid != sharp.plain.fid
+    tokens = [draw(generator, torch.arange(8), 1.0, temperature) for temperature in (1.0, 0.01, 0.01)]
+    assert torch.equal(draw(generator, torch.arange(8), 1.0), tokens[0])
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 def test_heldout_images_score_better_than_samples(tiny_config: Make, tiny_models: Models) -> None:

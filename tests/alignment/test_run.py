@@ -61,6 +61,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
             assert all(math.isfinite(scores[key]) and scores[key] >= 0 for key in SCORES)
         figures = record[name]
         assert figures["reward"] == pytest.approx(-figures["mse"] - figures["lpips"], rel=1e-5)
+        assert 0 < figures["entropy"] < figures["cross_entropy"] < math.log(512)
     assert record["base"]["fid"] != record["aligned"]["fid"]
     assert len(record["reward"]) == 3
     assert all(-3 < reward < 0 for reward in record["reward"])
@@ -99,6 +100,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     decode = f"{record['stages']['decode']['seconds']:.4f}"  # in the run's own table and in the roofline's
     assert sum(line.startswith("decode") and decode in line for line in printed.splitlines()) >= 2
+    assert f"{record['aligned']['entropy']:9.3f}{record['aligned']['cross_entropy']:8.3f}" in printed
     for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster", "of matmul", "gradients differ by"):
         assert text in printed
 

@@ -1,10 +1,11 @@
-"""Charts of a run: the reward over the steps, and where a step's time goes."""
+"""Charts of a run: reward and FID over the steps, and where a step's time goes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,6 +50,32 @@ def save_reward_curve(path: str | Path, rewards: Sequence[float], *, window: int
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward, −(MSE + LPIPS), weighted")
     axes.set_xlim(0, len(rewards) + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+
+
+def save_fid_curve(path: str | Path, measurements: Mapping[int, Mapping[str, Any]], cfg_scale: float) -> None:
+    """Write a PNG of FID over the steps, without and with guidance, with one standard error up and down.
+
+    measurements: as `run.json` has them, by the steps before them. The file appears whole or not at all.
+    Raises ValueError when there are none.
+    """
+    if not measurements:
+        raise ValueError("no measurements to draw; expected at least one")
+    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = list(measurements)
+    plain, guided = list(measurements.values()), [each["cfg"] for each in measurements.values()]
+    for scores, label, colour in ((plain, "no guidance", "#1d4ed8"), (guided, f"CFG {cfg_scale:g}", "#ea580c")):
+        fid, errors = ([each[name] for each in scores] for name in ("fid", "fid_se"))
+        axes.errorbar(steps, fid, yerr=errors, label=label, color=colour, marker="o", markersize=4, capsize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("FID ± standard error")
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

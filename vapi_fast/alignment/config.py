@@ -16,8 +16,9 @@ from vapi_fast.runtime.options import MOST, PRESET, check_output, option
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
+CONTROLS = ("random", "shuffled")
 # Besides run.json; progress.jsonl and TensorBoard's folder are added to.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png")
+RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,13 @@ class ObjectiveOptions:
         "`vapi`, `ste` (straight-through baseline) or `ntp` (next-token prediction alone)",
         choices=METHODS,
     )
+    control: str | None = option(
+        None,
+        "what the rewards are worth: advantages drawn at `random`, or `shuffled` between the images of a step; "
+        "everything else stays",
+        choices=CONTROLS,
+        shown="none",
+    )
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
     )
@@ -115,6 +123,9 @@ class EvaluationOptions:
     """The measurements before and after."""
 
     evaluate: bool = option(True, "align, and measure nothing before and after", flags=("--no-eval",))
+    eval_every: int | None = option(
+        None, "measure after every so many steps too; `fid.png` shows FID over the steps", at_least=1, shown="never"
+    )
     eval_data: Path | None = option(
         PRESET, "images that samples are measured against", shown="`--data` (held-out)", file="file or folder"
     )
@@ -187,6 +198,15 @@ class AlignConfig(
             raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
         if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
+        if self.control and self.method != "vapi":
+            raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
+        if self.control == "shuffled" and self.batch_size < 2:
+            raise ConfigError("--control shuffled needs --batch-size 2 or more: advantages go to another image")
+        if self.eval_every and not self.evaluate:
+            raise ConfigError(
+                f"--eval-every {self.eval_every} goes without --no-eval, --random-init and --synthetic-data: they "
+                "measure nothing"
+            )
         if self.prior == "kl" and self.method != "vapi":
             raise ConfigError(f"--prior kl needs --method vapi: --method {self.method} has no sampled tokens")
         if self.method != "vapi" and (self.rollouts == "free" or self.reward):
@@ -197,6 +217,10 @@ class AlignConfig(
             raise ConfigError("--rollouts free needs --noise-prob 0: its context is its own tokens")
         if self.reward is not None:
             reward_function(self.reward)
+
+    def measures_after(self, step: int) -> bool:
+        """Whether `eval_every` has the generator measured between two steps, this one and the next."""
+        return bool(self.eval_every) and 0 < step < self.steps and step % self.eval_every == 0
 
     def check_folder(self) -> None:
         """Raise ConfigError where the output folder holds anything that this run would write."""

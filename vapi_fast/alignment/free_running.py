@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, RolloutOptions
+from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.figures import mean_terms, non_finite
 from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
 from vapi_fast.alignment.models import Models
@@ -45,7 +46,7 @@ def accumulate_free_gradients(
     rewards = rewards_of(models, config, drawn.tokens, batch, clock)
     image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(config.group_size)
     condition = condition_of(batch).take(image)
-    advantages = ops.group_advantages(rewards["reward"]).flatten()
+    advantages = advantages_of(rewards["reward"], config, seed, batch.sample_ids).flatten()
     sequences = Sequences(drawn.tokens.flatten(0, 1), batch.sample_ids[image], advantages, drawn.logprobs.flatten(0, 1))
 
     micro_batches = [("policy", rows) for rows in split(len(sequences.tokens), config.micro_batch)]

@@ -19,14 +19,14 @@ from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.memory import ALONE, Beside
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.outcome import Outcome
-from vapi_fast.alignment.report import curve_writer, peak_memory
+from vapi_fast.alignment.report import curve_writer, peak_memory, write_scores
 from vapi_fast.alignment.step import Trainer, accumulate_gradients, align_step
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.distributed import rank
 from vapi_fast.runtime.errors import NonFiniteError, StoppedError
 from vapi_fast.runtime.progress import progress_bar
 
-PROGRESS = "progress.jsonl"  # in the run's folder, a line a step
+PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 
 
 class GradientSource:
@@ -72,13 +72,21 @@ def termination() -> Iterator[threading.Event]:
 
 
 class Loop:
-    """Steps from `start_step` on, with progress, TensorBoard curves, and the state saved every `checkpoint_every`."""
+    """Steps from `start_step` on, with progress, TensorBoard curves, the state saved every `checkpoint_every`, and the
+    generator measured every `eval_every`."""
 
     def __init__(
-        self, trainer: Trainer, source: GradientSource, outcome: Outcome, start_step: int, save: Callable[[int], None]
+        self,
+        trainer: Trainer,
+        source: GradientSource,
+        outcome: Outcome,
+        start_step: int,
+        save: Callable[[int], None],
+        measure: Callable[[int], None],
     ) -> None:
-        """save: writes the state after so many steps; all ranks call it."""
-        self.trainer, self.source, self.outcome, self.save = trainer, source, outcome, save
+        """save: writes the state after so many steps. measure: adds to `outcome.evaluations`. All ranks call them."""
+        self.trainer, self.source, self.outcome = trainer, source, outcome
+        self.save, self.measure = save, measure
         self.start_step = start_step
         self.steps_read = 0
         self.stopping = False
@@ -94,7 +102,8 @@ class Loop:
                 if writer := curve_writer():
                     folder = str(config.output_dir / "tensorboard")
                     self.writer = stack.enter_context(writer(folder, purge_step=self.start_step))
-            bar = {"desc": f"aligning ({config.method})", "unit": "step", "disable": rank() > 0}
+            what = f"{config.method}, control {config.control}" if config.control else config.method
+            bar = {"desc": f"aligning ({what})", "unit": "step", "disable": rank() > 0}
             self.progress = stack.enter_context(progress_bar(config.steps, initial=self.start_step, **bar))
             try:
                 self.steps(batches)
@@ -111,6 +120,11 @@ class Loop:
         config, clock = self.outcome.config, self.trainer.clock
         pending: StepResult | None = None
         self.started = time.perf_counter()
+        base = self.outcome.measured.get("base")
+        if config.eval_every and self.start_step == 0 and base and self.writer:
+            write_scores(self.writer, base, 0)
+        if config.measures_after(self.start_step) and str(self.start_step) not in self.outcome.evaluations:
+            self.evaluate(self.start_step)  # it was stopped before it came to that
         for step in range(self.start_step, config.steps):
             with clock("data"):
                 batch = next(batches).to(self.outcome.device)
@@ -122,16 +136,31 @@ class Loop:
             pending = result
             first, last = step == self.start_step, step + 1 == config.steps
             due = (step + 1) % config.checkpoint_every == 0
-            if due or last or self.stopping or first or self.source.waits:
+            measured = config.measures_after(step + 1)
+            if due or last or self.stopping or first or measured or self.source.waits:
                 self.read(pending)  # may learn that a rank wants to stop
                 pending = None
             if first:
                 self.outcome.first_step = clock.seconds(wait=True)
-            if (due or self.stopping) and not last:
-                self.save(step + 1)
+            if (due or measured or self.stopping) and not last:
+                self.save(step + 1)  # before a measurement, which can take longer than the steps so far
+            if measured and not self.stopping:
+                self.evaluate(step + 1)
             if self.stopping and not last:
                 again = f"--resume --output-dir {config.output_dir}"
                 raise StoppedError(f"stopped by SIGTERM after step {step + 1}; go on with {again}")
+
+    def evaluate(self, step: int) -> None:
+        """Measure the generator after so many steps, which is no part of the alignment, and save what was found."""
+        outcome, started = self.outcome, time.perf_counter()
+        self.measure(step)
+        self.started += time.perf_counter() - started
+        figures = outcome.evaluations[str(step)]
+        if self.writer:
+            write_scores(self.writer, figures, step)
+        if rank() == 0:
+            self.write_line(step, {"evaluation": figures})
+        self.save(step)
 
     def read(self, result: StepResult) -> None:
         """Wait for a step's figures and write them down. Raises NonFiniteError."""
@@ -161,14 +190,21 @@ class Loop:
         shown["memory"] = f"{peak_memory(outcome.device) / 1e9:.1f}GB"
         if (joules := outcome.energy.joules()) is not None:
             shown["energy"] = f"{joules / 1e3:.1f}kJ"
+        if outcome.evaluations:
+            shown["fid"] = f"{list(outcome.evaluations.values())[-1]['fid']:.2f}"
         return shown
 
     def write_progress(self, step: int, metrics: dict[str, float]) -> None:
+        """The figures of a step."""
+        outcome, figures = self.outcome, dict(metrics)
+        if self.source.waits:  # no other step is under way meanwhile
+            figures |= {"stages": outcome.stage_seconds()} | outcome.comparison
+        if seconds := outcome.step_seconds(wait=False):
+            figures |= {"step_seconds": seconds, "images_per_second": outcome.config.batch_size / seconds}
+        self.write_line(step + 1, figures)
+
+    def write_line(self, steps: int, figures: dict[str, Any]) -> None:
         """A line of JSON with the figures so far, for whoever watches the run or has to do with one that was ended."""
         outcome = self.outcome
-        line = {"step": step + 1, **metrics, "seconds": outcome.seconds, "peak_memory": peak_memory(outcome.device)}
-        if self.source.waits:  # no other step is under way meanwhile
-            line |= {"stages": outcome.stage_seconds()} | outcome.comparison
-        if seconds := outcome.step_seconds(wait=False):
-            line |= {"step_seconds": seconds, "images_per_second": outcome.config.batch_size / seconds}
+        line = {"step": steps, **figures, "seconds": outcome.seconds, "peak_memory": peak_memory(outcome.device)}
         print(json.dumps(line), file=self.lines, flush=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, RewardOptions
+from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
 from vapi_fast.alignment.user_reward import user_rewards
@@ -25,20 +26,42 @@ class Losses(NamedTuple):
     rollouts: Tensor  # int64 [b,G,T]; empty where nothing was sampled
 
 
+class Judged(NamedTuple):
+    """What rollouts are worth: the terms of their rewards, and the advantages that they are learned from, `[b,G]`."""
+
+    rewards: dict[str, Tensor]
+    advantages: Tensor
+
+    def take(self, rows: slice) -> Judged:
+        return Judged({name: values[rows] for name, values in self.rewards.items()}, self.advantages[rows])
+
+
 def vapi_loss(
-    models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock
+    models: Models,
+    config: AlignConfig,
+    batch: ImageBatch,
+    tokens: Tensor,
+    seed: int,
+    clock: Clock,
+    judged: Judged | None = None,
 ) -> Losses:
-    """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior."""
+    """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior.
+
+    judged: of the same rollouts, where that is known already.
+    """
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     condition = condition_of(batch)
     rollout = roll_out(models.generator, tokens, condition, config, clock=clock, **draw)
-    rewards = rewards_of(models, config, rollout.tokens, batch, clock)
+    if judged is None:
+        rewards = rewards_of(models, config, rollout.tokens, batch, clock)
+        with clock("loss"):
+            judged = Judged(rewards, advantages_of(rewards["reward"], config, seed, batch.sample_ids))
     with clock("loss"):
         filtered = config.top_k > 0 or config.top_p < 1
         loss = ops.policy_loss(
             **models.generator.head.operands(rollout.hidden),
             tokens=rollout.tokens,
-            advantages=ops.group_advantages(rewards["reward"]),
+            advantages=judged.advantages,
             targets=tokens,
             old_logprobs=rollout.logprobs if filtered else None,
             base_logprobs=base_logprobs(models, config, tokens, condition, rollout.tokens, **draw),
@@ -47,8 +70,29 @@ def vapi_loss(
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
             temperature=config.temperature,
         )
-    terms = {"loss": loss.loss, **rewards, "cross_entropy": loss.prior, "kl": loss.kl}
+    terms = {"loss": loss.loss, **judged.rewards, "cross_entropy": loss.prior, "kl": loss.kl}
     return Losses(terms, rollout.tokens)
+
+
+@torch.no_grad()
+def judge_step(
+    models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock
+) -> Judged:
+    """Judge all rollouts of this rank before any is learned from: a forward more, for advantages that need the step's.
+
+    Dropout's masks, the only draws with a state, are drawn once more by the forward that is learned from.
+    """
+    parts = []
+    with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
+        for start in range(0, len(tokens), config.micro_batch):
+            rows = slice(start, start + config.micro_batch)
+            part = ImageBatch(*(value[rows] for value in batch))
+            draw = {"seed": seed, "sample_ids": part.sample_ids}
+            rollout = roll_out(models.generator, tokens[rows], condition_of(part), config, clock=clock, **draw)
+            parts.append(rewards_of(models, config, rollout.tokens, part, clock))
+    rewards = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    with clock("loss"):
+        return Judged(rewards, advantages_of(rewards["reward"], config, seed, batch.sample_ids))
 
 
 def rewards_of(

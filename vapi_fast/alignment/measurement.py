@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import AlignConfig, RolloutOptions
 from vapi_fast.alignment.models import Models
-from vapi_fast.alignment.rollout import condition_of, roll_out
+from vapi_fast.alignment.rollout import condition_of, roll_out, token_uncertainty
 from vapi_fast.data.dataset import ImageBatch, ImageData
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
@@ -31,23 +31,36 @@ SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a trainin
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One generator's figures: scores of its samples without and with guidance, and its held-out rollouts' means."""
+class HeldOut:
+    """Means over held-out images: of their rollouts' rewards, and of what these are drawn from.
 
-    plain: evaluation.Scores
-    cfg: evaluation.Scores
+    entropy, cross_entropy: in nats a token, of the teacher-forced distributions at temperature 1 (around noise, where
+    there is `--noise-prob`); the latter to the images' own tokens. A sharper generator has less of the first, one that
+    has over-fitted more of the second.
+    """
+
     reward: float
     mse: float
     lpips: float
+    entropy: float
+    cross_entropy: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One generator's figures: scores of its samples without and with guidance, and those of held-out images."""
+
+    plain: evaluation.Scores
+    cfg: evaluation.Scores
+    held_out: HeldOut
 
     def as_record(self) -> dict[str, Any]:
-        """The layout of `run.json`: the plain scores on top, the guided ones under `cfg`."""
-        rewards = {"reward": self.reward, "mse": self.mse, "lpips": self.lpips}
+        """The layout of `run.json`: the plain scores on top with the held-out figures, the guided ones under `cfg`."""
         plain, guided = (
             {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for scores in (self.plain, self.cfg)
         )
-        return plain | {"cfg": guided} | rewards
+        return plain | {"cfg": guided} | dataclasses.asdict(self.held_out)
 
 
 class Evaluator:
@@ -74,14 +87,18 @@ class Evaluator:
         self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
 
     @torch.no_grad()
-    def measure(self, generator: Generator, name: str) -> Measurement:
-        """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones."""
-        scores = [self.score(generator, scale, name) for scale in (1.0, self.config.cfg_scale)]
-        return Measurement(*scores, *self.rewards(generator))
+    def measure(self, generator: Generator, name: str, temperature: float | None = None) -> Measurement:
+        """Score `generator`; draws depend on the config's seed alone, so two generators get the same ones.
 
-    def score(self, generator: Generator, cfg_scale: float, name: str) -> evaluation.Scores:
+        temperature: of samples and rollouts. None: 1 for samples, as papers draw them, whatever `config.temperature`
+        a run learns at, and that one for rollouts.
+        """
+        scores = [self.score(generator, scale, name, temperature or 1.0) for scale in (1.0, self.config.cfg_scale)]
+        return Measurement(*scores, self.held_out(generator, temperature or self.config.temperature))
+
+    def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
         features, logits = [], []
-        for images in self.samples(generator, cfg_scale, self.config.eval_samples, name):
+        for images in self.samples(generator, cfg_scale, self.config.eval_samples, name, temperature):
             found = self.network.features(images)
             features.append(found.pooled.cpu())
             logits.append(found.logits.cpu())
@@ -92,14 +109,16 @@ class Evaluator:
             feature_network=self.network.name,
         )
 
-    def samples(self, generator: Generator, cfg_scale: float, count: int, name: str) -> Iterator[Tensor]:
+    def samples(
+        self, generator: Generator, cfg_scale: float, count: int, name: str, temperature: float
+    ) -> Iterator[Tensor]:
         """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
         with progress_bar(len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
             batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
             for part in ids.split(batches * self.config.eval_batch):
-                for tokens in self.draw(generator, part, cfg_scale).split(self.config.eval_batch):
+                for tokens in self.draw(generator, part, cfg_scale, temperature).split(self.config.eval_batch):
                     yield self.decode(tokens)
                     progress.update(len(tokens))
 
@@ -108,13 +127,13 @@ class Evaluator:
         return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
 
     @torch.no_grad()
-    def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float) -> Tensor:
+    def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float, temperature: float = 1.0) -> Tensor:
         """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
         labels = self.labels[sample_ids % len(self.labels)].to(self.device)
         options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
         seed = ops.fold_seed(self.config.seed, SEED_STREAM)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, **options)
+            return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, temperature=temperature, **options)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -123,8 +142,10 @@ class Evaluator:
             raise NonFiniteError("the tokenizer decodes samples to values that are not finite: pass another --vq-ckpt")
         return images
 
-    def rewards(self, generator: Generator) -> tuple[float, float, float]:
-        """Mean reward, MSE and LPIPS of teacher-forced rollouts on held-out images."""
+    def held_out(self, generator: Generator, temperature: float) -> HeldOut:
+        """Means over teacher-forced rollouts around held-out images."""
+        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(RolloutOptions)}
+        options = RolloutOptions(**fields | {"temperature": temperature})
         training = generator.training
         generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
@@ -133,11 +154,12 @@ class Evaluator:
             batch = batch.to(self.device)
             tokens = self.models.codec.encode(batch.images)
             draw = {"seed": seed, "sample_ids": batch.image_ids}
-            rollout = roll_out(generator, tokens, condition_of(batch), self.config, **draw)
+            rollout = roll_out(generator, tokens, condition_of(batch), options, **draw)
             reward = self.models.reward.score(rollout.tokens, batch.images)
-            rows.append(torch.stack([value.mean(1) for value in reward], dim=1).cpu())
+            uncertainty = token_uncertainty(rollout.hidden, generator.head, tokens)
+            rows.append(torch.cat([torch.stack([value.mean(1) for value in reward], dim=1), uncertainty], dim=1).cpu())
         generator.train(training)
-        return tuple(gather_rows(torch.cat(rows)).double().mean(0).tolist())
+        return HeldOut(*gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 
 def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:

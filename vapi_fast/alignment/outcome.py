@@ -30,6 +30,7 @@ class Outcome:
     plan: MemoryPlan | None
     curves: dict[str, list[float]] = field(default_factory=dict)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # those between steps, by the steps so far
     pictures: list[tuple[str, Tensor]] = field(default_factory=list)  # columns of the picture grid
     seconds: dict[str, float] = field(default_factory=dict)
     first_step: dict[str, float] = field(default_factory=dict)  # its seconds by stage

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.runtime.accelerators import attention_backend
@@ -22,6 +23,10 @@ from vapi_fast.runtime.distributed import gather_objects, world_size
 from vapi_fast.runtime.ownership import LOCK
 from vapi_fast.runtime.packages import installed
 
+CURVES = (  # of a measurement
+    *("fid", "inception_score", "precision", "recall"),
+    *("reward", "mse", "lpips", "entropy", "cross_entropy"),
+)
 PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
 
 
@@ -38,6 +43,7 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "data": outcome.data,
         "commit": commit(),
         **outcome.measured,
+        "evaluations": outcome.evaluations,
         "reward": outcome.curves["reward"],
         "curves": outcome.curves,
         "seconds": outcome.seconds | {"stages": outcome.clock.seconds(wait=True)},
@@ -120,6 +126,14 @@ def curve_writer() -> type | None:
     return SummaryWriter
 
 
+def write_scores(writer: Any, figures: dict[str, Any], step: int) -> None:
+    """A measurement's figures as TensorBoard's curves `evaluation/…`, the guided ones' `evaluation/cfg/…`."""
+    for name in CURVES:
+        for curve, scores in ((name, figures), (f"cfg/{name}", figures["cfg"])):
+            if name in scores:
+                writer.add_scalar(f"evaluation/{curve}", scores[name], step)
+
+
 def write_pictures(outcome: Outcome, output: Path) -> None:
     """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward, where matplotlib is."""
     if outcome.pictures:
@@ -133,12 +147,16 @@ def write_pictures(outcome: Outcome, output: Path) -> None:
 
 
 def write_record(record: dict[str, Any], output: Path) -> None:
-    """Write `run.json`, which marks the run as finished, and print the table; `stages.png` where matplotlib is."""
-    if record["stages"] and installed("matplotlib"):
-        from vapi_fast.alignment.charts import save_stage_bars
+    """Write `run.json`, which marks the run as finished, and print the table; where matplotlib is, `stages.png`, and
+    `fid.png` if the steps were measured."""
+    if installed("matplotlib"):
+        from vapi_fast.alignment.charts import save_fid_curve, save_stage_bars
 
-        seconds = {stage: figures["seconds"] for stage, figures in record["stages"].items()}
-        save_stage_bars(output / "stages.png", [(record["config"]["model"], seconds)])
+        if record["stages"]:
+            seconds = {stage: figures["seconds"] for stage, figures in record["stages"].items()}
+            save_stage_bars(output / "stages.png", [(record["config"]["model"], seconds)])
+        if record["config"]["eval_every"]:
+            save_fid_curve(output / "fid.png", measurements(record), record["config"]["cfg_scale"])
     text = json.dumps(record, indent=1, allow_nan=False)
     write_atomically(output / "run.json", lambda temporary: temporary.write_text(text))
     print(table(record))
@@ -152,9 +170,12 @@ def print_results(output: Path) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """Before and after, and stage timings, as text."""
-    lines = []
+    control = record["config"]["control"]
+    lines = [SAID[control]] if control else []
     if "base" in record and "aligned" in record:
-        lines += scores_table(record["base"], record["aligned"], record["config"]["cfg_scale"])
+        between = {f"step {step}": figures for step, figures in record["evaluations"].items()}
+        measured = {"base": record["base"], **between, "aligned": record["aligned"]}
+        lines += scores_table(measured, record["config"]["cfg_scale"])
     seconds = record["seconds"]
     parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("startup", "alignment", "evaluation"))
     lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}")
@@ -183,16 +204,27 @@ def stages_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def scores_table(base: dict[str, Any], aligned: dict[str, Any], cfg_scale: float) -> list[str]:
-    """FID ± standard error and the other figures, a row each for base and aligned, without and with guidance."""
+def measurements(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """A run's measurements by the steps before them: the base's at 0, those of `--eval-every`, the aligned one's."""
+    between = {int(step): figures for step, figures in record["evaluations"].items()}
+    ends = {0: record.get("base"), record["config"]["steps"]: record.get("aligned")}
+    return dict(sorted((between | {step: figures for step, figures in ends.items() if figures}).items()))
+
+
+def scores_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[str]:
+    """FID ± standard error and the other figures of the measurements by name, a row each without and with guidance."""
+    first = next(iter(measured.values()))
     header = f"{'':22}{'FID':>16}{'IS':>16}{'precision':>11}{'recall':>9}{'reward':>10}{'MSE':>9}{'LPIPS':>9}"
-    lines = [f"{base['samples']} samples, {base['feature_network']} (± standard error)", header]
-    for name, figures in (("base", base), ("aligned", aligned)):
+    header += f"{'entropy':>9}{'CE':>8}"
+    lines = [f"{first['samples']} samples, {first['feature_network']} (± standard error)", header]
+    for name, figures in measured.items():
         for scores, label in ((figures, name), (figures["cfg"], f"{name}, CFG {cfg_scale:g}")):
             row = f"{label:22}{scores['fid']:9.2f} ±{scores['fid_se']:5.2f}"
             row += f"{scores['inception_score']:9.2f} ±{scores['inception_score_se']:5.2f}"
             row += f"{scores['precision']:11.3f}{scores['recall']:9.3f}"
             if scores is figures:
                 row += f"{figures['reward']:10.4f}{figures['mse']:9.4f}{figures['lpips']:9.4f}"
+                if "entropy" in figures:  # a run's that an earlier version began
+                    row += f"{figures['entropy']:9.3f}{figures['cross_entropy']:8.3f}"
             lines.append(row)
     return lines

@@ -83,3 +83,15 @@ def token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: floa
     """log π(x_t) `[B,G,T]` of given tokens `[B,G,T]` under the states `[B,T,D]` that the head takes."""
     logprobs = (head.logits(hidden.float()) / temperature).log_softmax(-1)
     return logprobs.gather(-1, tokens.transpose(1, 2)).transpose(1, 2)
+
+
+def token_uncertainty(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """Float32 `[B,2]`, in nats at temperature 1, means over an image's positions with states `[B,T,D]`: the entropy of
+    the next token, and its cross-entropy to the image's own tokens `[B,T]`. One image's logits are held at once.
+    """
+    rows = []
+    for states, own in zip(hidden, tokens, strict=True):
+        logprobs = head.logits(states.float()).log_softmax(-1)
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        rows.append(torch.stack([entropy.mean(), -logprobs.gather(-1, own[:, None]).mean()]))
+    return torch.stack(rows)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -52,6 +53,7 @@ RESUMABLE = {
     "output_dir",
     "resume",
     "evaluate",
+    "eval_every",
     "checkpoint_every",
     "steps",
     "micro_batch",
@@ -193,7 +195,8 @@ class Run:
         images = (
             "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.condition.count)
         )
-        return "\n".join(filter(None, (text, images, plan, packages.left_out())))
+        control = SAID[config.control] if config.control else ""
+        return "\n".join(filter(None, (text, control, images, plan, packages.left_out())))
 
     def begin(self) -> int:
         """Measure the generator, or go on from the newest state; returns the steps that are done."""
@@ -211,19 +214,30 @@ class Run:
         config, shares = self.config, {"rank": rank(), "world_size": world_size()}
         batches = self.data.batches(config.batch_size, config.steps, seed=config.seed, start_step=start_step, **shares)
         with contextlib.closing(ahead(iter(batches), self.device)) as moved:
-            Loop(self.trainer, self.source, self.outcome, start_step, self.save_state).run(moved)
+            loop = Loop(self.trainer, self.source, self.outcome, start_step, self.save_state, self.measure_step)
+            loop.run(moved)
 
     def end(self) -> None:
         self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
             self.measure("aligned")
+            if self.config.eval_every and rank() == 0 and (writer := report.curve_writer()):
+                with writer(str(self.config.output_dir / "tensorboard")) as curves:
+                    report.write_scores(curves, self.outcome.measured["aligned"], self.config.steps)
             self.picture("aligned sample")
 
     def measure(self, name: str) -> None:
+        self.outcome.measured[name] = self.measured(name)
+
+    def measure_step(self, step: int) -> None:
+        self.outcome.evaluations[str(step)] = self.measured(f"step {step}")
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """What `run.json` says of the generator as it is now."""
         started = time.perf_counter()
         measurement = self.evaluator.measure(whole_copy(self.models.generator), name)
-        self.outcome.measured[name] = measurement.as_record()
         self.outcome.seconds["evaluation"] += time.perf_counter() - started
+        return measurement.as_record()
 
     def picture(self, title: str, originals: bool = False) -> None:
         """Add a column to the picture grid: samples at fixed seeds, after the held-out images of the same classes."""
@@ -250,6 +264,7 @@ class Run:
             "config": comparable(self.config),
             "curves": self.outcome.curves,
             "measured": self.outcome.measured,
+            "evaluations": self.outcome.evaluations,
             "data": self.outcome.data,
         }
         self.snapshots.save(step, self.models.generator, self.trainer.optimizer, extra)
@@ -272,6 +287,7 @@ class Run:
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.config.lr
         self.outcome.curves, self.outcome.measured = extra["curves"], extra["measured"]
+        self.outcome.evaluations = extra.get("evaluations", {})
         return step
 
     def write_results(self, started: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.figures import StepResult, mean_terms, non_finite
-from vapi_fast.alignment.losses import LOSSES
+from vapi_fast.alignment.losses import LOSSES, judge_step
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
 from vapi_fast.data.dataset import ImageBatch
@@ -52,11 +52,14 @@ def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch,
     """Forward and backward over this rank's images, micro-batch by micro-batch."""
     with clock("encode"):
         tokens = models.codec.encode(batch.images)
+    judged = judge_step(models, config, batch, tokens, seed, clock) if config.control == "shuffled" else None
     means, bad, rollouts, rewards = [], [], [], []
     for start in range(0, len(tokens), config.micro_batch):
-        part = ImageBatch(*(value[start : start + config.micro_batch] for value in batch))
-        reduce_at(models.generator, last=start + config.micro_batch >= len(tokens))
-        losses = LOSSES[config.method](models, config, part, tokens[start : start + config.micro_batch], seed, clock)
+        rows = slice(start, start + config.micro_batch)
+        part = ImageBatch(*(value[rows] for value in batch))
+        reduce_at(models.generator, last=rows.stop >= len(tokens))
+        known = () if judged is None else (judged.take(rows),)
+        losses = LOSSES[config.method](models, config, part, tokens[rows], seed, clock, *known)
         share = len(part.images) / config.batch_size
         with clock("backward"):
             (losses.terms["loss"] * share).backward()

@@ -1,0 +1,47 @@
+"""Advantages, and controls: what an alignment does where they say nothing of the rollouts, everything else equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.reference.philox import CONTROL, default_sample_ids, open_uniform23, philox, seed_key
+from vapi_fast.runtime.distributed import sum_over_ranks
+
+SAID = {
+    "random": "a control run: the advantages are drawn at random, and the rewards decide nothing",
+    "shuffled": "a control run: every image has another one's advantages, and its own rewards decide nothing",
+}
+
+
+def advantages_of(rewards: Tensor, config: AlignConfig, seed: int, sample_ids: Tensor) -> Tensor:
+    """Advantages `[b,G]` of rollouts with rewards `[b,G]`, of the images in the slots `sample_ids` of the step.
+
+    With `config.control` in their place, by draws of the step's seed that depend on neither batch nor rank:
+    "random", the advantages of rewards drawn from a normal distribution; "shuffled", the whole group's of another
+    image of the step. For that, `rewards` must be those of all of this rank's images, and all ranks call it.
+    """
+    if config.control == "random":
+        rewards = normal_rewards(seed, sample_ids, rewards.shape[1])
+    advantages = ops.group_advantages(rewards)
+    if config.control != "shuffled":
+        return advantages
+    step = advantages.new_zeros(config.batch_size, rewards.shape[1]).index_copy_(0, sample_ids, advantages)
+    return sum_over_ranks(step)[others(seed, config.batch_size, rewards.device)[sample_ids]]
+
+
+def normal_rewards(seed: int, sample_ids: Tensor, group_size: int) -> Tensor:
+    """float32 `[b,G]`, standard normal: a function of the seed, the sample id and the rollout's index alone."""
+    rollouts = torch.arange(group_size, device=sample_ids.device)
+    ids = default_sample_ids(len(sample_ids), sample_ids, sample_ids.device)[:, None]
+    word = philox((0, rollouts, ids, CONTROL), seed_key(seed))[0]
+    return torch.special.ndtri(open_uniform23(word, torch.float64)).float()
+
+
+def others(seed: int, batch_size: int, device: torch.device) -> Tensor:
+    """For each image of a step another one's slot, int64 `[batch_size]`: a random cycle through all of them."""
+    word = philox((0, 0, torch.arange(batch_size, device=device), CONTROL), seed_key(seed))[1]
+    order = word.argsort(stable=True)
+    return torch.empty_like(order).index_copy_(0, order, order.roll(-1))
