@@ -1,7 +1,8 @@
-"""Bad input: one clear line, exit code 2 for usage and 1 for failure, no traceback, nothing overwritten."""
+"""Bad input: one clear line, exit code 2 for arguments and files, 1 for a run that failed, no traceback, nothing overwritten."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,7 +53,7 @@ USAGE = [
     (["--model", "tiny", "--image-size", "30"], "--image-size must be a multiple of 4, got 30"),
     (["--model", "tiny", "--noise-prob", "1.5"], "--noise-prob must be between 0 and 1, got 1.5"),
     (["--model", "tiny", "--top-p", "nan"], "--top-p must be greater than 0 and at most 1, got nan"),
-    (["--model", "tiny", "--temperature", "0"], "--temperature must be greater than 0, got 0.0"),
+    (["--model", "tiny", "--temperature", "0"], "--temperature must be at least 1e-06, got 0.0"),
     (["--model", "tiny", "--dropout", "1"], "--dropout must be at least 0 and less than 1"),
     (["--model", "tiny", "--lr", "-1"], "--lr must be at least 0"),
     (["--model", "tiny", "--cfg-scale", "0.5"], "--cfg-scale must be at least 1"),
@@ -80,7 +81,7 @@ def test_checkpoint_of_another_size(vapi_fast: Callable, tmp_path: Path) -> None
     state = load_state_dict(PRESET.generator)
     torch.save({name: value for name, value in state.items() if "layers.5." not in name}, "five.pt")
     code, error = vapi_fast("--model", "tiny", "--gpt-ckpt", "five.pt", "--synthetic-data", "--output-dir", "out")
-    assert code == 1
+    assert code == 2
     assert "five.pt: holds 5 layers of width 192, but --model tiny has 6 of width 192" in error
     assert not (tmp_path / "out").exists()
 
@@ -88,7 +89,7 @@ def test_checkpoint_of_another_size(vapi_fast: Callable, tmp_path: Path) -> None
 def test_truncated_checkpoint(vapi_fast: Callable, tmp_path: Path) -> None:
     Path("cut.safetensors").write_bytes(PRESET.tokenizer.read_bytes()[:5000])
     code, error = vapi_fast("--model", "tiny", "--vq-ckpt", "cut.safetensors", "--synthetic-data")
-    assert code == 1
+    assert code == 2
     assert "cut.safetensors: cannot be read, truncated" in error
 
 
@@ -96,7 +97,7 @@ def test_swapped_checkpoints(vapi_fast: Callable) -> None:
     code, error = vapi_fast(
         *("--model", "tiny", "--vq-ckpt", PRESET.generator, "--gpt-ckpt", PRESET.tokenizer, "--synthetic-data")
     )
-    assert code == 1
+    assert code == 2
     assert "does not fit this VQTokenizer" in error
 
 
@@ -110,7 +111,7 @@ def save_images(folder: Path, classes: int) -> None:
 def test_labels_out_of_range(vapi_fast: Callable) -> None:
     save_images(Path("ten"), 10)
     code, error = vapi_fast("--model", "tiny", "--data", "ten", "--no-eval")
-    assert code == 1
+    assert code == 2
     assert "label" in error
     assert "9" in error
 
@@ -119,7 +120,7 @@ def test_labels_out_of_range(vapi_fast: Callable) -> None:
 def test_empty_data(vapi_fast: Callable) -> None:
     Path("nothing").mkdir()
     code, error = vapi_fast("--model", "tiny", "--data", "nothing", "--no-eval")
-    assert code == 1
+    assert code == 2
     assert "nothing" in error
 
 
@@ -155,11 +156,49 @@ def test_finished_and_unfinished_runs_are_not_overwritten(vapi_fast: Callable) -
         assert file.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("progress.jsonl", lambda path: path.symlink_to("mine.txt"), "progress.jsonl is none that a run has written"),
+        ("progress.jsonl", os.mkfifo, "progress.jsonl is none that a run has written"),
+        ("tensorboard", Path.touch, "tensorboard is none that a run has written"),
+        ("snapshots", Path.touch, "snapshots is none that a run has written"),
+        ("aligned.pt", lambda path: path.symlink_to("nowhere"), "holds aligned.pt, which this run would write"),
+    ],
+)
+def test_what_no_run_has_written_is_left_alone(
+    name: str, make: Callable[[Path], object], message: str, vapi_fast: Callable
+) -> None:
+    Path("out").mkdir()
+    make(Path("out") / name)
+    code, error = vapi_fast("--model", "tiny", "--output-dir", "out")
+    assert code == 2
+    assert message in error
+    assert os.path.lexists(Path("out") / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 and MASTER_ADDR is missing: start with torchrun, or unset"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment, expected torchrun's number: unset it"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(
+    changes: dict[str, str], message: str, vapi_fast: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    code, error = vapi_fast("--model", "tiny", "--output-dir", "out")
+    assert code == 2
+    assert message in error
+
+
 def test_damaged_state_is_refused(vapi_fast: Callable) -> None:
     Path("out/snapshots/step-000001").mkdir(parents=True)
     Path("out/snapshots/step-000001/manifest.json").write_bytes(b"half a file")
     code, error = vapi_fast("--model", "tiny", "--output-dir", "out", "--resume", "--synthetic-data")
-    assert code == 1
+    assert code == 2
     assert "out/snapshots" in error
 
 

@@ -22,7 +22,7 @@ inputs = pytest.importorskip("inputs")
 ALIGN = "align --model tiny --steps 1 --no-eval --batch-size 2 --micro-batch 2 --group-size 2 --output-dir OUT "
 GENERATE = "generate --model tiny --num 2 --out OUT "
 EVALUATE = "evaluate --model tiny --output OUT "
-FILE, USAGE = 1, 2  # exit codes
+FILE, USAGE, FAILED = 2, 2, 1  # exit codes
 
 
 class Case(NamedTuple):
@@ -113,17 +113,17 @@ CASES = [
     ),
     Case(ALIGN + "--reward leaving_reward:reward", "SystemExit: 0 .*leaving_reward.py, line 2", USAGE),
     Case(ALIGN + "--reward broken_reward:reward", r"SyntaxError: expected ':' \(.*broken_reward.py, line 1\)", USAGE),
-    Case(ALIGN + "--reward failing_reward:reward", "IndexError: .*failing_reward.py, line 2", FILE),
-    Case(ALIGN + "--reward quitting_reward:reward", "SystemExit: 0 .*quitting_reward.py, line 2", FILE),
-    Case(ALIGN + "--reward not_a_number_reward:reward", r"is not finite \(stage reward\)", FILE),
+    Case(ALIGN + "--reward failing_reward:reward", "IndexError: .*failing_reward.py, line 2", FAILED),
+    Case(ALIGN + "--reward quitting_reward:reward", "SystemExit: 0 .*quitting_reward.py, line 2", FAILED),
+    Case(ALIGN + "--reward not_a_number_reward:reward", r"is not finite \(stage reward\)", FAILED),
     Case(
         ALIGN + "--reward whole_numbers_reward:reward", r"must return a floating-point tensor \[4\].*int64 \[4\]", FILE
     ),
-    Case(ALIGN + "--reward truth_reward:reward", r"must return a floating-point tensor \[4\].*got bool \[4\]", FILE),
-    Case(ALIGN + "--reward imaginary_reward:reward", r"must return a floating-point.*got complex64 \[4\]", FILE),
-    Case(ALIGN + "--reward of_a_wrong_shape_reward:reward", r"must return a floating-point.*got float32 \[\]", FILE),
+    Case(ALIGN + "--reward truth_reward:reward", r"must return a floating-point tensor \[4\].*got bool \[4\]", FAILED),
+    Case(ALIGN + "--reward imaginary_reward:reward", r"must return a floating-point.*got complex64 \[4\]", FAILED),
+    Case(ALIGN + "--reward of_a_wrong_shape_reward:reward", r"must return a floating-point.*got float32 \[\]", FAILED),
     Case(ALIGN + "--lr 1e300", "--lr must be finite and less than 2^63".replace("^", r"\^"), USAGE),
-    Case(ALIGN + "--lr 9e18 --steps 2", r"is not finite \(stage .*the weights up to step 1 are in", FILE),
+    Case(ALIGN + "--lr 9e18 --steps 2", r"is not finite \(stage .*the weights up to step 1 are in", FAILED),
 ]
 
 
@@ -148,7 +148,7 @@ def test_a_command_is_right_or_says_what_is_wrong(
         assert errors[0].isprintable()
         assert "Traceback" not in printed.err
         results = {path.name for path in out.glob("*")} if out.is_dir() else set()
-        assert results <= {"progress.jsonl", "tensorboard", "snapshots"}  # of a run that began
+        assert results <= ({"progress.jsonl", "tensorboard", "snapshots"} if case.code == FAILED else set())
     elif name == "align":
         assert all(weight.isfinite().all() for weight in torch.load(out / "aligned.pt").values())
         assert json.loads((out / "run.json").read_text())["curves"]["loss"]
@@ -158,5 +158,9 @@ def test_a_command_is_right_or_says_what_is_wrong(
         assert 0 < json.loads(out.read_text())["fid"] < 1000
 
 
-def there(folder: Path) -> set[str]:
-    return {str(path) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+def there(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of all files."""
+    found = {
+        str(path): path.lstat() for path in folder.rglob("*") if "__pycache__" not in path.parts and path.is_file()
+    }
+    return {path: (about.st_size, about.st_mtime_ns) for path, about in found.items()}

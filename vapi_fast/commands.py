@@ -104,13 +104,14 @@ def evaluate_main(options: argparse.Namespace) -> int:
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding does not
-        stream.reconfigure(errors="backslashreplace")
+        if stream is not None:  # closed before the start
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = warning_line
             command()
     except Error as error:
-        return fail(error.exit_code, error)
+        return fail(error.exit_code, error, alike=isinstance(error, ConfigError))
     except torch.OutOfMemoryError:
         return fail(FAILURE, out_of_memory)
     except (MemoryError, RuntimeError) as error:
@@ -129,9 +130,10 @@ def warning_line(message: Warning | str, *_: object) -> None:
     warn(message)
 
 
-def fail(code: int, error: object) -> int:
-    """Print the error; of one that all processes of a machine have alike, that of the first."""
-    if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(code: int, error: object, alike: bool = False) -> int:
+    """Print the error; of one that all processes of a machine have `alike`, that of the first."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if not alike or not local_rank.isdecimal() or int(local_rank) == 0:
         sys.stderr.write(f"vapi-fast: error: {one_line(error)}\n")  # as one piece: other processes write there too
     return code
 

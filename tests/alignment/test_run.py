@@ -164,6 +164,39 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
             vapi_fast.align(tiny_config(checkpoint_every=1))
     with pytest.raises(ConfigError, match=r"was started with --clip-range .*, now it is 0\.5"):
         vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, clip_range=0.5))
+    found = run.identity
+    monkeypatch.setattr(run, "identity", lambda path: found(path) | {"blake2b": "0"})
+    with pytest.raises(ConfigError, match="was started with another --gpt-ckpt than it is now"):
+        vapi_fast.align(tiny_config(checkpoint_every=1, resume=True))
+
+
+RECORD = {
+    "config": {"lr": "1e-5"},
+    "curves": {"loss": [1.0, 2.0]},
+    "measured": {},
+    "data": {"split": None, "images": 3, "classes": {"0": {"name": "cat", "images": 3}}},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": None},
+        {"config": {"lr": 3}},
+        {"curves": 3},
+        {"curves": {"loss": [1.0]}},
+        {"curves": {"loss": ["a", "b"]}},
+        {"data": {}},
+        {"data": {"split": None, "classes": {"x": {"name": "cat", "images": 3}}}},
+        {"data": {"split": None, "classes": {"0": None}}},
+        {"measured": []},
+        {"files": 3},
+    ],
+)
+def test_what_a_state_says_of_its_run(changes: dict[str, Any]) -> None:
+    assert run.is_record(RECORD, 2)
+    assert not run.is_record(RECORD | changes, 2)
+    assert not run.is_record({}, 0)
 
 
 @pytest.mark.usefixtures("image_sets")

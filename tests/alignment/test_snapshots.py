@@ -486,6 +486,9 @@ def test_a_prepared_state_runs_no_code(tmp_path: Path, trained: Any, where: str)
         lambda manifest: manifest.pop("stepped") and None,
         lambda manifest: manifest.pop("files") and None,
         lambda manifest: [1],
+        lambda manifest: manifest["files"].update({"x": None}),
+        lambda manifest: manifest["files"].update({"x": []}),
+        lambda manifest: manifest["files"].update({"\0": [1, 2]}),
     ],
 )
 def test_a_manifest_speaks_of_its_own_folder_alone(tmp_path: Path, trained: Any, changes: Any) -> None:
@@ -502,5 +505,19 @@ def test_what_is_no_state_is_none(tmp_path: Path, trained: Any) -> None:
     (tmp_path / "step-foo").mkdir()
     (tmp_path / "step-000007").write_text("a file")
     (tmp_path / ("step-" + "9" * 30)).mkdir()
+    (tmp_path / "step-0000003").mkdir()  # another spelling
+    (tmp_path / ".step-mine").mkdir()
+    (tmp_path / ".step-000003.tmp").mkdir()
     assert saved_steps(tmp_path) == [3]
     assert restored_step(tmp_path) == 3
+    assert (tmp_path / ".step-mine").exists()
+    assert not (tmp_path / ".step-000003.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", ".metadata", "__0_0.distcp"])
+def test_a_state_is_made_of_regular_files(name: str, tmp_path: Path, trained: Any) -> None:
+    save(tmp_path, [3], trained)
+    (tmp_path / "step-000003" / name).unlink()
+    os.mkfifo(tmp_path / "step-000003" / name)
+    with pytest.raises(CheckpointError, match="every saved state is damaged"):
+        restored_step(tmp_path)

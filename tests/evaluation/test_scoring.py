@@ -20,7 +20,7 @@ from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation import networks, scoring
 from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 from vapi_fast.models import LPIPS
-from vapi_fast.runtime.errors import ConfigError, DataError, EvaluationError
+from vapi_fast.runtime.errors import ConfigError, DataError, Error, EvaluationError
 
 
 @pytest.fixture(scope="module")
@@ -264,9 +264,27 @@ def test_a_folder_that_cannot_be_scored_is_one_line(tmp_path: Path, pixels: np.n
         evaluate(EvaluateConfig(model="tiny", samples=tmp_path / "large.npz"))
 
 
+def test_scores_replace_nothing_that_came_meanwhile(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(model="tiny", samples=npz, output=tmp_path / "scores.json")
+    found = scoring.compare
+
+    def meanwhile(*arguments: object) -> object:
+        (tmp_path / "scores.json").write_text("precious")
+        return found(*arguments)
+
+    monkeypatch.setattr(scoring, "compare", meanwhile)
+    with pytest.raises(Error, match=r"scores\.json could not be written: File exists.*the scores stand above"):
+        evaluate(config)
+    assert "FID  " in capsys.readouterr().out
+    assert [path.read_text() for path in tmp_path.iterdir() if path.suffix == ".json"] == ["precious"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"samples": None}, "--samples must be given, got None"),
         ({"model": "huge"}, "--model huge: unknown"),
         ({"model": "xxl"}, "--reference is required for --model xxl"),
         ({"inception_weights": Path("x.pth")}, "leave --inception-weights out"),

@@ -21,8 +21,8 @@ from test_samples import config, contents
 import vapi_fast.alignment.run
 from vapi_fast import cli, commands, tiny
 from vapi_fast.generation import folder
-from vapi_fast.generation.folder import Sampler, draw_samples, identity
-from vapi_fast.runtime.checkpoint import load_state_dict, save_generator
+from vapi_fast.generation.folder import Sampler, draw_samples
+from vapi_fast.runtime.checkpoint import identity, load_state_dict, save_generator
 from vapi_fast.runtime.errors import CheckpointError, ConfigError
 
 SLOW = """

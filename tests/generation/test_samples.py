@@ -24,13 +24,13 @@ from vapi_fast.data.image_sets import open_image_set
 from vapi_fast.generation import folder as samples
 from vapi_fast.generation.conditions import read_captions
 from vapi_fast.generation.config import GenerateConfig, parse_class_ids
-from vapi_fast.generation.folder import Sampler, batch_that_fits, draw_samples, identity
+from vapi_fast.generation.folder import Sampler, batch_that_fits, draw_samples
 from vapi_fast.generation.heatmaps import save_entropy_maps
 from vapi_fast.generation.sequences import bytes_of_sequence
 from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import LlamaGen, VQTokenizer
 from vapi_fast.models.frozen import FrozenTokenizer
-from vapi_fast.runtime.checkpoint import save_generator
+from vapi_fast.runtime.checkpoint import identity, save_generator
 from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError, Error
 
 
@@ -379,7 +379,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"cfg_scale": 0.5}, "--cfg-scale must be at least 1, got 0.5"),
         ({"cfg_scale": math.nan}, "--cfg-scale must be at least 1"),
         ({"cfg_scale": math.inf}, "--cfg-scale must be finite and less than 2.63, got inf"),
-        ({"temperature": math.inf}, "--temperature must be greater than 0 and finite, got inf"),
+        ({"temperature": math.inf}, "--temperature must be finite and less than 2.63, got inf"),
         ({"out": Path("x.npz")}, r"--out x.npz is a folder; the images go to OUT/samples.npz: leave out the .npz"),
         ({"num": 0}, "--num must be between 1 and 10000000"),
         ({"top_p": 0.0}, "--top-p"),
@@ -387,7 +387,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"cfg_interval": -2}, "--cfg-interval must be at least -1"),
         ({"cfg_schedule": "linear"}, "--cfg-schedule linear: choose one of constant, power-cosine"),
         ({"kv_dtype": "int4"}, "--kv-dtype int4: choose one of fp8"),
-        ({"temperature": 0.0}, "--temperature must be greater than 0"),
+        ({"temperature": 0.0}, "--temperature must be at least 1e-06"),
         ({"image_size": 30}, "--image-size must be a multiple of 4"),
         ({"format": "jpg"}, "--format jpg: choose one of png, npz"),
         ({"model": "huge"}, "--model huge: unknown"),
@@ -404,6 +404,8 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"entropy_maps": "no"}, "--entropy-maps must be True or False, got 'no'"),
         ({"gpt_ckpt": b"a"}, "--gpt-ckpt must be a path"),
         ({"model": None}, "--model None: unknown"),
+        ({"out": None}, "--out must be given, got None"),
+        ({"class_ids": "9" * 5000}, "expected numbers and ranges"),
         ({"caption_features": Path(__file__)}, "one kind of condition"),
     ],
 )

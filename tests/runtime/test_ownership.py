@@ -48,6 +48,24 @@ def test_one_works_and_the_other_is_told_who_has_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["result"]
 
 
+def test_a_lock_that_is_no_runs_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("precious")
+    for name in ("link", "file", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / LOCK).symlink_to(mine)
+    (tmp_path / "file" / LOCK).write_text("precious")
+    os.mkfifo(tmp_path / "pipe" / LOCK)
+    for name in ("link", "file", "pipe"):
+        with pytest.raises(ConfigError, match=f"--out .*{name}"), owned(tmp_path / name, "--out"):
+            pytest.fail("owned")
+        assert os.path.lexists(tmp_path / name / LOCK)
+    assert mine.read_text() == (tmp_path / "file" / LOCK).read_text() == "precious"
+    (tmp_path / "file" / LOCK).write_text("process 1 on a machine that lost power")
+    with owned(tmp_path / "file", "--out"):
+        pass
+
+
 def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b" / "c"
     with pytest.raises(FileNotFoundError), owned(folder, "--out"):

@@ -128,6 +128,13 @@ def test_a_folder_with_one_file_of_a_usual_name(name: str, tmp_path: Path) -> No
     assert_same(load_state_dict(tmp_path), WEIGHTS)
 
 
+def test_a_weight_is_read_from_the_shard_that_the_index_names(tmp_path: Path) -> None:
+    folder = sharded(tmp_path, "safetensors")
+    first, second = WEIGHTS
+    save_file({first: WEIGHTS[first] + 9, second: WEIGHTS[second]}, folder / "model-00002-of-00002.safetensors")
+    assert_same(load_state_dict(folder), WEIGHTS)
+
+
 def test_damaged_folders_of_shards(tmp_path: Path) -> None:
     folder = sharded(tmp_path, "bin")
     index = folder / "model.bin.index.json"
@@ -160,6 +167,7 @@ def test_damaged_folders_of_shards(tmp_path: Path) -> None:
         (torch.zeros(2, dtype=torch.complex64), "is of type complex64"),
         (torch.zeros(2).to(torch.float8_e4m3fn), "is of type float8_e4m3fn"),
         (torch.zeros(0, 3), "is empty"),
+        (torch.zeros(1).expand(1 << 40), "repeats 4 bytes: save the whole weights"),
         (torch.eye(3).to_sparse(), "is sparse"),
         (torch.empty(3, device="meta"), "is on the meta device"),
         (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "is quantized"),

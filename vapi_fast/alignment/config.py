@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
+from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import MOST, PRESET, check_output, option
 
@@ -17,7 +19,9 @@ METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
 CONTROLS = ("random", "shuffled")
-# Besides run.json; progress.jsonl and TensorBoard's folder are added to.
+PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
+ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
+# Besides run.json; the others are added to.
 RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
 
 
@@ -63,7 +67,7 @@ class RolloutOptions(DrawOptions):
 class RewardOptions:
     """What a rollout's image is worth."""
 
-    lpips: str = option(PRESET)
+    lpips: str = option(PRESET, choices=("vgg16", "tiny"))
     vgg_weights: Path | None = option(
         PRESET,
         "torchvision's VGG16 file for LPIPS, for machines that are offline",
@@ -178,7 +182,7 @@ class AlignConfig(
         ConfigError: a field out of range, a missing file, or fields that contradict each other.
     """
 
-    tokenizer: str = option(PRESET)
+    tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
         self.prepare("align")
@@ -235,14 +239,20 @@ class AlignConfig(
                 f"--output-dir {self.output_dir} holds an unfinished run: pass --resume to go on with it, or choose "
                 "another folder"
             )
-        there = [name for name in RESULTS if (self.output_dir / name).exists()]
+        there = [name for name in RESULTS if os.path.lexists(self.output_dir / name)]
         if there and not self.resume:
             raise ConfigError(
                 f"--output-dir {self.output_dir} holds {there[0]}, which this run would write: choose another folder"
             )
+        for name, is_kind in ADDED_TO.items():
+            path = self.output_dir / name
+            if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
+                raise ConfigError(f"{path} is none that a run has written: choose another --output-dir")
 
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps whose states are in `directory`, whole or damaged, in ascending order."""
-    names = (re.fullmatch(r"step-(\d{6,18})", path.name) for path in directory.glob("step-*") if path.is_dir())
+    names = (
+        re.fullmatch(r"step-(\d{6}|[1-9]\d{6,17})", path.name) for path in directory.glob("step-*") if path.is_dir()
+    )
     return sorted(int(name[1]) for name in names if name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.config import PROGRESS, AlignConfig
 from vapi_fast.alignment.figures import StepResult
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.memory import ALONE, Beside
@@ -25,8 +25,6 @@ from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.distributed import rank
 from vapi_fast.runtime.errors import NonFiniteError, StoppedError
 from vapi_fast.runtime.progress import progress_bar
-
-PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 
 
 class GradientSource:

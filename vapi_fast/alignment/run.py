@@ -28,7 +28,7 @@ from vapi_fast.models.families import generator_config
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
 from vapi_fast.runtime.ceilings import measure
-from vapi_fast.runtime.checkpoint import save_generator
+from vapi_fast.runtime.checkpoint import identity, save_generator
 from vapi_fast.runtime.clock import StageClock
 from vapi_fast.runtime.distributed import (
     gather_objects,
@@ -40,7 +40,7 @@ from vapi_fast.runtime.distributed import (
     world_size,
 )
 from vapi_fast.runtime.energy import EnergyMeter
-from vapi_fast.runtime.errors import ConfigError, NonFiniteError
+from vapi_fast.runtime.errors import CheckpointError, ConfigError, NonFiniteError
 from vapi_fast.runtime.options import flag
 from vapi_fast.runtime.ownership import not_written, owned
 
@@ -81,7 +81,8 @@ def align(config: AlignConfig, *, source: GradientSource | None = None, started:
     started = time.perf_counter() if started is None else started
     source = source or GradientSource()
     source.check(config)
-    with process_group() as device:
+    # A reward's module may have switched gradients off when it was imported.
+    with torch.enable_grad(), process_group() as device:
         # The default folder has the time in its name: that of rank 0.
         config = dataclasses.replace(config, output_dir=gather_objects(config.output_dir)[0])
         with owned(config.output_dir, "--output-dir"):
@@ -138,6 +139,22 @@ def all_finite(generator: nn.Module) -> bool:
     return all(gather_objects(bool(torch.stack([p.isfinite().all() for p in local]).all())))
 
 
+def is_record(extra: dict[str, Any], step: int) -> bool:
+    """Whether a state's `extra` is what `Run.save_state` gave it."""
+    try:
+        classes = extra["data"]["classes"].items()
+        return (
+            all(isinstance(value, str) for value in extra["config"].values())
+            and all(len(curve) == step for curve in extra["curves"].values())
+            and all(isinstance(value, int | float) for curve in extra["curves"].values() for value in curve)
+            and all(label.isdecimal() and {"name", "images"} <= each.keys() for label, each in classes)
+            and all(isinstance(extra.get(name, {}), dict) for name in ("measured", "evaluations", "files"))
+            and "split" in extra["data"]
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 class Run:
     """The parts of a run: models, optimizer, data, evaluator, states, and what it has found so far."""
 
@@ -173,6 +190,8 @@ class Run:
                 class_index=config.class_index,
             )
         self.outcome.data = self.data.summary()
+        used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
+        self.files = {name: identity(path) for name, path in used.items()}
         self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
         shard(generator, reshard_after_forward=plan is None or plan.reshard_after_forward)
         self.trainer = make_trainer(self.models, config, self.outcome.clock)
@@ -266,12 +285,17 @@ class Run:
             "measured": self.outcome.measured,
             "evaluations": self.outcome.evaluations,
             "data": self.outcome.data,
+            "files": self.files,
         }
         self.snapshots.save(step, self.models.generator, self.trainer.optimizer, extra)
 
     def load_state(self) -> int:
         """Go on from the newest snapshot; returns the steps behind it. Raises ConfigError if the run was another."""
         step, extra = self.snapshots.restore(self.models.generator, self.trainer.optimizer)
+        if not is_record(extra, step):
+            raise CheckpointError(
+                f"{self.config.snapshots}: the newest state is no run's: start again in another folder"
+            )
         for key, value in comparable(self.config).items():
             before = extra["config"].get(key, value)  # a field that came later
             if isinstance(getattr(self.config, key), Path):
@@ -280,7 +304,12 @@ class Run:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"
                 )
-        if changed := difference(extra.get("data", self.outcome.data), self.outcome.data):
+        for name, found in extra.get("files", {}).items():
+            if found != self.files.get(name):
+                raise ConfigError(
+                    f"--resume: {self.config.snapshots} was started with another {flag(name)} than it is now"
+                )
+        if changed := difference(extra["data"], self.outcome.data):
             raise ConfigError(f"--resume: {self.config.snapshots} was started on other images: {changed}")
         if step > self.config.steps:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")

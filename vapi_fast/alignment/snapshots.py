@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import stat
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from vapi_fast.alignment.config import saved_steps
+from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.distributed import rank, world_size
 from vapi_fast.runtime.errors import CheckpointError, warn
 from vapi_fast.runtime.restricted import RestrictedPlanner, RestrictedReader
 
 MANIFEST = "manifest.json"
+LEFTOVER = re.compile(r"\.step-\d{6,18}\.(tmp|old)")
 READ_SIZE = 1 << 24
 READERS = 8  # threads that compute checksums: zlib works without the interpreter lock
 
@@ -53,7 +57,8 @@ class Snapshots:
         self.writing: tuple[int, Future[None]] | None = None
         if rank() == 0:
             for leftover in directory.glob(".step-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if LEFTOVER.fullmatch(leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> None:
@@ -145,9 +150,9 @@ class Snapshots:
         """Delete all states: the run has finished."""
         self.finish()
         if rank() == 0:
-            for step in saved_steps(self.directory):
-                remove(self.directory / f"step-{step:06d}")
-            with contextlib.suppress(OSError):  # never made, or not ours alone
+            with contextlib.suppress(OSError):  # never made, or not ours alone: the results are there
+                for step in saved_steps(self.directory):
+                    remove(self.directory / f"step-{step:06d}")
                 self.directory.rmdir()
 
 
@@ -211,7 +216,7 @@ def state_of(model: nn.Module, optimizer: Optimizer, stepped: bool) -> dict[str,
 def verified_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a state, all of whose files are as they were written; CheckpointError names one that is not."""
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json.loads(read_regular(folder / MANIFEST))
         manifest = content["state"]
         whole = content["crc32"] == checksum_of(manifest) and is_manifest(manifest, folder)
     except FileNotFoundError:
@@ -237,7 +242,13 @@ def is_manifest(manifest: dict[str, Any], folder: Path) -> bool:
     return (
         all(isinstance(manifest[name], kind) for name, kind in kinds.items())
         and folder.name == f"step-{manifest['step']:06d}"
-        and all(Path(name).name == name for name in manifest["files"])
+        and all(
+            Path(name).name == name
+            and "\0" not in name
+            and isinstance(each, list)
+            and list(map(type, each)) == [int, int]
+            for name, each in manifest["files"].items()
+        )
     )
 
 
@@ -250,6 +261,8 @@ def fingerprints(folder: Path, names: list[str]) -> list[list[int] | None]:
 def fingerprint(path: Path) -> list[int] | None:
     size = crc = 0
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
         with path.open("rb") as file:
             while chunk := file.read(READ_SIZE):
                 size += len(chunk)

@@ -43,14 +43,17 @@ def user_rewards(name: str, images: Tensor, labels: Tensor) -> Tensor:
     function = reward_function(name)
     try:
         rewards = function(images, labels)
+        dense = isinstance(rewards, torch.Tensor) and rewards.layout == torch.strided and not rewards.is_nested
+        right = dense and rewards.shape == images.shape[:1] and rewards.is_floating_point() and not rewards.is_meta
     except (KeyboardInterrupt, torch.OutOfMemoryError):
         raise
     except BaseException as error:
         raise RewardError(f"--reward {name}: {place_and_reason(error)}") from error
-    if not isinstance(rewards, torch.Tensor) or rewards.shape != images.shape[:1] or not rewards.is_floating_point():
+    if not right:
         got = type(rewards).__name__
         if isinstance(rewards, torch.Tensor):
-            got = f"{str(rewards.dtype).removeprefix('torch.')} {list(rewards.shape)}"
+            shape = list(rewards.shape) if dense else "that is not dense"
+            got = f"{str(rewards.dtype).removeprefix('torch.')} {shape}{' on the meta device' * rewards.is_meta}"
         raise RewardError(
             f"--reward {name} must return a floating-point tensor [{len(images)}], a reward an image; got {got}"
         )
@@ -59,7 +62,10 @@ def user_rewards(name: str, images: Tensor, labels: Tensor) -> Tensor:
 
 def place_and_reason(error: BaseException) -> str:
     """An exception in one line, with the file and line that it comes from."""
-    reason = " ".join(str(error).split()) or "no word"
+    try:
+        reason = " ".join(str(error).split()) or "no word"
+    except Exception:  # it is the user's own class
+        reason = "no word"
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)

@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> Report | None:
         if config.output is not None:
             text = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
             try:
-                write_atomically(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                write_atomically(config.output, lambda temporary: temporary.write_text(text, "utf-8"), replace=False)
             except OSError as error:
                 print(report)  # it took its time
                 raise not_written(error, config.output.parent, "the scores stand above", len(text)) from error

@@ -68,7 +68,7 @@ class ModelOptions:
 class DrawOptions:
     """How tokens are drawn from the generator's distribution."""
 
-    temperature: float = option(1.0, "of the draws", above=0)
+    temperature: float = option(1.0, "of the draws", at_least=1e-6)  # float32's logits, divided by less, overflow
     top_k: int = option(0, "keep the k likeliest tokens in the draws; 0: all", at_least=0)
     top_p: float = option(1.0, "nucleus of the draws; 1: all", above=0, at_most=1)
     seed: int = option(0, "decides every random draw", at_least=0)
@@ -170,7 +170,7 @@ def parse_class_ids(text: str | Sequence[int]) -> tuple[int, ...]:
             raise ConfigError(f"--class-ids must be whole numbers, at least one, got {text!r}")
         return tuple(ids)
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
         if not found:
             raise ConfigError(f"--class-ids {text}: expected numbers and ranges such as 0,7,20-29")
         first, last = int(found[1]), int(found[2] or found[1])

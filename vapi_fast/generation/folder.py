@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import Generator, VQTokenizer
 from vapi_fast.models.families import check_vocabulary, load_generator
 from vapi_fast.models.frozen import PixelCodec
-from vapi_fast.runtime.checkpoint import checkpoint_files, write_atomically
+from vapi_fast.runtime.checkpoint import identity, read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 from vapi_fast.runtime.options import LIMIT
@@ -47,8 +46,6 @@ FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", 
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
-FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
 DRAW = "token t of image i takes its random bits from seed, i and t alone"
 SHEET_IMAGES = 64
 COMPARED_IMAGES = 24
@@ -280,24 +277,6 @@ def make_manifest(config: GenerateConfig, sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def identity(path: Path) -> dict[str, Any]:
-    """Name, size and fingerprint of an input: of all of it, or of samples of its files where they are large."""
-    digest, total = hashlib.blake2b(digest_size=16), 0
-    for each in checkpoint_files(path):
-        size = each.stat().st_size
-        total += size
-        spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
-        spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
-        if size <= sum(length for _, length in spans):
-            spans = [(0, size)]
-        digest.update(str(size).encode())
-        with each.open("rb") as file:
-            for start, length in spans:
-                file.seek(start)
-                digest.update(file.read(length))
-    return {"name": path.name, "bytes": total, "blake2b": digest.hexdigest()}
-
-
 def read_manifest(out: Path) -> dict[str, Any] | None:
     """What an earlier run left in `out`; None if that is empty. Raises ConfigError where it holds anything else."""
     path = out / MANIFEST
@@ -307,7 +286,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
             raise ConfigError(f"--out {out} holds other files: choose another folder")
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(path))
         if not all(isinstance(found[part], dict) for part in ("configuration", "files")):
             raise TypeError("no configuration, or no files")
         if not isinstance(found["batch_size"], int) or not 0 < found["batch_size"] < LIMIT:

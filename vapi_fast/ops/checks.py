@@ -13,6 +13,7 @@ from torch import Tensor
 
 # A kernel holds one row of logits in registers; LlamaGen's and Janus-Pro's vocabularies are 16384.
 MAX_VOCABULARY = 65536
+SMALLEST = 1e-20  # that logits are divided by
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -116,6 +117,8 @@ class ArgumentChecks:
         self._number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{self.operation}: {name} must be positive and finite, got {value}")
+        if value < SMALLEST:
+            raise ValueError(f"{self.operation}: {name} must be at least {SMALLEST}, got {value}: float32 overflows")
 
     def not_negative(self, name: str, value: float) -> None:
         self._number(name, value)

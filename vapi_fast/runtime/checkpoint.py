@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import textwrap
 import zipfile
@@ -46,6 +48,8 @@ LEFTOVERS = {
 }
 CONSOLIDATED = ("consolidated.pth", "consolidated.00.pth", "model.safetensors", "pytorch_model.bin")
 DEEPEST = 8  # containers in each other; one can hold itself
+FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
 SHOWN = 3  # of what was left out
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that are cast to a model's own
 
@@ -133,6 +137,8 @@ def check_weight(value: Tensor, name: str) -> None:
         raise CheckpointError(f"{name} is {form}, expected a dense tensor: save the whole weights")
     if value.dtype not in DTYPES:
         raise CheckpointError(f"{name} is of type {kind}, expected float32, float16, bfloat16 or float64")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(f"{name} repeats {value.untyped_storage().nbytes()} bytes: save the whole weights")
     if not value.numel():
         raise CheckpointError(f"{name} is empty, {list(value.shape)}: save the whole weights")
     low, high = (extreme.float() for extreme in value.aminmax())
@@ -207,10 +213,28 @@ def checkpoint_files(path: Path) -> list[Path]:
     return found[:1]
 
 
+def identity(path: Path) -> dict[str, Any]:
+    """Name, size and fingerprint of an input: of all of it, or of samples of its files where they are large."""
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for each in checkpoint_files(path):
+        size = each.stat().st_size
+        total += size
+        spans = [(start, FINGERPRINT_BYTES) for start in (0, (size - FINGERPRINT_BYTES) // 2, size - FINGERPRINT_BYTES)]
+        spans += [(size * block // FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES) for block in range(FINGERPRINT_BLOCKS)]
+        if size <= sum(length for _, length in spans):
+            spans = [(0, size)]
+        digest.update(str(size).encode())
+        with each.open("rb") as file:
+            for start, length in spans:
+                file.seek(start)
+                digest.update(file.read(length))
+    return {"name": path.name, "bytes": total, "blake2b": digest.hexdigest()}
+
+
 def shards_of(index: Path) -> dict[str, str]:
     """The file beside the index that each weight is in."""
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = json.loads(read_regular(index))["weight_map"]
         names = {str(name) for name in shards.values()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: is no index of weights ({type(error).__name__}); copy it again") from error
@@ -227,10 +251,10 @@ def load_folder(folder: Path) -> dict[str, Any]:
     first, *shards = checkpoint_files(folder)
     if not shards:
         return load_file_checked(first)
-    state: dict[str, Any] = {}
+    place, state = shards_of(first), {}
     for shard in shards:
-        state |= load_file_checked(shard)
-    if missing := [key for key in shards_of(first) if key not in state]:
+        state |= {key: value for key, value in load_file_checked(shard).items() if place.get(key) == shard.name}
+    if missing := [key for key in place if key not in state]:
         raise CheckpointError(
             f"{first}: names {len(missing)} weights that its shards lack ({printable(missing[0])}); copy it again"
         )
@@ -280,10 +304,17 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
         module.load_state_dict(state)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device, which may never end, raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path.read_bytes()
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None], *, replace: bool = True) -> None:
     """Call `write(temporary)` with a name beside `path`, then rename: readers see the old file or the whole new one.
 
-    An OSError names `path`, whatever wrote to it.
+    An OSError names `path`, whatever wrote to it; without `replace` there is one where `path` exists.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -296,7 +327,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from vapi_fast.runtime.errors import ConfigError
+
+RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # that processes find each other by
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws pictures and writes files
 
@@ -24,19 +27,33 @@ TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group (none for a single process) and yield this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, processes = (
+        number_in_environment(name, default) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     end_with_torchrun()
-    joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    joins = processes > 1 and not dist.is_initialized()
     if joins:
+        if missing := [name for name in RENDEZVOUS if name not in os.environ]:
+            raise ConfigError(
+                f"WORLD_SIZE is {processes} and {missing[0]} is missing: start with torchrun, or unset WORLD_SIZE"
+            )
         # gloo beside nccl: snapshots and evaluation features are gathered on the host.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield device
     # After an error nothing is waited for: the other ranks may be in a collective that never ends.
     if joins:
         dist.destroy_process_group()
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """A number that torchrun has set; raises ConfigError for what is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r} in the environment, expected torchrun's number: unset it")
+    return int(text)
 
 
 def end_with_torchrun() -> None:

@@ -7,7 +7,7 @@ import sys
 
 
 class Error(Exception):
-    """What a command expects to go wrong, in one line. exit_code: 2 for wrong arguments, 1 if the run failed."""
+    """What is expected to go wrong, in one line. exit_code: 2 for wrong arguments or files, 1 if a run failed."""
 
     exit_code = 1
 
@@ -24,9 +24,13 @@ class ConfigError(Error, ValueError):
 class DataError(Error, ValueError):
     """The image set cannot be used; the message says what is wrong with which file."""
 
+    exit_code = 2
+
 
 class CheckpointError(Error, ValueError):
     """A checkpoint that is missing, damaged or of another model."""
+
+    exit_code = 2
 
 
 class EvaluationError(Error, RuntimeError):

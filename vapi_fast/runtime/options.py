@@ -98,6 +98,10 @@ def kind_of(config: type, field: Field[Any]) -> type:
     return hint
 
 
+def admits_none(config: type, field: Field[Any]) -> bool:
+    return isinstance(typing.get_type_hints(config)[field.name], types.UnionType)
+
+
 def shown_default(field: Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
     """`384 (32)`: the default, and in brackets the tiny preset's where it has its own."""
     if field.metadata["shown"] is not None:
@@ -143,7 +147,7 @@ def check(config: Any) -> None:
     for field in dataclasses.fields(config):
         value, limits, kind = getattr(config, field.name), field.metadata, kind_of(type(config), field)
         if value is None:
-            if field.default is None or kind is Path:
+            if admits_none(type(config), field):
                 continue
             raise ConfigError(f"{flag(field.name)} must be given, got None")
         if (not limits["kind"] and not isinstance(value, KINDS[kind])) or isinstance(value, bool) is not (kind is bool):

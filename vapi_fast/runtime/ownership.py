@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vapi_fast.runtime.distributed import gather_objects, rank
 from vapi_fast.runtime.errors import ConfigError, Error, warn
 
 LOCK = ".lock"
+HOLDER = b"process "  # what a lock begins with
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
@@ -41,7 +43,9 @@ def owned(folder: Path, flag: str) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(folder / LOCK)):
+                    (folder / LOCK).unlink()
             os.close(descriptor)
         for each in reversed(made):
             with contextlib.suppress(OSError):  # not empty: something was written
@@ -59,9 +63,17 @@ def lock(folder: Path, flag: str) -> int:
     """An open descriptor that holds the folder's lock; raises ConfigError where another process does."""
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or os.pread(descriptor, len(HOLDER), 0) not in (
+                b"",
+                HOLDER,
+            ):
+                raise ConfigError(f"{flag} {folder}: its {LOCK} is no run's: choose another folder")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ConfigError:
+            os.close(descriptor)
+            raise
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
@@ -78,7 +90,7 @@ def lock(folder: Path, flag: str) -> int:
         # The one before may have given it up, and its file away, between the two calls.
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(descriptor, HOLDER + f"{os.getpid()} on {socket.gethostname()}".encode())
             return descriptor
         os.close(descriptor)
 
