@@ -1,4 +1,4 @@
-"""Bad input: one clear line, exit code 2 for arguments and files, 1 for a run that failed, no traceback, nothing overwritten."""
+"""Bad input: one clear line, exit code 2 for arguments and files, 1 for a failed run, no traceback, nothing lost."""
 
 from __future__ import annotations
 

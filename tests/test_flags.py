@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vapi_fast import cli, tiny
+from vapi_fast import cli, commands, tiny
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import flags_of, kind_of, options
 
@@ -154,11 +154,81 @@ def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
     assert tried >= (2 if command == "evaluate" else 8)
 
 
+SIZES = {
+    "num",
+    "save_size",
+    "image_size",
+    "batch_size",
+    "micro_batch",
+    "group_size",
+    "eval_samples",
+    "eval_batch",
+    "steps",
+}
+QUICK = {
+    "align": "--model tiny --steps 1 --no-eval --batch-size 2 --micro-batch 2 --group-size 2 --output-dir OUT",
+    "generate": "--model tiny --num 2 --out OUT",
+    "evaluate": f"--model tiny --samples {tiny.FILES.heldout_images}",
+}
+
+
+@st.composite
+def quick_lines(draw: Any, command: str) -> list[str]:
+    """Flags whose runs are short, numbers of any other meaning included."""
+    config = cli.COMMANDS[command].config
+    line = QUICK[command].split()
+    for field in draw(
+        st.lists(st.sampled_from(list(options(config))), min_size=1, max_size=4, unique_by=lambda f: f.name)
+    ):
+        name, kind = flags_of(field)[0], kind_of(config, field)
+        if kind is bool:
+            line.append(name)
+        elif field.metadata["choices"]:
+            line.append(f"{name}={draw(st.sampled_from(field.metadata['choices']))}")
+        elif kind in (int, float):
+            numbers = (
+                ("1", "2", "3", "8", "32")
+                if field.name in SIZES
+                else ("0", "1", "2", "0.5", "1e-6", "1e18", str(2**63 - 1))
+            )
+            line.append(f"{name}={draw(st.sampled_from(numbers))}")
+        elif field.name not in ("out", "output_dir", "output"):
+            line.append(f"{name}={draw(values(config, field))}")
+    return line
+
+
+@pytest.mark.usefixtures("image_sets")
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_any_flags_of_a_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself, to its end or to its one line."""
+    monkeypatch.chdir(tmp_path)
+    seen: dict[int, int] = {}
+
+    @hypothesis.settings(max_examples=max(EXAMPLES // 20, 1), deadline=None, database=None, derandomize=True)
+    @hypothesis.given(quick_lines(command))
+    def check(line: list[str]) -> None:
+        line = [str(tmp_path / f"out-{sum(seen.values())}") if each == "OUT" else each for each in line]
+        parser = argparse.ArgumentParser()
+        cli.add_command_flags(parser, command)
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = getattr(commands, f"{command}_main")(parser.parse_args(line))
+            except SystemExit as ended:
+                code = int(ended.code)
+        seen[code] = seen.get(code, 0) + 1
+        assert code in (0, 1, 2)
+        assert said.getvalue().count("error: ") == (1 if code else 0)
+
+    check()
+    print(f"{command}: {sum(seen.values())} runs, by exit code {seen}")
+    assert seen.get(0)
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_what_decides_the_size_of_a_tensor_has_a_largest_value(command: str, tmp_path: Path) -> None:
     """Past it a size in bytes is no 64-bit number, or a list of all takes minutes to fail."""
     config = cli.COMMANDS[command].config
-    sizes = {"group_size", "batch_size", "image_size", "save_size", "num", "eval_samples"}
+    sizes = SIZES - {"micro_batch", "eval_batch"}  # which no tensor has
     found = {field.name: field.metadata["at_most"] for field in options(config) if field.name in sizes}
     assert found
     assert all(most <= 10**7 for most in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -104,7 +105,7 @@ def evaluate_main(options: argparse.Namespace) -> int:
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding does not
-        if stream is not None:  # closed before the start
+        if isinstance(stream, io.TextIOWrapper):  # and not None: closed before the start
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
