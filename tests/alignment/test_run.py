@@ -166,7 +166,7 @@ def test_resume_refuses_another_configuration(tiny_config: Make, monkeypatch: An
         vapi_fast.align(tiny_config(checkpoint_every=1, resume=True, clip_range=0.5))
     found = run.identity
     monkeypatch.setattr(run, "identity", lambda path: found(path) | {"blake2b": "0"})
-    with pytest.raises(ConfigError, match="was started with another --gpt-ckpt than now"):
+    with pytest.raises(ConfigError, match="was started with another --gpt-ckpt than it is now"):
         vapi_fast.align(tiny_config(checkpoint_every=1, resume=True))
 
 
