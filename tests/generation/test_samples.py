@@ -117,7 +117,7 @@ def test_an_interrupted_run_ends_the_same(
     for path in folder.iterdir():  # files are written in the background
         if path.name in ("000001.png", "000002.png"):
             path.unlink()
-    (folder / ".000005.x.tmp.png").write_bytes(b"half")
+    (folder / {"png": ".000005.png.x1.tmp.png", "npz": ".000004.safetensors.x1.tmp.safetensors"}[form]).write_bytes(b"half")
     drawn.clear()
     monkeypatch.setattr(Sampler, "draw", lambda self, ids: drawn.append(ids.tolist()) or draw(self, ids))
     draw_samples(config(out, format=form))
