@@ -56,7 +56,7 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
         return NpzImages(source)
     if os.path.isdir(source) and (pictures := pictures_in(source)):
         if any(class_images(source)):
-            warn(f"{source}: the {len(pictures)} pictures directly in it are taken, those of its folders are not")
+            warn(f"{source}: pictures directly in it ({len(pictures)}) are taken, those of its folders are not")
         return FolderImages(source)
     return LabelledImages(source, image_size, split)
 

@@ -24,7 +24,7 @@ PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 def read_regular(path: str | Path) -> bytes:
     """The bytes of a regular file; a pipe or a device, which may never end, raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is not a regular file")
+        raise OSError(f"not a regular file: {path}")
     return Path(path).read_bytes()
 
 

@@ -115,7 +115,7 @@ def class_folders(source: Path, wanted: str | None, held_out: bool) -> tuple[str
     found = images_of(source / split)
     for folder in {source, source / split} if found else ():
         if beside := len(pictures_in(folder)):
-            warn(f"{folder}: {beside} pictures beside its class folders are not taken: move them into a class folder")
+            warn(f"{folder}: pictures beside its class folders ({beside}) are not taken: move them into a class folder")
     return split, found
 
 
