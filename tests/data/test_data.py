@@ -303,6 +303,10 @@ class TestOrder:
             ({"rank": 2, "world_size": 2}, r"rank must be in 0..1, got 2"),
             ({"start_step": 6}, r"start_step must be in 0..5 \(steps\), got 6"),
             ({"seed": -1}, "seed must not be negative"),
+            ({"batch_size": 2.0}, r"batch_size must be a whole number, got 2\.0"),
+            ({"steps": "5"}, "steps must be a whole number, got '5'"),
+            ({"seed": None}, "seed must be a whole number, got None"),
+            ({"rank": True}, "rank must be a whole number, got True"),
         ],
     )
     def test_impossible_arguments_are_refused_at_once(self, data, arguments, message):
@@ -487,6 +491,13 @@ class TestErrors:
     def test_image_size(self, tmp_path):
         with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
             ImageData(tmp_path, 0)
+        for size in ("32", 32.0, None, True):
+            with pytest.raises(ValueError, match="image_size must be a whole number"):
+                ImageData(tmp_path, size)
+
+    def test_names_that_no_file_has(self):
+        for source in ("p" * 5000, "a\0b"):
+            self.check(source, "no such file or folder")
 
 
 class TestBackground:

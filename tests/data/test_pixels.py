@@ -50,6 +50,19 @@ def test_floats_of_0_to_1_and_of_0_to_255() -> None:
     assert (grey(saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF")) == RAMP).all()
 
 
+def test_floats_that_pass_1_by_rounding_are_clipped() -> None:
+    values = RAMP.astype(np.float32) / 255
+    values[0, 0], values[15, 15] = -0.001, 1.001
+    assert (grey(Image.fromarray(values)) == RAMP).all()
+
+
+@pytest.mark.parametrize("values", [RAMP.astype(np.float32) / 255 * 1.5, RAMP.astype(np.int32), np.ones((4, 4), int)])
+def test_what_could_be_of_two_ranges_is_refused(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"which may be of 0 to (1 or to 255|255 or to 65535): save it with 8 bits"):
+        eight_bits(values)
+    assert (eight_bits(values * 0) == 0).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 300.0])
 def test_floats_of_another_range_are_refused(value: float) -> None:
     values = np.zeros((4, 4), np.float32)

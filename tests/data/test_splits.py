@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from vapi_fast.data.dataset import ImageData, described, difference
-from vapi_fast.data.splits import choose_split, read_class_index, split_of
+from vapi_fast.data.image_sets import open_image_set
+from vapi_fast.data.splits import IMAGE_SUFFIXES, choose_split, read_class_index, split_of
 from vapi_fast.runtime.errors import DataError
 
 datasets = pytest.importorskip("datasets")
@@ -69,6 +70,76 @@ def test_each_real_folder_once_and_regular_files_only(tmp_path: Path) -> None:
     (tmp_path / "set" / "elsewhere").symlink_to(tmp_path / "elsewhere")  # a class of its own
     data = ImageData(tmp_path / "set", 8)
     assert (names(data), len(data)) == (["cat", "dog", "elsewhere"], 6)
+
+
+def paths(data: ImageData) -> dict[str, list[str]]:
+    """Files by their class, relative to the set."""
+    found: dict[str, list[str]] = {}
+    for i in range(len(data)):
+        name = str(Path(data._rows.name(i)).relative_to(data.source))
+        found.setdefault(data.class_names[data.load(i)[1]], []).append(name)
+    return found
+
+
+def test_links_into_a_class_leave_it_its_images(tmp_path: Path) -> None:
+    root = classes(tmp_path / "set", "a", "c", "d")
+    classes(root / "c", "deep")
+    classes(tmp_path, "outside", each=1)
+    (root / "a" / "link").symlink_to("../c")
+    (root / "a" / "other").symlink_to("../d/../c/deep")
+    (root / "b").symlink_to("d")  # sorted before it
+    (root / "a" / "more").symlink_to(tmp_path / "outside")
+    (root / "z").symlink_to(tmp_path / "outside")  # a class of its own
+    (root / "d" / "extra").symlink_to(tmp_path / "extra")
+    classes(tmp_path, "extra", each=1)
+    assert paths(ImageData(root, 8)) == {
+        "a": ["a/0.png", "a/1.png"],
+        "c": ["c/0.png", "c/1.png", "c/deep/0.png", "c/deep/1.png"],
+        "d": ["d/0.png", "d/1.png", "d/extra/0.png"],
+        "z": ["z/0.png"],
+    }
+
+
+def test_pictures_beside_class_folders_are_spoken_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = classes(tmp_path / "set", "cat", "dog", each=3)
+    assert (len(ImageData(root, 8)), len(open_image_set(root, 8)), capsys.readouterr().err) == (6, 6, "")
+    for i in range(5):
+        (root / f"{i}.png").write_bytes(png())
+    assert len(ImageData(root, 8)) == 6
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "set: pictures beside its class folders (5) are not taken" in said
+    assert len(open_image_set(root, 8)) == 5
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "set: pictures directly in it (5) are taken, those of its folders are not" in said
+    classes(tmp_path / "splits" / "train", "cat")
+    for folder in ("splits", "splits/train"):
+        (tmp_path / folder / "0.png").write_bytes(png())
+    assert len(ImageData(tmp_path / "splits", 8)) == 2
+    assert capsys.readouterr().err.count("folders (1) are not") == 2
+
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF"}
+
+
+def test_pictures_are_opened_as_what_their_suffixes_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS file is a program, and Pillow would have Ghostscript run it."""
+    (tmp_path / "a").mkdir()
+    for suffix in IMAGE_SUFFIXES:
+        picture = Image.new("RGB", (8, 8), (128, 128, 128))
+        picture.save(tmp_path / "a" / f"0{suffix}", FORMATS.get(suffix, suffix[1:].upper()))
+    data = ImageData(tmp_path, 8)
+    assert len(data) == len(IMAGE_SUFFIXES)
+    assert {round(data.load(i)[0].mean().item(), 2) for i in range(len(data))} == {0.0}
+    assert len(next(open_image_set(tmp_path / "a", 8).batches(0, 9, 9))) == 9
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(args))
+    for form in ("EPS", "TGA", "PCX"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png", form)
+        with pytest.raises(DataError, match=r"0\.png: .*cannot identify"):
+            ImageData(tmp_path, 8).load(sorted(IMAGE_SUFFIXES).index(".png"))
+        with pytest.raises(DataError, match=r"0\.png: .*cannot identify"):
+            list(open_image_set(tmp_path / "a", 8).batches(0, 9, 9))
+    assert started == []
 
 
 @pytest.mark.parametrize(
@@ -148,6 +219,8 @@ def test_a_tar_cut_anywhere_is_named(tmp_path: Path) -> None:
         ("a.txt", "n1 4\nn2 7\nn3 0\n"),
         ("a.txt", "n3\na\nb\nc\nn1\nd\ne\nn2\n"),
         ("a.json", json.dumps(["n3", "a", "b", "c", "n1", "d", "e", "n2"])),
+        ("a.json", "\ufeff" + json.dumps({"n1": 4, "n2": 7, "n3": 0})),
+        ("a.txt", "\ufeffn1 4\nn2  7\nn3\t0\n"),
     ],
 )
 def test_ids_from_a_class_index(tmp_path: Path, file: str, text: str) -> None:
@@ -167,6 +240,8 @@ def test_ids_from_a_class_index(tmp_path: Path, file: str, text: str) -> None:
         ('{"a": 1e3}', "expected names of classes"),
         ('{"a": 99999999999}', "taken or none"),
         ("a 1\na 2", "'a' has the id 2, which is taken"),
+        ('{"cat": 0, "dog": 1, "cat": 2}', "'cat' is there twice"),
+        ('{"0": ["cat"], "0": ["dog"]}', "'0' is there twice"),
         ("", "holds no names"),
         ("\0\1", "has no id for 2 of the 2 classes"),
         ("cat 0", "has no id for 1 of the 2 classes in .*: dog"),
@@ -179,6 +254,23 @@ def test_a_bad_class_index_is_one_line(tmp_path: Path, text: str, message: str) 
     with pytest.raises(DataError, match=message) as refused:
         ImageData(root, 8, num_classes=9, class_index=tmp_path / "index")
     assert "\n" not in str(refused.value)
+
+
+def test_names_of_several_words(tmp_path: Path) -> None:
+    (tmp_path / "index").write_text("tench\ngreat white shark\n\n  tiger shark 7 \nn01440764 tench, Tinca tinca 9\n")
+    assert read_class_index(tmp_path / "index") == {
+        "tench": 0,
+        "great white shark": 1,
+        "tiger shark": 7,
+        "n01440764 tench, Tinca tinca": 9,
+        "n01440764": 9,
+    }
+    root = classes(tmp_path / "set", "great white shark", "tiger shark", "n01440764")
+    found = ImageData(root, 8, class_index=tmp_path / "index").class_names
+    assert found == {1: "great white shark", 9: "n01440764", 7: "tiger shark"}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: expected .*not a regular file"):
+        read_class_index(tmp_path / "pipe")
 
 
 def test_a_class_index_needs_names(tmp_path: Path) -> None:

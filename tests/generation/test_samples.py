@@ -117,7 +117,9 @@ def test_an_interrupted_run_ends_the_same(
     for path in folder.iterdir():  # files are written in the background
         if path.name in ("000001.png", "000002.png"):
             path.unlink()
-    (folder / ".000005.x.tmp.png").write_bytes(b"half")
+    (folder / {"png": ".000005.png.x1.tmp.png", "npz": ".000004.safetensors.x1.tmp.safetensors"}[form]).write_bytes(
+        b"half"
+    )
     drawn.clear()
     monkeypatch.setattr(Sampler, "draw", lambda self, ids: drawn.append(ids.tolist()) or draw(self, ids))
     draw_samples(config(out, format=form))
@@ -219,6 +221,20 @@ def test_captions_condition_a_text_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="conditioned on classes, pass --class-ids"):
         draw_samples(config(tmp_path / "refused", caption_features=tmp_path / "captions.npy", **classes))
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39, math.nan, math.inf])
+def test_captions_that_float32_cannot_hold_are_refused(tmp_path: Path, value: float) -> None:
+    features = np.zeros((3, 5, 16))
+    features[2, 4, 7] = 1e38
+    np.save(tmp_path / "captions.npy", features)
+    assert read_captions(tmp_path / "captions.npy", 5, 16).rows[2, 4, 7] == torch.tensor(1e38)
+    features[2, 4, 7] = value
+    np.save(tmp_path / "captions.npy", features)
+    save_file({"features": torch.from_numpy(features)}, tmp_path / "captions.safetensors")
+    for suffix in ("npy", "safetensors"):
+        with pytest.raises(ConfigError, match="expected finite floating-point numbers"):
+            read_captions(tmp_path / f"captions.{suffix}", 5, 16)
 
 
 def test_captions_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

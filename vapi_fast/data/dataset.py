@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -46,10 +47,12 @@ class ImageData:
     folder of them, a WebDataset `.tar` file or a folder of them (`key.jpg` beside `key.cls`). Where the source has
     splits, `split` picks one; by default the training images, or with `held_out` those of validation or test.
     `class_index` is a file with the ids of the classes' names (`vapi_fast.data.splits.read_class_index`).
+    Of parquet and tar files the names say the split; those that say none are training's beside others that do.
     Parquet rows and tar indices are cached by `datasets`, keyed by the files' paths and modification times.
 
-    Raises `DataError` for a missing or unknown source, no rows, no image or label column, an absent label, a label
-    outside 0 .. num_classes - 1 (only negative ones when `num_classes` is None), or where `datasets` is not installed.
+    Raises `DataError` for a missing or unknown source, no such split, no rows, no image or label column, an absent
+    label, a label outside 0 .. num_classes - 1 (only negative ones when `num_classes` is None), or where `datasets` is
+    not installed.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ImageData:
         held_out: bool = False,
         class_index: Path | None = None,
     ) -> None:
+        check_whole_numbers(image_size=image_size)
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.source = Path(source)
@@ -114,6 +118,9 @@ class ImageData:
         Counts are the rank's own.
         Raises `ValueError` for a batch that does not divide over the ranks and other impossible arguments.
         """
+        check_whole_numbers(
+            batch_size=batch_size, steps=steps, seed=seed, start_step=start_step, rank=rank, world_size=world_size
+        )
         if batch_size < 1 or world_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {world_size} ranks")
         if not 0 <= rank < world_size:
@@ -192,6 +199,12 @@ class ImageData:
 
     def _decode(self, image_id: int) -> np.ndarray:
         return self._rows.pixels(image_id, self.image_size)
+
+
+def check_whole_numbers(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 def described(summary: dict[str, Any], num_classes: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import itertools
+import json
+import os
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
@@ -16,7 +18,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vapi_fast.data.pixels import center_crop, read_regular, rgb
-from vapi_fast.data.splits import IMAGE_SUFFIXES, choose_split, class_folders, is_hidden, read_class_index, split_of
+from vapi_fast.data.splits import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    choose_split,
+    class_folders,
+    is_hidden,
+    read_class_index,
+    split_of,
+)
 from vapi_fast.runtime.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -26,6 +36,8 @@ TAR_FEATURES = datasets.Features(
     | {"offset": datasets.Value("int64"), "size": datasets.Value("int64")}
 )
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises is said once, in our line
+LARGEST_PADDING = 1 << 20  # bytes that a tar is filled up with: the largest record in use
+BLOCK = 1 << 20
 LAYOUTS = "one sub-folder of images per class, a save_to_disk folder, *.parquet, or WebDataset *.tar"
 
 
@@ -107,7 +119,7 @@ class ImageRows:
             raise DataError("the row has no image")
         if not encoded:
             raise DataError("zero bytes")
-        with Image.open(BytesIO(encoded)) as picture:
+        with Image.open(BytesIO(encoded), formats=IMAGE_FORMATS) as picture:
             cropped = center_crop(rgb(picture), size)
         return np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
@@ -126,7 +138,7 @@ def _find_column(rows: datasets.Dataset, names: tuple[str, ...], source: str | P
 
 def _open_source(source: Path, split: str | None, held_out: bool) -> tuple[str | None, datasets.Dataset]:
     """The split that was chosen, where there are any, and all of its rows; the kind is told by what lies there."""
-    if not source.exists():
+    if not os.path.exists(source):  # of names that no system takes it says no, too
         raise DataError(f"no such file or folder: {source} (expected {LAYOUTS})")
     try:
         if (source / "state.json").exists() or (source / "dataset_dict.json").exists():
@@ -134,7 +146,7 @@ def _open_source(source: Path, split: str | None, held_out: bool) -> tuple[str |
         for suffix, read in ((".parquet", _read_parquet), (".tar", _read_tars)):
             chosen, files = _files(source, suffix, split, held_out)
             if files:
-                return chosen, read(files)
+                return chosen or None, read(files)
         if source.is_file():
             raise DataError(f"{source} is not a known kind of data (expected {LAYOUTS})")
         chosen, found = class_folders(source, split, held_out)
@@ -143,29 +155,61 @@ def _open_source(source: Path, split: str | None, held_out: bool) -> tuple[str |
     except Exception as error:  # of damaged files `datasets` and what it reads with raise nearly anything
         cause = error.__cause__ or error  # `datasets` wraps what _index_tars raises
         raise DataError(str(cause) if isinstance(cause, DataError) else f"cannot read {source}: {cause}") from error
-    return chosen, _labelled(source, found)
+    return chosen or None, _labelled(source, found)
 
 
-def _files(source: Path, suffix: str, split: str | None, held_out: bool) -> tuple[str | None, list[Path]]:
-    """The files with this suffix, those of one split where their names say which they belong to."""
+def _files(source: Path, suffix: str, split: str | None, held_out: bool) -> tuple[str, list[Path]]:
+    """The files with this suffix, those of one split where their names say which they belong to.
+
+    Beside files of validation or test, those that say nothing are training's; beside some of train they are refused.
+    """
     if source.is_file():
-        return None, [source] if source.suffix == suffix else []
-    paths = sorted(path for path in source.glob(f"*{suffix}") if path.is_file() and not is_hidden(path.name))
+        paths = [source] if source.suffix == suffix else []
+    else:
+        found = (path for path in source.glob(f"*{suffix}") if not is_hidden(path.name))
+        paths = sorted(path for path in found if not path.is_dir())
+    for path in paths:
+        check_regular(path)
     named = {path: split_of(path.name) for path in paths}
-    found = sorted(set(named.values()) - {""})
-    if not found:
-        return None, paths
-    chosen = choose_split(found, split, held_out, source)
-    return chosen, [path for path, name in named.items() if name == chosen]
+    splits = set(named.values()) - {""}
+    if splits and (unnamed := [path for path, name in named.items() if not name]):
+        splits.add("train")
+        named |= dict.fromkeys(unnamed, "train")
+    else:
+        unnamed = []
+    if not paths or (source.is_file() and split is None):
+        return "", paths
+    chosen = choose_split(sorted(splits), split, held_out, source)
+    kept = [path for path, name in named.items() if name == chosen]
+    if chosen == "train" and unnamed and (others := [path for path in kept if path not in unnamed]):
+        raise DataError(
+            f"{source}: {unnamed[0].name} says no split, and {others[0].name} beside it says train: rename one of "
+            "them, or move it away"
+        )
+    return chosen, kept
+
+
+def check_regular(path: Path) -> None:
+    """Raise DataError for what is no regular file, or a link to none: a pipe or a device would never end."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file, or a link that leads nowhere: copy or download it again")
 
 
 def _load_saved(source: Path, split: str | None, held_out: bool) -> tuple[str | None, datasets.Dataset]:
+    for path in itertools.chain(source.glob("*"), source.glob("*/*")):
+        if path.suffix in (".json", ".arrow") and not path.is_dir():
+            check_regular(path)
+        if path.name == "state.json":  # which may name any file
+            for part in json.loads(path.read_bytes())["_data_files"]:
+                check_regular(path.parent / part["filename"])
     if not any(source.rglob("*.arrow")):  # what saving no rows leaves behind cannot be loaded
         raise DataError(f"{source} holds no images")
     chosen, saved = None, datasets.load_from_disk(str(source))
     if not isinstance(saved, datasets.Dataset):
         chosen = choose_split(list(saved), split, held_out, source)
         saved = saved[chosen]
+    elif split is not None:
+        chosen = choose_split([str(saved.split)] if saved.split else [], split, held_out, source)
     return chosen, saved.with_format(None)
 
 
@@ -178,6 +222,15 @@ def _read_parquet(paths: list[Path]) -> datasets.Dataset:
     for path, names in zip(filled, columns, strict=True):
         if all(wanted) and (missing := [name for name in wanted if name not in names]):
             raise DataError(f"{path} has no column {missing[0]!r}, which {filled[0].name} beside it has")
+    features = [datasets.Features.from_arrow_schema(pq.read_schema(path)) for path in filled]
+    names = {path: getattr(each.get(wanted[1]), "names", None) for path, each in zip(filled, features, strict=True)}
+    named = [path for path in filled if names[path] is not None]
+    for path in named:
+        if names[path] != names[named[0]]:
+            raise DataError(
+                f"{path} and {named[0].name} beside it number their classes differently (column {wanted[1]!r}): write "
+                "them again with the same names in the same order"
+            )
     # Other columns may differ from shard to shard.
     return datasets.Dataset.from_parquet(
         [glob.escape(str(path)) for path in filled], split="train", columns=wanted if all(wanted) else None
@@ -231,7 +284,8 @@ def _index_tars(shards: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, 
 def check_whole(archive: tarfile.TarFile, tar: str) -> None:
     """Raise DataError for a tar that was cut off, wherever: its last member is there, and so is the mark of the end.
 
-    `tarfile` itself takes a header that is not whole for the end.
+    `tarfile` itself takes a header that is not whole for the end, and one of zeros. So after the mark there may be
+    only zeros, and no more than fill a record up.
     """
     last = archive.getmembers()[-1:]
     end = max(
@@ -241,6 +295,12 @@ def check_whole(archive: tarfile.TarFile, tar: str) -> None:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(f"{tar} is cut off, or was written over, after byte {end}: copy or download it again")
+        rest = os.fstat(file.fileno()).st_size - end
+        if rest > LARGEST_PADDING + tarfile.RECORDSIZE or any(map(any, iter(lambda: file.read(BLOCK), b""))):
+            raise DataError(
+                f"{tar} ends at byte {end}, and {rest} bytes follow: it was not downloaded whole, or is several tars "
+                "in one file: download it again, or unpack and pack them anew"
+            )
 
 
 def _sample_key(name: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from vapi_fast.data import npz
 from vapi_fast.data.dataset import DECODE_THREADS, ImageData
-from vapi_fast.data.pixels import rgb
-from vapi_fast.data.splits import IMAGE_SUFFIXES, is_hidden
-from vapi_fast.runtime.errors import DataError
+from vapi_fast.data.pixels import read_regular, rgb
+from vapi_fast.data.splits import IMAGE_FORMATS, class_images, pictures_in
+from vapi_fast.runtime.errors import DataError, warn
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files
 LARGEST_SIDE = 4096  # pixels: a batch has to fit into memory
@@ -49,11 +50,13 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
 
     Raises DataError where there is none of these, or a damaged one.
     """
-    if source.is_dir() and (source / MANIFEST).is_file():
+    if os.path.lexists(source / MANIFEST):
         return open_generated(source)
     if source.suffix.lower() == ".npz":
         return NpzImages(source)
-    if source.is_dir() and pictures_in(source):
+    if os.path.isdir(source) and (pictures := pictures_in(source)):
+        if any(class_images(source)):
+            warn(f"{source}: pictures directly in it ({len(pictures)}) are taken, those of its folders are not")
         return FolderImages(source)
     return LabelledImages(source, image_size, split)
 
@@ -61,8 +64,8 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
 def open_generated(folder: Path) -> ImageSet:
     """The finished samples that `vapi-fast generate` left in `folder`."""
     try:
-        expected = len(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["images"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        expected = len(json.loads(read_regular(folder / MANIFEST).decode())["images"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged or not one of vapi-fast generate's: {error}") from error
     samples = folder / SAMPLES_FILE
     if samples.exists():
@@ -119,7 +122,7 @@ def read_statistics(path: Path) -> dict[str, Tensor] | None:
 
     Raises DataError for a damaged file, or arrays that are not a mean `[F]` with a covariance `[F,F]`.
     """
-    if path.suffix.lower() != ".npz" or not path.is_file():
+    if path.suffix.lower() != ".npz" or not os.path.isfile(path):
         return None
     there = npz.names(path)
     if "mu" not in there:
@@ -177,7 +180,7 @@ class FolderImages:
     def _load(self, index: int) -> np.ndarray:
         path = self.paths[index]
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=IMAGE_FORMATS) as picture:
                 pixels = np.asarray(rgb(picture))
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             raise DataError(f"cannot read {path}: {error}") from error
@@ -206,15 +209,6 @@ class LabelledImages:
     def _load(self, index: int) -> np.ndarray:
         image, _ = self.data.load(index)
         return (image * 127.5 + 127.5).round().to(torch.uint8).numpy()
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files directly in `folder`, in the order of their names; hidden ones do not count."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name) and path.is_file()
-    )
 
 
 def decoded(load: Callable[[int], np.ndarray], start: int, stop: int, batch_size: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ class Array(NamedTuple):
 
 def names(path: Path) -> list[str]:
     """The arrays in the file; raises DataError where it is none of NumPy's."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "not a regular file" if os.path.exists(path) else "no such file"
+        raise DataError(f"{path}: {found}, expected an .npz file")
     with damage_named(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 

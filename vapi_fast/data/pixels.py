@@ -17,13 +17,14 @@ from PIL import Image
 # Pillow refuses what is twice as large as its limit; before that it warns, and what is taken is taken.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+ROUNDING = 0.01  # by which floats of 0 … 1 may leave that range
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 
 def read_regular(path: str | Path) -> bytes:
     """The bytes of a regular file; a pipe or a device, which may never end, raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is not a regular file")
+        raise OSError(f"not a regular file: {path}")
     return Path(path).read_bytes()
 
 
@@ -37,15 +38,23 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey of more than 8 bits as uint8: integers of 0 … 65535 and floats of 0 … 1, or else of 0 … 255, are scaled."""
+    """Grey of more than 8 bits as uint8: integers of 0 … 65535 and floats of 0 … 1, or else of 0 … 255, are scaled.
+
+    Floats that pass 0 … 1 by rounding are clipped. Raises ValueError for other ranges, and for what could be of two:
+    floats whose largest value is between 1.01 and 2, 32-bit integers whose largest is below 256.
+    """
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("its values are not finite: save it with 8 bits a channel")
     floats = values.dtype.kind == "f"
-    largest = (1 if high <= 1 else 255) if floats else 65535
-    if low < 0 or high > largest:
+    largest = (1 if high <= 1 + ROUNDING else 255) if floats else 65535
+    beyond = ROUNDING if largest == 1 else 0
+    if low < -beyond or high > largest + beyond:
         raise ValueError(f"its values are {low:g} to {high:g}, expected 0 to {largest}: save it with 8 bits a channel")
-    return np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
+    if 1 + ROUNDING < high <= 2 if floats else values.dtype.itemsize > 2 and 0 < high <= 255:
+        both = "0 to 1 or to 255" if floats else "0 to 255 or to 65535"
+        raise ValueError(f"its values are {low:g} to {high:g}, which may be of {both}: save it with 8 bits a channel")
+    return np.rint(values.astype(np.float64).clip(0, largest) * (255 / largest)).astype(np.uint8)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

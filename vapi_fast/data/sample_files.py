@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +18,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages, pictures_in
+from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages
+from vapi_fast.data.splits import pictures_in
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.errors import DataError
 
 WRITE_THREADS = 4
 PARTS_FOLDER = "parts"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # its last chunk
+PART = re.compile(r"\d{6,}\.safetensors")
+# What `write_atomically` calls the temporary files of ours.
+LEFTOVER = re.compile(
+    r"\.((manifest\.json|samples\.npz|(contact_sheet|comparison|entropy|\d{6,})\.png|\d{6,}\.safetensors)"
+    r"\.\w+\.tmp\.(json|npz|png|safetensors))"
+)
 MERGE_ROWS = 256  # images held at once while the .npz is written
 
 
@@ -55,7 +64,8 @@ class PngFiles:
         self.pending: list[Future[None]] = []
 
     def missing(self) -> Tensor:
-        present = {path.name for path in pictures_in(self.folder)} if self.folder.is_dir() else set()
+        there = pictures_in(self.folder) if self.folder.is_dir() else []
+        present = {path.name for path in there if is_whole_png(path)}
         return torch.tensor([i for i in range(self.count) if png_name(i) not in present], dtype=torch.int64)
 
     def add(self, ids: Sequence[int], pixels: Tensor) -> None:
@@ -94,8 +104,8 @@ class NpzFiles:
                 raise DataError(f"{self.path} holds {present} images, expected {self.count}: choose another folder")
             return torch.empty(0, dtype=torch.int64)
         absent = torch.ones(self.count, dtype=torch.bool)
-        for part in self._parts():
-            absent[read_part(part, "ids")] = False
+        for ids, _ in self._read_parts():
+            absent[ids] = False
         return absent.nonzero()[:, 0]
 
     def add(self, ids: Sequence[int], pixels: Tensor) -> None:
@@ -116,23 +126,39 @@ class NpzFiles:
     def finish(self) -> None:
         if not self.path.exists():
             write_atomically(self.path, self._merge)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        delete_own(self.folder, PART)
+        with contextlib.suppress(OSError):  # something else lies there, or it is a link
+            self.folder.rmdir()
 
     def first(self, count: int) -> Tensor:
         return next(NpzImages(self.path).batches(0, count, count))
 
-    def _parts(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("*.safetensors") if not p.name.startswith("."))
+    def _read_parts(self) -> list[tuple[Tensor, Any]]:
+        """Ids int64 `[n]` and images uint8 `[n,H,W,3]` of each part, these mapped: rows are read when they are taken.
+
+        Raises DataError where a part holds anything else, or images of another size than the first's.
+        """
+        parts = []
+        for path in sorted(path for path in self.folder.glob("*") if PART.fullmatch(path.name)):
+            with damage_named(path), safe_open(regular(path), framework="pt") as part:
+                ids, images = part.get_tensor("ids"), part.get_slice("images")
+                shape, size = images.get_shape(), (parts[0][1] if parts else images).get_shape()[1:]
+                if ids.dtype != torch.int64 or ids.ndim != 1 or not ((ids >= 0) & (ids < self.count)).all():
+                    raise ValueError(f"its ids are not whole numbers of 0 to {self.count - 1}")
+                if images.get_dtype() != "U8" or len(shape) != 4 or shape != [len(ids), *size] or shape[3] != 3:
+                    raise ValueError(f"{len(ids)} ids, and images {images.get_dtype()} {shape} beside others of {size}")
+            parts.append((ids, images))
+        return parts
 
     def _merge(self, temporary: Path) -> None:
         """Write all parts in the order of their ids, without holding them in memory."""
-        parts = self._parts()
-        images = [open_images(part) for part in parts]
-        place = torch.empty(self.count, 2, dtype=torch.int64)  # part and row of each id
-        for number, part in enumerate(parts):
-            ids = read_part(part, "ids")
+        parts = self._read_parts()
+        place = torch.full((self.count, 2), -1)  # part and row of each id
+        for number, (ids, _) in enumerate(parts):
             place[ids] = torch.stack([torch.full_like(ids, number), torch.arange(len(ids))], dim=1)
-        shape = (self.count, *images[0].get_shape()[1:])
+        if (place < 0).any():
+            raise DataError(f"{self.folder} lacks some of the {self.count} samples: run the same command again")
+        shape = (self.count, *parts[0][1].get_shape()[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with (
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -140,7 +166,7 @@ class NpzFiles:
         ):
             np.lib.format.write_array_header_1_0(member, header)
             for rows in place.split(MERGE_ROWS):
-                member.write(torch.stack([images[part][row] for part, row in rows.tolist()]).numpy().tobytes())
+                member.write(torch.stack([parts[part][1][row] for part, row in rows.tolist()]).numpy().tobytes())
 
 
 FORMATS: dict[str, type[SampleFiles]] = {"png": PngFiles, "npz": NpzFiles}
@@ -150,27 +176,35 @@ def png_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def read_part(path: Path, key: str) -> Tensor:
-    with damage_named(path), safe_open(path, framework="pt") as part:
-        return part.get_tensor(key)
+def is_whole_png(path: Path) -> bool:
+    """Whether the file ends as a PNG does: one that a full disk or a lost machine cut is drawn again."""
+    with path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - len(PNG_END), 0))
+        return file.read() == PNG_END
 
 
-def open_images(path: Path) -> Any:
-    """The images uint8 `[n,H,W,3]` of a part, mapped: rows are read when they are taken."""
-    with damage_named(path):
-        return safe_open(path, framework="pt").get_slice("images")
+def regular(path: Path) -> Path:
+    if not path.is_file():
+        raise OSError("not a regular file")
+    return path
 
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}): delete it, and run the same command again") from error
 
 
 def remove_leftovers(out: Path) -> None:
     """Delete the temporary files of a run that was killed while it wrote."""
     for folder in (out, out / SAMPLES_FOLDER, out / PARTS_FOLDER):
-        for leftover in folder.glob(".*.tmp*"):
-            leftover.unlink(missing_ok=True)
+        delete_own(folder, LEFTOVER)
+
+
+def delete_own(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the regular files with such names; nothing through a link, which leads to what may be another's."""
+    for path in () if folder.is_symlink() and folder.name in (SAMPLES_FOLDER, PARTS_FOLDER) else folder.glob("*"):
+        if names.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)

@@ -69,8 +69,9 @@ def read_captions(path: Path, tokens: int, width: int) -> Conditions:
         raise ConfigError(
             f"--caption-features {path}: is {list(features.shape)}, this checkpoint takes [N, {tokens}, {width}]"
         )
-    if not features.is_floating_point() or not features.isfinite().all():
+    # After the cast: float64 has numbers that float32 has not.
+    if not features.is_floating_point() or not (features := features.float()).isfinite().all():
         raise ConfigError(f"--caption-features {path}: expected finite floating-point numbers")
     if mask is not None and mask.shape != features.shape[:2]:
         raise ConfigError(f"--caption-features {path}: mask is {list(mask.shape)}, expected {list(features.shape[:2])}")
-    return Conditions(features.float(), None if mask is None else mask.bool())
+    return Conditions(features, None if mask is None else mask.bool())
