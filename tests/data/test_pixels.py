@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vapi_fast.data.pixels import eight_bits, read_regular, rgb
+from vapi_fast.data.pixels import eight_bits, rgb
+from vapi_fast.runtime.checkpoint import read_regular
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vapi_fast.data.pixels import center_crop, read_regular, rgb
+from vapi_fast.data.pixels import center_crop, rgb
 from vapi_fast.data.splits import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -27,6 +27,7 @@ from vapi_fast.data.splits import (
     read_class_index,
     split_of,
 )
+from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")

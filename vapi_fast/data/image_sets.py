@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vapi_fast.data import npz
 from vapi_fast.data.dataset import DECODE_THREADS, ImageData
-from vapi_fast.data.pixels import read_regular, rgb
+from vapi_fast.data.pixels import rgb
 from vapi_fast.data.splits import IMAGE_FORMATS, class_images, pictures_in
+from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError, warn
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files

@@ -6,10 +6,7 @@ Alpha is dropped, not composited; an EXIF orientation is not applied; of an anim
 
 from __future__ import annotations
 
-import os
-import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,13 +16,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 ROUNDING = 0.01  # by which floats of 0 … 1 may leave that range
 PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
-
-
-def read_regular(path: str | Path) -> bytes:
-    """The bytes of a regular file; a pipe or a device, which may never end, raises OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"not a regular file: {path}")
-    return Path(path).read_bytes()
 
 
 def rgb(picture: Image.Image) -> Image.Image:

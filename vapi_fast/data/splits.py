@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vapi_fast.data.pixels import read_regular
+from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError, warn
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

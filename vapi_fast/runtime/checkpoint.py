@@ -304,11 +304,11 @@ def load_into(module: nn.Module, state: dict[str, Tensor], path: str | Path, hin
         module.load_state_dict(state)
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: str | Path) -> bytes:
     """The bytes of a regular file; a pipe or a device, which may never end, raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
-    return path.read_bytes()
+        raise OSError(f"{path} is not a regular file")
+    return Path(path).read_bytes()
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None], *, replace: bool = True) -> None:
