@@ -161,7 +161,7 @@ def read_class_index(path: Path) -> dict[str, int]:
             from_json(json.loads(text, object_pairs_hook=no_key_twice)) if as_json else from_lines(text.splitlines())
         )
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise DataError(f"--class-index {path}: {expected} ({type(error).__name__}: {str(error)[:80]})") from error
+        raise DataError(f"--class-index {path}: {expected} ({type(error).__name__}: {str(error)[:200]})") from error
     index: dict[str, int] = {}
     for name, number in pairs:
         if not 0 <= number < 2**31 or index.setdefault(name, number) != number:
