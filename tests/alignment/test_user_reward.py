@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vapi_fast import AlignConfig
+from vapi_fast import AlignConfig, align
 from vapi_fast.alignment.user_reward import reward_function, user_rewards
 from vapi_fast.runtime.errors import ConfigError, RewardError
 
@@ -94,3 +95,19 @@ def test_a_reward_of_another_precision_is_taken(module: Any) -> None:
     rewards = user_rewards(name, IMAGES, LABELS)
     assert rewards.dtype == torch.float32
     assert rewards.tolist() == [0.0, 0.5, 1.0, 1.5]
+
+
+@pytest.mark.usefixtures("image_sets")
+def test_a_module_that_switches_gradients_off(module: Any, tiny_config: Callable[..., AlignConfig]) -> None:
+    lines = (
+        "import torch",
+        "torch.set_grad_enabled(False)",
+        "def reward(images, labels):",
+        "    return images.mean((1, 2, 3))",
+    )
+    try:
+        config = tiny_config(steps=1, reward=f"{module(chr(10).join(lines))}:reward")
+        assert not torch.is_grad_enabled()
+        assert align(config)["curves"]["loss"]
+    finally:
+        torch.set_grad_enabled(True)
