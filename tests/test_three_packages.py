@@ -112,8 +112,8 @@ assert record["images_per_second"] > 0
 
 
 MISSING = {
-    "align --model tiny --steps 1": (1, "reading images needs datasets and pillow", "datasets pillow"),
-    "align --model tiny --synthetic-data": (1, "tokenizer.safetensors needs safetensors", "safetensors"),
+    "align --model tiny --steps 1": (2, "reading images needs datasets and pillow", "datasets pillow"),
+    "align --model tiny --synthetic-data": (2, "tokenizer.safetensors needs safetensors", "safetensors"),
     "generate --model tiny --num 1 --out out": (
         2,
         "vapi-fast generate needs pillow and safetensors",
