@@ -20,7 +20,7 @@ from vapi_fast.runtime.options import flags_of, kind_of, options
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-EXAMPLES = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "250"))  # of each command
+EXAMPLES = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "120"))  # of each command
 NUMBERS = (
     "0",
     "-0",
@@ -121,7 +121,7 @@ def test_any_flags(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     print(f"{command}: {sum(seen.values())} command lines, {seen}")
     assert list(tmp_path.iterdir()) == []
     assert seen.get("refused", 0) > 20
-    assert seen.get("taken", 0) > 5
+    assert seen.get("taken", 0) > 2
 
 
 def with_required(command: str, line: list[str]) -> list[str]:

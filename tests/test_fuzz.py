@@ -42,7 +42,7 @@ hypothesis = pytest.importorskip("hypothesis")
 datasets = pytest.importorskip("datasets")
 st = hypothesis.strategies
 
-SHARE = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "250")) / 250  # of each test's own number of examples
+SHARE = int(os.environ.get("VAPI_FAST_FUZZ_EXAMPLES", "120")) / 250  # of each test's own number of examples
 SECONDS = 60  # for one input, on a slow machine
 MEMORY = 2**30  # that a test may add to the process
 SIDE = 8
