@@ -412,7 +412,6 @@ import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu_check
 from parts import Part
-from processes import PATIENCE, gone, wait_until
 
 first = "print(1, file=open('first-runs', 'a')); print('{{\\"name\\": \\"copy\\", \\"rate\\": 5.0}}')"
 second = '''
