@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +101,29 @@ def test_an_image_is_the_same_in_a_set_of_any_size(tmp_path: Path) -> None:
     draw_samples(config(tmp_path / "two", num=2))
     for name in ("000000.png", "000001.png"):
         assert (tmp_path / "two/images" / name).read_bytes() == (tmp_path / "six/images" / name).read_bytes()
+
+
+def test_a_compared_generator_is_gone_when_the_draws_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its weights and cache would take the draws' memory."""
+    loaded: list[weakref.ref[Sampler]] = []
+    alive: list[int] = []
+    load, draw = Sampler.load, Sampler.draw
+
+    def remembered(*arguments: object) -> Sampler:
+        sampler = load(*arguments)
+        loaded.append(weakref.ref(sampler))
+        return sampler
+
+    def counted(self: Sampler, ids: torch.Tensor) -> torch.Tensor:
+        gc.collect()
+        alive.append(sum(each() is not None for each in loaded))
+        return draw(self, ids)
+
+    monkeypatch.setattr(Sampler, "load", remembered)
+    monkeypatch.setattr(Sampler, "draw", counted)
+    draw_samples(config(tmp_path / "out", num=2, compare_ckpt=tiny.FILES.generator))
+    assert len(loaded) == 2
+    assert alive == [1]
 
 
 def test_a_checkpoint_in_shards_is_known_by_all_of_them(tmp_path: Path) -> None:

@@ -77,7 +77,15 @@ def draw_samples(config: GenerateConfig) -> None:
             check_same(config.out, before, manifest)
         gather_objects(None)  # all ranks have looked before one writes
         try:
-            write_samples(config, sampler, compared, manifest, fresh=before is None)
+            if rank() == 0:
+                remove_leftovers(config.out)
+                if before is None:
+                    text = json.dumps(manifest, indent=1) + "\n"
+                    write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, "utf-8"))
+                save_views(config, sampler, compared)
+            del compared  # its memory is for the draws
+            gather_objects(None)
+            write_samples(config, sampler, manifest)
         except OSError as error:
             images = config.num * (2 if config.format == "npz" else 1) + SHEET_IMAGES
             needed = images * 3 * config.save_size**2
@@ -86,18 +94,8 @@ def draw_samples(config: GenerateConfig) -> None:
             ) from error
 
 
-def write_samples(
-    config: GenerateConfig, sampler: Sampler, compared: Sampler | None, manifest: dict[str, Any], fresh: bool
-) -> None:
-    """Everything in the folder, by all ranks."""
-    if rank() == 0:
-        remove_leftovers(config.out)
-        if fresh:
-            text = json.dumps(manifest, indent=1) + "\n"
-            write_atomically(config.out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        save_views(config, sampler, compared)
-    del compared  # its memory is for the draws
-    gather_objects(None)
+def write_samples(config: GenerateConfig, sampler: Sampler, manifest: dict[str, Any]) -> None:
+    """The images that are missing, by all ranks, and the contact sheet."""
     files = FORMATS[config.format](config.out, config.num)
     draw_missing(files, sampler)
     gather_objects(None)
@@ -282,7 +280,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     path = out / MANIFEST
     if not path.exists():
         # A run that was killed while it wrote the manifest leaves a temporary file.
-        if any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
+        if out.exists() and any(not found.name.startswith((f".{MANIFEST}.", LOCK)) for found in out.iterdir()):
             raise ConfigError(f"--out {out} holds other files: choose another folder")
         return None
     try:
