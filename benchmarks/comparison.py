@@ -138,7 +138,7 @@ class Comparison(PublishedRecipe):
         models.generator.zero_grad(set_to_none=True)
         if not self.errors:  # a GPU's first calls load kernels and choose algorithms: ours did in the run's first step
             images = max(1, WARM_UP // config.group_size)
-            first = ImageBatch(*(value[:images] for value in batch))
+            first = batch.take(slice(images))
             published_step(self.published, config, first, seed, self.clock)
             models.generator.zero_grad(set_to_none=True)
         same = {"tokens": ours.tokens, "drawn": ours.rollouts}

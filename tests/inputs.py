@@ -40,6 +40,12 @@ def png(seed: int = 0) -> bytes:
     return file.getvalue()
 
 
+def grey_png(value: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+
 def classes(root: Path, *names: str, each: int = 2) -> Path:
     """A folder of class folders."""
     for name in names:

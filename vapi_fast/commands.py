@@ -21,7 +21,6 @@ from vapi_fast.alignment.run import align
 from vapi_fast.runtime.errors import ConfigError, Error, one_line, warn
 from vapi_fast.runtime.packages import require
 
-USAGE_ERROR = 2
 FAILURE = 1
 LOWER_BATCH_SIZE = "out of GPU memory: lower --batch-size"
 TOO_LARGE = ("allocate memory", "size calculation overflowed", "cannot be represented as a SymInt")  # torch's words

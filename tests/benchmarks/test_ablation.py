@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[AlignConfig]:
         (config.output_dir / "run.json").write_text(text)
 
     monkeypatch.setattr(run, "align", align)
-    measured = lambda self, seed, temperatures: {each: measurement(30 - each) for each in temperatures}  # noqa: E731
+
+    def measured(self: Runs, seed: int, temperatures: Iterable[float]) -> dict[float, Any]:
+        return {each: measurement(30 - each) for each in temperatures}
+
     monkeypatch.setattr(Runs, "base_at", measured)
     return configs
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from vapi_fast.data import image_files
 from vapi_fast.data.dataset import ImageData
@@ -25,10 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def png(value: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, value, value)).save(file, "PNG")
-    return file.getvalue()
+png = pytest.importorskip("inputs").grey_png
 
 
 def tar_of(*values: int) -> bytes:

@@ -22,18 +22,8 @@ from vapi_fast.runtime.errors import DataError
 datasets = pytest.importorskip("datasets")
 
 
-def png(value: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, value, value)).save(file, "PNG")
-    return file.getvalue()
-
-
-def classes(root: Path, *names: str, each: int = 2) -> Path:
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            (root / name / f"{i}.png").write_bytes(png(i))
-    return root
+inputs = pytest.importorskip("inputs")
+png, classes = inputs.grey_png, inputs.classes
 
 
 def names(data: ImageData) -> list[str]:

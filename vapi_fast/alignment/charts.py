@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,12 @@ def save_reward_curve(path: str | Path, rewards: Sequence[float], *, window: int
     if not rewards:
         raise ValueError("no rewards to draw; expected one mean reward per step")
     steps = range(1, len(rewards) + 1)
-    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(steps, rewards, color="#93c5fd", linewidth=1, marker="o", markersize=2.5, label="each step")
-    axes.plot(steps, _running_mean(rewards, window), color="#1d4ed8", linewidth=2, label=f"mean over {window} steps")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean reward, −(MSE + LPIPS), weighted")
-    axes.set_xlim(0, len(rewards) + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+    with chart_of_steps(path, "mean reward, −(MSE + LPIPS), weighted") as axes:
+        axes.plot(steps, rewards, color="#93c5fd", linewidth=1, marker="o", markersize=2.5, label="each step")
+        axes.plot(
+            steps, _running_mean(rewards, window), color="#1d4ed8", linewidth=2, label=f"mean over {window} steps"
+        )
+        axes.set_xlim(0, len(rewards) + 1)
 
 
 def save_fid_curve(path: str | Path, measurements: Mapping[int, Mapping[str, Any]], cfg_scale: float) -> None:
@@ -65,17 +59,24 @@ def save_fid_curve(path: str | Path, measurements: Mapping[int, Mapping[str, Any
     """
     if not measurements:
         raise ValueError("no measurements to draw; expected at least one")
+    with chart_of_steps(path, "FID ± standard error") as axes:
+        steps = list(measurements)
+        plain, guided = list(measurements.values()), [each["cfg"] for each in measurements.values()]
+        for scores, label, colour in ((plain, "no guidance", "#1d4ed8"), (guided, f"CFG {cfg_scale:g}", "#ea580c")):
+            fid, errors = ([each[name] for each in scores] for name in ("fid", "fid_se"))
+            axes.errorbar(steps, fid, yerr=errors, label=label, color=colour, marker="o", markersize=4, capsize=3)
+        axes.set_ylim(bottom=0)
+
+
+@contextlib.contextmanager
+def chart_of_steps(path: str | Path, figure_label: str) -> Iterator[Axes]:
+    """Axes to draw a figure over the steps into; afterwards they are a PNG, which appears whole or not at all."""
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    steps = list(measurements)
-    plain, guided = list(measurements.values()), [each["cfg"] for each in measurements.values()]
-    for scores, label, colour in ((plain, "no guidance", "#1d4ed8"), (guided, f"CFG {cfg_scale:g}", "#ea580c")):
-        fid, errors = ([each[name] for each in scores] for name in ("fid", "fid_se"))
-        axes.errorbar(steps, fid, yerr=errors, label=label, color=colour, marker="o", markersize=4, capsize=3)
+    yield axes
     axes.set_xlabel("step")
-    axes.set_ylabel("FID ± standard error")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(figure_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -60,7 +60,7 @@ def accumulate_free_gradients(
             losses = sequence_loss(models, config, part, condition.take(rows), seed, clock)
             weight = share = (rows.stop - rows.start) / (config.batch_size * config.group_size)
         else:
-            losses = ntp_loss(models, config, ImageBatch(*(value[rows] for value in batch)), tokens[rows], seed, clock)
+            losses = ntp_loss(models, config, batch.take(rows), tokens[rows], seed, clock)
             share = (rows.stop - rows.start) / config.batch_size
             weight = config.prior_weight * share
         with clock("backward"):

@@ -86,7 +86,7 @@ def judge_step(
     with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
         for start in range(0, len(tokens), config.micro_batch):
             rows = slice(start, start + config.micro_batch)
-            part = ImageBatch(*(value[rows] for value in batch))
+            part = batch.take(rows)
             draw = {"seed": seed, "sample_ids": part.sample_ids}
             rollout = roll_out(models.generator, tokens[rows], condition_of(part), config, clock=clock, **draw)
             parts.append(rewards_of(models, config, rollout.tokens, part, clock))

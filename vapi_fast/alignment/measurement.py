@@ -173,7 +173,7 @@ def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Ten
         positions = step * size + batch.sample_ids
         wanted = positions < count
         if wanted.any():
-            yield positions[wanted], ImageBatch(*(value[wanted] for value in batch))
+            yield positions[wanted], batch.take(wanted)
 
 
 def feature_network(config: AlignConfig, models: Models, device: torch.device) -> FeatureNetwork:

@@ -56,7 +56,7 @@ def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch,
     means, bad, rollouts, rewards = [], [], [], []
     for start in range(0, len(tokens), config.micro_batch):
         rows = slice(start, start + config.micro_batch)
-        part = ImageBatch(*(value[rows] for value in batch))
+        part = batch.take(rows)
         reduce_at(models.generator, last=rows.stop >= len(tokens))
         known = () if judged is None else (judged.take(rows),)
         losses = LOSSES[config.method](models, config, part, tokens[rows], seed, clock, *known)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vapi_fast.runtime.errors import ConfigError, RewardError
+from vapi_fast.runtime.errors import ConfigError, RewardError, one_line
 
 if TYPE_CHECKING:  # the configuration looks a reward up, and imports no torch
     from torch import Tensor
@@ -63,7 +63,7 @@ def user_rewards(name: str, images: Tensor, labels: Tensor) -> Tensor:
 def place_and_reason(error: BaseException) -> str:
     """An exception in one line, with the file and line that it comes from."""
     try:
-        reason = " ".join(str(error).split()) or "no word"
+        reason = one_line(error) or "no word"
     except Exception:  # it is the user's own class
         reason = "no word"
     if isinstance(error, SyntaxError):

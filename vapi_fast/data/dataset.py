@@ -34,6 +34,9 @@ class ImageBatch(NamedTuple):
     sample_ids: Tensor  # int64 [b]: slot of the image in its step, 0 .. batch_size - 1 over all ranks
     image_ids: Tensor  # int64 [b]: row of the image in the data set
 
+    def take(self, rows: slice | Tensor) -> ImageBatch:
+        return ImageBatch(*(value[rows] for value in self))
+
     def to(self, device: torch.device) -> ImageBatch:
         """The same on `device`, from pinned memory without waiting for it."""
         return ImageBatch(*(value.to(device, non_blocking=True) for value in self))

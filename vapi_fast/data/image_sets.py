@@ -23,7 +23,7 @@ from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError, warn
 
 IMAGES_KEY = "arr_0"  # of the ADM evaluator's files
-LARGEST_SIDE = 4096  # pixels: a batch has to fit into memory
+LARGEST_STORED = 4096  # pixels: a batch has to fit into memory
 WIDEST = 1 << 13  # features: a covariance has to fit into memory
 LARGEST_STATISTIC = 1e30  # no network's features are: their products stay finite
 MANIFEST = "manifest.json"
@@ -96,8 +96,10 @@ class NpzImages:
             raise DataError(
                 f"{path}: {IMAGES_KEY} lies in Fortran's order, expected C's: save numpy.ascontiguousarray of it"
             )
-        if max(self.shape[1:]) > LARGEST_SIDE:
-            raise DataError(f"{path}: its images are {self.shape[2]}x{self.shape[1]}, at most {LARGEST_SIDE} are taken")
+        if max(self.shape[1:]) > LARGEST_STORED:
+            raise DataError(
+                f"{path}: its images are {self.shape[2]}x{self.shape[1]}, at most {LARGEST_STORED} are taken"
+            )
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -24,21 +24,27 @@ class Array(NamedTuple):
     fortran_order: bool
 
 
-def names(path: Path) -> list[str]:
-    """The arrays in the file; raises DataError where it is none of NumPy's."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The file; raises DataError where it is none, or for damage that is met inside the `with` block."""
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "not a regular file" if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: {found}, expected an .npz file")
     with damage_named(path), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def names(path: Path) -> list[str]:
+    """The arrays in the file; raises DataError where it is none of NumPy's."""
+    with opened(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def open_array(path: Path, key: str) -> Array:
     """The array `key`; raises DataError where there is none, or one that does not fill the room it says it does."""
-    there = names(path)
-    if key not in there:
-        raise DataError(f"{path}: has no array {key}, only {', '.join(sorted(there)) or 'nothing'}")
-    with damage_named(path), zipfile.ZipFile(path) as archive:
+    with opened(path) as archive:
+        if f"{key}.npy" not in archive.namelist():
+            raise DataError(f"{path}: has no array {key}, only {', '.join(sorted(names(path))) or 'nothing'}")
         about = archive.getinfo(f"{key}.npy")
         stream = archive.open(about)
         version = np.lib.format.read_magic(stream)

@@ -55,6 +55,7 @@ class LPIPS(nn.Module):
                 channels = width
             self.taps.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
+        self.smallest_side = 2 ** (len(config.levels) - 1)  # pixels: each level but the first halves
         # Unit weights make each level's term 2 − 2·cos; vgg16 gets its published heads.
         self.heads = nn.ParameterList(torch.full((width,), 1.0 / len(config.levels)) for width, _ in config.levels)
         self.classifier = nn.Linear(channels, config.classes) if config.classes else None
@@ -87,10 +88,9 @@ class LPIPS(nn.Module):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
-        halvings = sum(isinstance(layer, nn.MaxPool2d) for layer in self.features)
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 2**halvings:
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.smallest_side:
             raise ValueError(
-                f"images must be [N,3,H,W] of at least {2**halvings} pixels a side, got {list(images.shape)}"
+                f"images must be [N,3,H,W] of at least {self.smallest_side} pixels a side, got {list(images.shape)}"
             )
         maps = []
         h = (images - self.shift) / self.scale

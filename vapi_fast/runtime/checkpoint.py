@@ -58,9 +58,8 @@ def load_state_dict(path: str | Path, *, averaged: bool = False) -> dict[str, Te
     """The weights in a file or folder, by the names that the model itself has for them.
 
     A file is read by its content: PyTorch's (bare, under `model`, `module` or `state_dict`, or under another name if
-    there is but one dictionary of tensors) or safetensors. A folder
-    has an index of shards (`*.index.json`), or one file of a usual name. Prefixes of wrappers go, and so does what is
-    no weight; standard error says what, in a line.
+    there is but one dictionary of tensors) or safetensors. A folder has an index of shards (`*.index.json`), or one
+    file of a usual name. Prefixes of wrappers go, and so does what is no weight; standard error says what, in a line.
 
     Args:
         averaged: the exponential moving average instead of the weights. It is taken, and said, also where it is all

@@ -27,9 +27,7 @@ TIMEOUT = timedelta(minutes=30)  # ranks wait for one another while rank 0 draws
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group (none for a single process) and yield this rank's device."""
-    local_rank, processes = (
-        number_in_environment(name, default) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    local_rank, processes = number_in_environment("LOCAL_RANK", 0), number_in_environment("WORLD_SIZE", 1)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

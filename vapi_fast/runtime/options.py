@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,24 @@ def add_flags(parser: argparse.ArgumentParser, config: type, presets: Mapping[st
         parser.add_argument(*flags_of(field), help=text.replace("`", "").replace("%", "%%"), **arguments)
 
 
+@cache
+def type_hints(config: type) -> dict[str, Any]:
+    """Resolved once: each time costs as much as a field has hints beside it."""
+    return typing.get_type_hints(config)
+
+
 def kind_of(config: type, field: Field[Any]) -> type:
     """What a flag's text is made into: the field's type, None aside."""
     if field.metadata["kind"]:
         return field.metadata["kind"]
-    hint = typing.get_type_hints(config)[field.name]
+    hint = type_hints(config)[field.name]
     if isinstance(hint, types.UnionType):
         (hint,) = (each for each in hint.__args__ if each is not type(None))
     return hint
 
 
 def admits_none(config: type, field: Field[Any]) -> bool:
-    return isinstance(typing.get_type_hints(config)[field.name], types.UnionType)
+    return isinstance(type_hints(config)[field.name], types.UnionType)
 
 
 def shown_default(field: Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
