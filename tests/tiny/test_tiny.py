@@ -113,6 +113,26 @@ def test_thinning_keeps_one_skin_tone() -> None:
     assert len(kept) == 3
 
 
+def test_images_are_varied_within_their_frame(build: ModuleType) -> None:
+    """Mirrored or as they are at share 0; at 1 also scaled and moved, where what comes in from outside is white."""
+    pictures = torch.ones(64, 3, 32, 32)
+    pictures[:, :, 12:20, 8:14] = -1.0
+    seeded = torch.Generator().manual_seed(0)
+    same = build.varied(pictures, seeded, 0.0)
+    errors = torch.stack([(same - other).abs().amax((1, 2, 3)) for other in (pictures, pictures.flip(3))])
+    assert errors.min(0).values.max() < 1e-4
+    assert set((errors < 1e-4).float().argmax(0).tolist()) == {0, 1}
+    varied = build.varied(pictures, seeded, 1.0)
+    dark = (varied < 0).float()
+    assert varied[:, :, :4].min() == varied[:, :, -4:].min() == varied.max() == 1.0
+    sides = [dark[:, 0].amax(dim).sum(1) for dim in (2, 1)]  # of 8 × 6 pixels, by ± 12 % and a pixel of rounding
+    assert all(7 <= height <= 10 for height in sides[0].tolist())
+    assert all(5 <= width <= 7 for width in sides[1].tolist())
+    centres = (dark[:, 0].sum(2) * torch.arange(32)).sum(1) / dark[:, 0].sum((1, 2))
+    assert 12.9 < centres.min() < 14.5
+    assert 16.5 < centres.max() < 18.1
+
+
 def test_build_trains_each_network_from_the_images(build: ModuleType, tmp_path: Path) -> None:
     """A few steps of each on some of the images: the files load, the generator's loss is below a uniform guess's."""
     parquet, files = importlib.import_module("pyarrow.parquet"), tiny.tiny_files(tmp_path)

@@ -217,11 +217,11 @@ def train_tokenizer(output: TinyFiles, steps: int = 3500, batch_size: int = 64, 
     save_half(model, output.tokenizer)
 
 
-def train_generator(output: TinyFiles, steps: int = 1800, batch_size: int = 32, finishing_steps: int = 270) -> None:
+def train_generator(output: TinyFiles, steps: int = 1800, batch_size: int = 32) -> None:
     """Next-token cross-entropy until it gains nothing more on held-out images: a base for alignment to be judged by.
 
     The learning rate falls to zero along a cosine. Images are varied and tokenized anew at every step, with dropout 0.1
-    for all, as LlamaGen has it; the last `finishing_steps` see them as they are, or mirrored, without dropout.
+    for all, as LlamaGen has it; the last 15 % of the steps see them as they are, or mirrored, without dropout.
     """
     images, labels = load_images(output.train_images)
     heldout, heldout_labels = load_images(output.heldout_images)
@@ -233,11 +233,11 @@ def train_generator(output: TinyFiles, steps: int = 1800, batch_size: int = 32, 
     model = LlamaGen.from_name("tiny", num_classes=CLASSES, vocab_size=512, grid_size=IMAGE_SIZE // 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 60) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer, lambda step: min(1, 30 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
     )
     progress = trange(steps, desc="generator")
     for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
-        finishing = step >= steps - finishing_steps
+        finishing = step >= 0.85 * steps
         model.train()
         model.dropout = 0.0 if finishing else 0.1
         inputs, classes = varied(images[index], generator, 0.0 if finishing else 0.7), labels[index]
