@@ -6,23 +6,32 @@ import os
 import re
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
+from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import MOST, PRESET, check_output, option
+from vapi_fast.runtime.options import MOST, PRESET, as_text, check_output, flag, option
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
+ROLLOUT_MODES = ("train", "eval")
 CONTROLS = ("random", "shuffled")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
 RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """A recipe's values as a command line has them."""
+    return " ".join(f"{flag(name)} {as_text(value)}" for name, value in values.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,31 @@ class RolloutOptions(DrawOptions):
         choices=ROLLOUTS,
     )
     noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
-    dropout: float = option(0.0, "dropout in the generator, one mask for all rollouts of an image", at_least=0, below=1)
+    rollout_mode: str = option(
+        PRESET,
+        "`train`: rollouts and loss come of one forward, dropout and all; `eval`: rollouts of a forward without "
+        "dropout, the loss of a second one with it, one an image",
+        choices=ROLLOUT_MODES,
+    )
+    dropout: float = option(
+        PRESET,
+        "dropout of embeddings, attention's and feed-forward's results, one mask for all rollouts of an image",
+        at_least=0,
+        below=1,
+    )
+    label_dropout: float = option(
+        PRESET, 'share of images whose class is replaced by "none" where dropout acts', at_least=0, at_most=1
+    )
+
+    @property
+    def second_forward(self) -> bool:
+        """Whether rollouts are drawn without the dropout that the loss's forward has: else one forward serves both."""
+        return self.rollout_mode == "eval" and (self.dropout > 0 or self.label_dropout > 0)
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether rollouts come of another distribution than the loss's."""
+        return self.second_forward or self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +120,12 @@ class RewardOptions:
 class ObjectiveOptions:
     """What the rewards are made into."""
 
+    recipe: str = option(
+        catalog.DEFAULT_RECIPE,
+        "values for flags that are not given: "
+        + "; ".join(f"`{name}`: {settings(values)}" for name, values in catalog.RECIPES.items()),
+        choices=tuple(catalog.RECIPES),
+    )
     method: str = option(
         "vapi",
         "`vapi`, `ste` (straight-through baseline) or `ntp` (next-token prediction alone)",
@@ -185,7 +224,7 @@ class AlignConfig(
     tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
-        self.prepare("align")
+        self.prepare("align", self.recipe)
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):

@@ -146,8 +146,6 @@ class Evaluator:
         """Means over teacher-forced rollouts around held-out images."""
         fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(RolloutOptions)}
         options = RolloutOptions(**fields | {"temperature": temperature})
-        training = generator.training
-        generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
@@ -158,7 +156,6 @@ class Evaluator:
             reward = self.models.reward.score(rollout.tokens, batch.images)
             uncertainty = token_uncertainty(rollout.hidden, generator.head, tokens)
             rows.append(torch.cat([torch.stack([value.mean(1) for value in reward], dim=1), uncertainty], dim=1).cpu())
-        generator.train(training)
         return HeldOut(*gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 

@@ -47,7 +47,6 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
         )
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
-    generator.dropout = config.dropout
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
     return Models(generator.train(), tokenizer, reward, base)
 
@@ -58,7 +57,6 @@ def frozen_copy(generator: Generator) -> Generator:
     if next(base.parameters()).is_cuda:
         base.to(torch.bfloat16)
         base.rotary = generator.rotary
-    base.dropout = 0.0
     return base
 
 

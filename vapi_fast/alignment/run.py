@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID
+from vapi_fast.alignment.figures import METRICS
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -315,7 +316,8 @@ class Run:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.config.lr
-        self.outcome.curves, self.outcome.measured = extra["curves"], extra["measured"]
+        self.outcome.curves = {name: [0.0] * step for name in METRICS} | extra["curves"]  # one that came later
+        self.outcome.measured = extra["measured"]
         self.outcome.evaluations = extra.get("evaluations", {})
         return step
 

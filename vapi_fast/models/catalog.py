@@ -27,11 +27,21 @@ class Entry:
     generate: Mapping[str, Any]
     evaluate: Mapping[str, Any]
 
-    def preset(self, command: str) -> dict[str, Any]:
-        """What a command's fields are by default."""
+    def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
+        """What a command's fields are by default; of `align`, under a recipe."""
         common = {"tokenizer": self.tokenizer, "lpips": self.lpips, "image_size": self.image_size, **self.files}
-        return common | getattr(self, command)
+        decided = RECIPES[recipe or DEFAULT_RECIPE] if command == "align" else {}
+        return common | getattr(self, command) | decided
 
+
+# Values of align's options, by `--recipe`. An option that one of them names has to be named by all.
+RECIPES: dict[str, dict[str, Any]] = {
+    # One forward an image without dropout: what the rollouts are drawn from is what is learned from.
+    "lean": {"rollout_mode": "train", "dropout": 0.0, "label_dropout": 0.0},
+    # As released: train_c2i_grpo_8gpu.sh with `--sample-model-mode train`.
+    "va-pi": {"rollout_mode": "eval", "dropout": 0.1, "label_dropout": 0.1},
+}
+DEFAULT_RECIPE = "lean"
 
 NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "data", "eval_data", "reference"))  # the user's
 # The paper's recipe: 384², 128 images × G 8 a step, 100 steps, AdamW at 1e-6.
@@ -85,11 +95,13 @@ def entry(name: str) -> Entry:
     return CATALOG[str(name).lower()]
 
 
-def prepare(config: Any, command: str) -> None:
-    """Fill in what a command's configuration leaves to its model, and check its ranges; raises ConfigError."""
+def prepare(config: Any, command: str, recipe: str | None = None) -> None:
+    """Fill in what a configuration leaves to its model and recipe, and check its ranges; raises ConfigError."""
     found = entry(config.model)
+    if recipe is not None and recipe not in RECIPES:
+        raise ConfigError(f"--recipe {recipe}: unknown, choose one of {', '.join(RECIPES)}")
     object.__setattr__(config, "model", config.model.lower())
-    fill_in(config, found.preset(command))
+    fill_in(config, found.preset(command, recipe))
     check(config)
 
 
