@@ -1,11 +1,11 @@
 """One step of the published VA-π recipe, written plainly: what `--path` compares with and the tests hold our step to.
 
 It does what the released training script (Lil-Shake/VA-Pi, train_c2i_grpo.py) does, in its order: a sampling forward
-without gradient and dropout; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in float32
-(TF32 products), with both images of every pair through the network; then a training forward and backward over the
-G-fold repeated batch, eight sequences at a time, with dropout drawn anew for each row where there is any (the script's
-launcher has it, its default has not), and with the frozen base model's forward that the script runs whether or
-not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our kernels or layouts.
+without gradient or dropout; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in
+float32 (TF32 products), with both images of every pair through the network; then a training forward and backward over
+the G-fold repeated batch, eight sequences at a time, each row with dropout of its own if there is any (the script's
+launcher asks for it, the script alone does not), and with the frozen base model's forward that the script runs whether
+or not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our kernels or layouts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def published_step(
     drawn: Tensor | None = None,
     shared_masks: bool = False,
 ) -> dict[str, Tensor]:
-    """Add one step's gradients to `models.generator`'s; returns loss and clipped share (0-d), and the rollouts' terms `[B,G]`.
+    """Add one step's gradients to `models.generator`'s; returns the loss, the share of clipped tokens (both 0-d) and
+    the rollouts' terms `[B,G]`.
 
     Args:
         seed: of the noise, if there is any; the rollouts are drawn from PyTorch's own generator, as released.

@@ -94,7 +94,7 @@ def draw_rollouts(
 def judge_step(
     models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock
 ) -> Judged:
-    """Judge all rollouts of this rank before any is learned from: one more forward, where advantages need the step's."""
+    """Judge all rollouts of this rank before any is learned from: a forward more, for advantages of the whole step."""
     parts = []
     for start in range(0, len(tokens), config.micro_batch):
         rows = slice(start, start + config.micro_batch)
