@@ -302,7 +302,7 @@ def test_the_published_recipe_alone_and_made_up_images(tiny_config: Make, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dropout": 0.1}, "needs --dropout 0: the two paths would draw different masks"),
+        ({"dropout": 0.1}, "needs --rollout-mode eval: the published recipe draws rollouts without dropout"),
         ({"method": "ntp"}, "needs --method vapi: the published recipe is VA-π"),
         ({"rollouts": "free"}, "needs the published recipe's own --rollouts and --reward"),
         ({"top_p": 0.9}, "needs --top-k 0 and --top-p 1: the published recipe has no filters"),
