@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from comparison import Comparison
-from reference_step import PublishedModels, RowDropout, forward, published_step, sequence_loss
+from reference_step import PublishedModels, RowDropout, SharedDropout, forward, published_step, sequence_loss
 from torch import Tensor
 
 import vapi_fast
@@ -19,6 +19,7 @@ from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.step import Gradients, accumulate_gradients, align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition, Dropout, LlamaGen, catalog
+from vapi_fast.reference.straight_through import gumbel_noise
 from vapi_fast.runtime.clock import StageClock
 from vapi_fast.runtime.errors import ConfigError
 
@@ -184,15 +185,37 @@ def test_a_recipe_is_values_that_flags_win_over(tiny_config: Make) -> None:
     assert tiny_config(recipe="va-pi", dropout=0.0).label_dropout == 0.1
     assert not tiny_config(recipe="va-pi", dropout=0.0, label_dropout=0.0).second_forward
     assert tiny_config().recipe == catalog.DEFAULT_RECIPE
-    assert len({frozenset(values) for values in catalog.RECIPES.values()}) == 1  # each names the same options
-    with pytest.raises(ConfigError, match="^--recipe va-phi: unknown, choose one of lean, va-pi"):
+    assert all(values.keys() >= catalog.LEAN.keys() for values in catalog.RECIPES.values())
+    with pytest.raises(ConfigError, match=r"^--recipe va-phi: unknown, choose one of lean, va-pi, ste"):
         tiny_config(recipe="va-phi")
+    with pytest.raises(ConfigError, match=r"^--codes raw needs --method ste: --method vapi decodes tokens"):
+        tiny_config(recipe="ste", method="vapi")
 
 
 def test_the_clipped_share_is_reported(tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch) -> None:
     for recipe, low, high in (("va-pi", 0.2, 0.95), ("lean", 0, 0)):
         figures, _ = align_step(make_trainer(tiny_models, tiny_config(recipe=recipe)), tiny_batch, 0).read()
         assert low <= figures["clipped"] <= high
+
+
+def test_straight_through_as_released(tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch) -> None:
+    """MSE alone, of a hard draw's raw code vectors, through a softmax: by autograd on the plain forward."""
+    config = tiny_config(recipe="ste", micro_batch=3)
+    assert (config.lr, config.weight_decay, config.beta2) == (1e-5, 1e-2, 0.95)
+    assert make_trainer(tiny_models, config).optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    figures, ours, found = step(tiny_models, config, tiny_batch)
+    generator, tokenizer, ids = tiny_models.generator, tiny_models.tokenizer, tiny_batch.sample_ids
+    generator.zero_grad()
+    logits = forward(generator, found.tokens[:, :-1], tiny_batch.labels, SharedDropout(0.1, 0.1, SEED, ids))
+    soft = (logits + gumbel_noise(logits.shape, SEED, ids, torch.float32, logits.device)).softmax(-1)
+    hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).float()
+    vectors = (hard - soft.detach() + soft) @ tokenizer.quantize.embedding.weight
+    loss = (tokenizer.decode_embeddings(vectors) - tiny_batch.images).square().mean()
+    loss.backward()
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert relative(ours, gradient(tiny_models)) < 1e-5
+    normalised, _, _ = step(tiny_models, tiny_config(recipe="ste", codes="normalised"), tiny_batch)
+    assert abs(normalised["loss"] - loss.item()) > 0.01
 
 
 @pytest.mark.usefixtures("image_sets")
@@ -210,9 +233,10 @@ def test_a_resumed_run_draws_the_same_masks(tiny_config: Make, monkeypatch: pyte
 
     folder = {"output_dir": config.output_dir.with_name("again")}
     again = {"recipe": "va-pi", "batch_size": 2, "steps": 2, "checkpoint_every": 1, **folder}
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(loop, "align_step", broken)
-        vapi_fast.align(tiny_config(**again))
+        with pytest.raises(KeyboardInterrupt):
+            vapi_fast.align(tiny_config(**again))
     torch.manual_seed(99)
     resumed = vapi_fast.align(tiny_config(**again, resume=True))
     assert resumed["curves"] == whole["curves"]

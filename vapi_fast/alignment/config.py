@@ -22,6 +22,7 @@ METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
 ROLLOUT_MODES = ("train", "eval")
+CODES = ("normalised", "raw")
 CONTROLS = ("random", "shuffled")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
@@ -30,8 +31,10 @@ RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """A recipe's values as a command line has them."""
-    return " ".join(f"{flag(name)} {as_text(value)}" for name, value in values.items())
+    """A recipe's values as a command line has them: those of the default one are in the table."""
+    default = catalog.RECIPES[catalog.DEFAULT_RECIPE]
+    own = {name: value for name, value in values.items() if value != default.get(name)}
+    return " ".join(f"`{flag(name)} {as_text(value)}`" for name, value in own.items()) or "those shown here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,8 @@ class RewardOptions:
         "`module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to rewards `[N]`",
         shown="the pixels'",
     )
-    mse_weight: float = option(1.0, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
-    lpips_weight: float = option(1.0, "w_lpips", at_least=0)
+    mse_weight: float = option(PRESET, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
+    lpips_weight: float = option(PRESET, "w_lpips", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +126,18 @@ class ObjectiveOptions:
     recipe: str = option(
         catalog.DEFAULT_RECIPE,
         "values for flags that are not given: "
-        + "; ".join(f"`{name}`: {settings(values)}" for name, values in catalog.RECIPES.items()),
+        + "; ".join(f"`{name}`, {settings(values)}" for name, values in catalog.RECIPES.items()),
         choices=tuple(catalog.RECIPES),
     )
     method: str = option(
-        "vapi",
+        PRESET,
         "`vapi`, `ste` (straight-through baseline) or `ntp` (next-token prediction alone)",
         choices=METHODS,
+    )
+    codes: str = option(
+        PRESET,
+        "code vectors that `--method ste` decodes: `normalised`, which the decoder knows, or `raw`, as released",
+        choices=CODES,
     )
     control: str | None = option(
         None,
@@ -141,7 +149,7 @@ class ObjectiveOptions:
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
     )
-    prior_weight: float = option(0.1, "weight β of the prior", at_least=0)
+    prior_weight: float = option(PRESET, "weight β of the prior", at_least=0)
     clip_range: float = option(0.2, at_least=0)
 
 
@@ -157,7 +165,8 @@ class OptimizerOptions:
     )
     steps: int = option(100, "optimizer steps", at_least=1)
     lr: float = option(PRESET, "AdamW's learning rate", at_least=0)
-    weight_decay: float = option(1e-4, at_least=0)
+    weight_decay: float = option(PRESET, "AdamW's, of all weights but norms'", at_least=0)
+    beta2: float = option(PRESET, "AdamW's second β", at_least=0, below=1)
     clip_grad_norm: float = option(1.0, above=0)
 
 
@@ -241,6 +250,8 @@ class AlignConfig(
             raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
         if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
+        if self.codes == "raw" and self.method != "ste":
+            raise ConfigError(f"--codes raw needs --method ste: --method {self.method} decodes tokens")
         if self.control and self.method != "vapi":
             raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
         if self.control == "shuffled" and self.batch_size < 2:

@@ -139,7 +139,8 @@ def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
         hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, training=True, **draw)
     with clock("sample"):
         logits = models.generator.head.logits(hidden).float() / config.temperature
-        embeddings, _ = ops.straight_through_lookup(logits, models.tokenizer.codebook(), tau=1.0, **draw)
+        codebook = models.tokenizer.codebook(normalised=config.codes == "normalised")
+        embeddings, _ = ops.straight_through_lookup(logits, codebook, tau=1.0, **draw)
     with clock("decode"):
         decoded = models.tokenizer.decode_embeddings(embeddings)
     with clock("lpips"):

@@ -34,12 +34,27 @@ class Entry:
         return common | getattr(self, command) | decided
 
 
-# Values of align's options, by `--recipe`. An option that one of them names has to be named by all.
+# Values of align's options, by `--recipe`; they win over the model's. The first has all that a model does not decide.
+LEAN: dict[str, Any] = {  # one forward an image without dropout: what the rollouts come of is what is learned from
+    "rollout_mode": "train",
+    "dropout": 0.0,
+    "label_dropout": 0.0,
+    "mse_weight": 1.0,
+    "lpips_weight": 1.0,
+    "method": "vapi",
+    "codes": "normalised",
+    "prior_weight": 0.1,
+    "weight_decay": 1e-4,
+    "beta2": 0.999,
+}
+DROPOUT = {"dropout": 0.1, "label_dropout": 0.1}  # LlamaGen's own, in training mode
 RECIPES: dict[str, dict[str, Any]] = {
-    # One forward an image without dropout: what the rollouts are drawn from is what is learned from.
-    "lean": {"rollout_mode": "train", "dropout": 0.0, "label_dropout": 0.0},
-    # As released: train_c2i_grpo_8gpu.sh with `--sample-model-mode train`.
-    "va-pi": {"rollout_mode": "eval", "dropout": 0.1, "label_dropout": 0.1},
+    "lean": LEAN,
+    "va-pi": LEAN | DROPOUT | {"rollout_mode": "eval"},  # train_c2i_grpo_8gpu.sh: `--sample-model-mode train`
+    "ste": LEAN  # train_c2i_ste.py
+    | DROPOUT
+    | {"method": "ste", "codes": "raw", "lpips_weight": 0.0, "prior_weight": 0.0}
+    | {"lr": 1e-5, "weight_decay": 1e-2, "beta2": 0.95},
 }
 DEFAULT_RECIPE = "lean"
 
