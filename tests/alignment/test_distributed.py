@@ -19,7 +19,7 @@ E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
 SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
 
 
-def train(rank: int, world_size: int, port: int, output: Path) -> None:
+def train(rank: int, world_size: int, port: int, output: Path, recipe: str) -> None:
     """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
     import vapi_fast
     from vapi_fast.alignment import loop
@@ -36,17 +36,18 @@ def train(rank: int, world_size: int, port: int, output: Path) -> None:
         return gradients
 
     loop.accumulate_gradients = noted
-    vapi_fast.align(vapi_fast.AlignConfig(model="tiny", output_dir=output, **SMALL))
+    vapi_fast.align(vapi_fast.AlignConfig(model="tiny", output_dir=output, recipe=recipe, **SMALL))
     torch.save(
         [torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1) for parts in drawn],
         output / f"drawn-{rank}.pt",
     )
 
 
-def run_on(world_size: int, output: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
+def run_on(world_size: int, output: Path, recipe: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Tokens and rollouts of every step in the order of the sample ids, and the final weights."""
     port = free_port()
-    ranks = [forkserver.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
+    arguments = (world_size, port, output, recipe)
+    ranks = [forkserver.Process(target=train, args=(rank, *arguments)) for rank in range(world_size)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -58,11 +59,14 @@ def run_on(world_size: int, output: Path) -> tuple[list[Tensor], dict[str, Tenso
 
 
 @pytest.mark.usefixtures("image_sets")
-def test_sharded_runs_draw_the_same_tokens_and_end_with_the_same_weights(tmp_path: Path) -> None:
-    """One test, as it takes one undivided run: two workers of pytest would both make it."""
-    one_drawn, one_weights = run_on(1, tmp_path / "1")
-    for world_size in (2, 4):
-        drawn, weights = run_on(world_size, tmp_path / str(world_size))
+@pytest.mark.parametrize(("recipe", "sizes"), [("lean", (2, 4)), ("va-pi", (2,))])
+def test_sharded_runs_draw_the_same_tokens_and_end_with_the_same_weights(
+    tmp_path: Path, recipe: str, sizes: tuple[int, ...]
+) -> None:
+    """One test a recipe, as it takes one undivided run: two workers of pytest would both make it."""
+    one_drawn, one_weights = run_on(1, tmp_path / "1", recipe)
+    for world_size in sizes:
+        drawn, weights = run_on(world_size, tmp_path / str(world_size), recipe)
         assert_same_tokens(one_drawn, drawn)
         assert_same_weights(one_weights, weights)
 

@@ -113,7 +113,7 @@ def entry(name: str) -> Entry:
 def prepare(config: Any, command: str, recipe: str | None = None) -> None:
     """Fill in what a configuration leaves to its model and recipe, and check its ranges; raises ConfigError."""
     found = entry(config.model)
-    if recipe is not None and recipe not in RECIPES:
+    if recipe is not None and str(recipe) not in RECIPES:
         raise ConfigError(f"--recipe {recipe}: unknown, choose one of {', '.join(RECIPES)}")
     object.__setattr__(config, "model", config.model.lower())
     fill_in(config, found.preset(command, recipe))
