@@ -143,7 +143,7 @@ class EvaluationOptions:
     eval_batch: int = option(
         PRESET, "images drawn at once; lower it when memory runs out during an evaluation", at_least=1
     )
-    cfg_scale: float = option(PRESET, "guidance of the second evaluation", at_least=1)
+    cfg_scale: float = option(PRESET, "guidance of the second evaluation; 1: there is none", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,16 +51,17 @@ class Measurement:
     """One generator's figures: scores of its samples without and with guidance, and those of held-out images."""
 
     plain: evaluation.Scores
-    cfg: evaluation.Scores
+    cfg: evaluation.Scores | None  # without guidance it would be the plain ones again
     held_out: HeldOut
 
     def as_record(self) -> dict[str, Any]:
         """The layout of `run.json`: the plain scores on top with the held-out figures, the guided ones under `cfg`."""
-        plain, guided = (
+        plain, *guided = (
             {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for scores in (self.plain, self.cfg)
+            if scores
         )
-        return plain | {"cfg": guided} | dataclasses.asdict(self.held_out)
+        return plain | ({"cfg": guided[0]} if guided else {}) | dataclasses.asdict(self.held_out)
 
 
 class Evaluator:
@@ -93,8 +94,11 @@ class Evaluator:
         temperature: of samples and rollouts. None: 1 for samples, as papers draw them, whatever `config.temperature`
         a run learns at, and that one for rollouts.
         """
-        scores = [self.score(generator, scale, name, temperature or 1.0) for scale in (1.0, self.config.cfg_scale)]
-        return Measurement(*scores, self.held_out(generator, temperature or self.config.temperature))
+        plain, guided = (
+            self.score(generator, scale, name, temperature or 1.0) if scale else None
+            for scale in (1.0, self.config.cfg_scale if self.config.cfg_scale > 1 else None)
+        )
+        return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
     def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
         features, logits = [], []

@@ -129,7 +129,7 @@ def curve_writer() -> type | None:
 def write_scores(writer: Any, figures: dict[str, Any], step: int) -> None:
     """A measurement's figures as TensorBoard's curves `evaluation/…`, the guided ones' `evaluation/cfg/…`."""
     for name in CURVES:
-        for curve, scores in ((name, figures), (f"cfg/{name}", figures["cfg"])):
+        for curve, scores in ((name, figures), (f"cfg/{name}", figures.get("cfg", {}))):
             if name in scores:
                 writer.add_scalar(f"evaluation/{curve}", scores[name], step)
 
@@ -218,7 +218,9 @@ def scores_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[
     header += f"{'entropy':>9}{'CE':>8}"
     lines = [f"{first['samples']} samples, {first['feature_network']} (± standard error)", header]
     for name, figures in measured.items():
-        for scores, label in ((figures, name), (figures["cfg"], f"{name}, CFG {cfg_scale:g}")):
+        for scores, label in ((figures, name), (figures.get("cfg"), f"{name}, CFG {cfg_scale:g}")):
+            if not scores:
+                continue
             row = f"{label:22}{scores['fid']:9.2f} ±{scores['fid_se']:5.2f}"
             row += f"{scores['inception_score']:9.2f} ±{scores['inception_score_se']:5.2f}"
             row += f"{scores['precision']:11.3f}{scores['recall']:9.3f}"

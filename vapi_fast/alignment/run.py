@@ -62,13 +62,21 @@ RESUMABLE = {
 }
 
 
-def align(config: AlignConfig, *, source: GradientSource | None = None, started: float | None = None) -> dict[str, Any]:
+def align(
+    config: AlignConfig,
+    *,
+    source: GradientSource | None = None,
+    started: float | None = None,
+    base: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Align a generator with VA-π (or a baseline) and write the results into `config.output_dir`.
 
     Args:
         source: what computes the steps' gradients, if not our own; `benchmarks/comparison.py` has the published
             recipe's.
         started: `time.perf_counter()` when the run's start-up began, if that was before this call.
+        base: the measurement of the generator as it is, as a `run.json` has it, where another run with the same
+            weights, seed, rollouts and images has made it already.
 
     Returns:
         The record that `run.json` holds.
@@ -91,7 +99,7 @@ def align(config: AlignConfig, *, source: GradientSource | None = None, started:
             if rank() == 0:
                 print(run.introduction())
             try:
-                run.steps(run.begin())
+                run.steps(run.begin(base))
                 run.end()
                 return run.write_results(started)
             finally:
@@ -217,14 +225,14 @@ class Run:
         control = SAID[config.control] if config.control else ""
         return "\n".join(filter(None, (text, control, images, plan, packages.left_out())))
 
-    def begin(self) -> int:
-        """Measure the generator, or go on from the newest state; returns the steps that are done."""
+    def begin(self, base: dict[str, Any] | None) -> int:
+        """Measure the generator, if that is not done, or go on from the newest state; returns the steps behind it."""
         if self.evaluator:
             self.picture("base sample", originals=True)
         if self.config.resume:
             return self.load_state()
         if self.evaluator:
-            self.measure("base")
+            self.outcome.measured["base"] = base or self.measured("base")
             self.save_state(0)  # the measurement can take longer than the alignment
         return 0
 
@@ -239,14 +247,11 @@ class Run:
     def end(self) -> None:
         self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
-            self.measure("aligned")
+            self.outcome.measured["aligned"] = self.measured("aligned")
             if self.config.eval_every and rank() == 0 and (writer := report.curve_writer()):
                 with writer(str(self.config.output_dir / "tensorboard")) as curves:
                     report.write_scores(curves, self.outcome.measured["aligned"], self.config.steps)
             self.picture("aligned sample")
-
-    def measure(self, name: str) -> None:
-        self.outcome.measured[name] = self.measured(name)
 
     def measure_step(self, step: int) -> None:
         self.outcome.evaluations[str(step)] = self.measured(f"step {step}")
