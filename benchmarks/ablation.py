@@ -31,7 +31,7 @@ VAPI = "MSE + LPIPS + prior (VA-π)"
 RANDOM = "random advantages"
 SHUFFLED = "shuffled advantages"
 PRIOR = "prior only"
-TEMPERATURE = "base at its best temperature"
+TEMPERATURE, TEMPERED = "base at its best temperature", "VA-π at its best temperature"
 CONTROLS: dict[str, Changes] = {RANDOM: {"control": "random"}, SHUFFLED: {"control": "shuffled"}}
 TABLES = ("controls", "reward", "prior", "noise", "steps", "group")
 SEEDS = {"controls": 5}  # of a table; of the others 3
@@ -99,12 +99,16 @@ class Runs:
     def config(self, seed: int, changes: Changes, **more: Any) -> AlignConfig:
         return AlignConfig(**{"model": "tiny", **self.common, **changes, "seed": seed, **more})
 
+    def place(self, seed: int, changes: Changes) -> Path:
+        """The folder of the run with these changes; without any it is the one of values that are the common ones."""
+        standard = self.config(seed, {})
+        changed = {key: value for key, value in sorted(changes.items()) if value != getattr(standard, key)}
+        name = "_".join(f"{flag(key)[2:]}-{value}" for key, value in changed.items()) or "unchanged"
+        return self.folder / f"{name}_seed-{seed}"
+
     def finished(self, seed: int, changes: Changes) -> Record:
         """What is kept of the run with these changes; it is done, or gone on with, if that has not happened yet."""
-        standard = self.config(seed, {})
-        changes = {key: value for key, value in changes.items() if value != getattr(standard, key)}
-        name = "_".join(f"{flag(key)[2:]}-{value}" for key, value in sorted(changes.items())) or "unchanged"
-        folder = self.folder / f"{name}_seed-{seed}"
+        folder = self.place(seed, changes)
         if not (folder / "run.json").exists():
             from vapi_fast.alignment.run import align
 
@@ -112,8 +116,9 @@ class Runs:
             config = self.config(seed, changes, output_dir=folder, resume=resume)
             # The base's figures are the seed's, unless its rollouts are others.
             rollouts = (field.name for field in dataclasses.fields(RolloutOptions))
-            same = config.temperature == 1 and changes.keys().isdisjoint(rollouts)
-            align(config, base=self.base_at(seed, (1.0,))[1.0] if same else None)
+            unchanged = vars(self.config(seed, {}))
+            same = config.temperature == 1 and all(getattr(config, name) == unchanged[name] for name in rollouts)
+            align(config, base=self.measured_at((1.0,), seed)[1.0] if same else None)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         self.check(folder, record["config"], self.config(seed, changes))
         return {key: record[key] for key in KEPT if key in record} | {"seed": seed, "steps": record["config"]["steps"]}
@@ -126,14 +131,21 @@ class Runs:
                     f"{path} was made with {flag(key)} {found.get(key)}, not {value}: choose another --output-dir"
                 )
 
-    def base_at(self, seed: int, temperatures: Iterable[float]) -> dict[float, Record]:
-        """The base's measurements by temperature, with the seed's draws."""
+    def measured_at(
+        self, temperatures: Iterable[float], seed: int, changes: Changes | None = None
+    ) -> dict[float, Record]:
+        """Measurements by temperature, with the seed's draws: the base's, or with `changes` those of that run."""
         path, config = self.folder / f"temperatures_seed-{seed}.json", self.config(seed, {})
         found: dict[float, Record] = {}
+        if changes is not None:
+            aligned = self.finished(seed, changes)["aligned"]
+            folder = self.place(seed, changes)
+            path, config = folder / path.name, self.config(seed, {"gpt_ckpt": folder / "aligned.pt", "ema": False})
+            found = {1.0: aligned} if config.temperature == 1 else found
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.check(path, kept["config"], config)
-            found = {float(temperature): record for temperature, record in kept["measured"].items()}
+            found |= {float(temperature): record for temperature, record in kept["measured"].items()}
         if missing := [each for each in temperatures if each not in found]:
             from vapi_fast.alignment.measurement import Evaluator
             from vapi_fast.alignment.models import load_models
@@ -144,24 +156,23 @@ class Runs:
                 models = load_models(config, device)
                 evaluator = Evaluator(config, models, device)
                 for each in missing:
-                    name = f"base at temperature {each:g}, seed {seed}"
+                    name = f"{'base' if changes is None else 'aligned'} at temperature {each:g}, seed {seed}"
                     found[each] = evaluator.measure(models.generator, name, each).as_record()
                     text = json.dumps({"config": settings(config), "measured": found}, indent=1)
                     write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         return {each: found[each] for each in temperatures}
 
-    def best_base(self, seeds: Sequence[int], temperatures: Sequence[float]) -> list[Record]:
-        """The base at the temperature of its lowest FID, and guided at that of its lowest guided FID: a record a seed.
-
-        Both are chosen on a seed of their own.
+    def best(self, temperatures: Sequence[float], seeds: Sequence[int], changes: Changes | None = None) -> list[Record]:
+        """The base, or with `changes` what that run made of it, at the temperature of its lowest FID, and guided at
+        that of its lowest guided FID: a record a seed. Both temperatures are chosen on a seed of their own.
         """
-        tuned = self.base_at(TUNING_SEED, temperatures)
+        tuned = self.measured_at(temperatures, TUNING_SEED, changes)
         chosen = {"temperature": min(tuned, key=lambda each: tuned[each]["fid"])}
         if "cfg" in tuned[chosen["temperature"]]:
             chosen["cfg_temperature"] = min(tuned, key=lambda each: tuned[each]["cfg"]["fid"])
         records = []
         for seed in seeds:
-            found = self.base_at(seed, dict.fromkeys(chosen.values()))
+            found = self.measured_at(dict.fromkeys(chosen.values()), seed, changes)
             guided = {"cfg": found[chosen["cfg_temperature"]]["cfg"]} if "cfg_temperature" in chosen else {}
             records.append({"seed": seed, "aligned": found[chosen["temperature"]] | guided} | chosen)
         return records
@@ -295,7 +306,9 @@ def make(name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[flo
     for seed in seeds:
         for row_name, changes in rows.items():
             records.setdefault(row_name, []).append(runs.finished(seed, changes))
-    records[TEMPERATURE] = runs.best_base(seeds, temperatures)
+    records[TEMPERATURE] = runs.best(temperatures, seeds)
+    if name == "controls":
+        records[TEMPERED] = runs.best(temperatures, seeds, rows[VAPI])
     text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
     (runs.folder / f"{name}.json").write_text(text, encoding="utf-8")
     return records
@@ -311,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 to 4 for controls, to 2 for the others)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), help="(default: runs/ablation)")
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the base's best is found"
+        "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the best are found"
     )
     options, others = parser.parse_known_args(arguments)
     align_parser = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False)

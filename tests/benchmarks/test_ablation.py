@@ -47,10 +47,10 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[AlignConfig]:
 
     monkeypatch.setattr(run, "align", align)
 
-    def measured(self: Runs, seed: int, temperatures: Iterable[float]) -> dict[float, Any]:
+    def measured(self: Runs, temperatures: Iterable[float], *_: Any) -> dict[float, Any]:
         return {each: measurement(30 - each) for each in temperatures}
 
-    monkeypatch.setattr(Runs, "base_at", measured)
+    monkeypatch.setattr(Runs, "measured_at", measured)
     return configs
 
 
@@ -107,15 +107,16 @@ def test_the_base_s_temperature_is_chosen_on_another_seed(monkeypatch: pytest.Mo
     fids = {0.8: (12.0, 9.0), 0.9: (10.0, 9.5), 1.0: (15.0, 10.0)}
     asked = []
 
-    def base_at(self: Runs, seed: int, temperatures: Any) -> dict[float, dict[str, Any]]:
+    def measured_at(self: Runs, temperatures: Any, seed: int, changes: Any) -> dict[float, dict[str, Any]]:
+        assert changes is None
         asked.append((seed, list(temperatures)))
         found = {each: measurement(fids[each][0] + seed) for each in temperatures}
         for each in found:
             found[each]["cfg"] = found[each]["cfg"] | {"fid": fids[each][1] + seed}
         return found
 
-    monkeypatch.setattr(Runs, "base_at", base_at)
-    best = Runs(tmp_path, {}).best_base([3, 4], tuple(fids))
+    monkeypatch.setattr(Runs, "measured_at", measured_at)
+    best = Runs(tmp_path, {}).best(tuple(fids), [3, 4])
     assert asked == [(ablation.TUNING_SEED, [0.8, 0.9, 1.0]), (3, [0.9, 0.8]), (4, [0.9, 0.8])]
     assert [(each["aligned"]["fid"], each["aligned"]["cfg"]["fid"]) for each in best] == [(13, 12), (14, 13)]
     text = ablation.table({VAPI: [record(3, 15, 9), record(4, 15, 10)], TEMPERATURE: best})
@@ -143,11 +144,11 @@ def test_without_guidance_a_table_has_no_column_of_it(monkeypatch: pytest.Monkey
     def plain(fid: float) -> dict[str, Any]:
         return {key: value for key, value in measurement(fid).items() if key != "cfg"}
 
-    def base_at(self: Runs, seed: int, temperatures: Iterable[float]) -> dict[float, dict[str, Any]]:
+    def measured_at(self: Runs, temperatures: Iterable[float], *_: Any) -> dict[float, dict[str, Any]]:
         return {each: plain(10 + each) for each in temperatures}
 
-    monkeypatch.setattr(Runs, "base_at", base_at)
-    best = Runs(tmp_path, {}).best_base([0, 1], (0.8, 0.9))
+    monkeypatch.setattr(Runs, "measured_at", measured_at)
+    best = Runs(tmp_path, {}).best((0.8, 0.9), [0, 1])
     assert best[0] == {"seed": 0, "aligned": plain(10.8), "temperature": 0.8}
     runs = [record(seed, 0, 0) | {"base": plain(15.0), "aligned": plain(9.0 + seed)} for seed in (0, 1)]
     rows = {VAPI: runs, RANDOM: runs, TEMPERATURE: best}
@@ -199,17 +200,21 @@ def test_a_run_and_the_base_s_temperatures(tmp_path: Path, monkeypatch: pytest.M
     own = run.align(runs.config(0, {}, output_dir=tmp_path / "own"))["base"]
     kept = runs.finished(0, {"control": "random"})
     assert json.loads((tmp_path / "control-random_seed-0" / "run.json").read_text())["config"]["control"] == "random"
-    found = runs.base_at(0, (1.0, 0.5))
+    found = runs.measured_at((1.0, 0.5), 0)
     assert json.loads(json.dumps(found[1.0])) == kept["base"] == own
     assert found[0.5]["reward"] > found[1.0]["reward"]
+    aligned = runs.measured_at((1.0, 0.5), 0, {"control": "random"})
+    assert aligned[1.0] == kept["aligned"]
+    assert aligned[0.5]["reward"] not in (found[0.5]["reward"], kept["aligned"]["reward"])
     noisy = runs.finished(0, {"noise_prob": 0.9})["base"]
     assert noisy["fid"] == own["fid"]
     assert noisy["reward"] != own["reward"]  # its rollouts are others
     for owner, name in ((Evaluator, "measure"), (models, "load_models")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it is known"))
-    assert runs.base_at(0, (0.5, 1.0)) == found
+    assert runs.measured_at((0.5, 1.0), 0) == found
+    assert json.dumps(runs.measured_at((0.5, 1.0), 0, {"control": "random"})[0.5]) == json.dumps(aligned[0.5])
     with pytest.raises(ablation.ConfigError, match=r"temperatures_seed-0\.json was made with --eval-samples 8, not 9"):
-        Runs(tmp_path, SMALL | {"eval_samples": 9}).base_at(0, (1.0,))
+        Runs(tmp_path, SMALL | {"eval_samples": 9}).measured_at((1.0,), 0)
 
 
 @pytest.mark.parametrize(
