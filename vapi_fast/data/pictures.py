@@ -1,7 +1,7 @@
 """Pictures of samples: labelled sheets side by side, an image in the same place on each.
 
 An image's cell is 96 to 192 pixels wide: smaller images are enlarged without smoothing, larger ones averaged down, by a
-whole factor. A sheet of cells has about 800 pixels a side: 64 images of up to 32 pixels, 36 of 256, 16 of 384. So four
+whole factor. A sheet of cells has about 800 pixels a side: 64 images of 32 pixels, 36 of 256, 16 of 384. So four
 sheets are below 8 MB, whatever they show.
 """
 
