@@ -22,7 +22,7 @@ CONTROLS = ("random", "shuffled")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
+RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
 @dataclass(frozen=True, kw_only=True)
