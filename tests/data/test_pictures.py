@@ -82,7 +82,8 @@ def test_larger_images_keep_their_size_or_are_averaged(tmp_path: Path, side: int
 
 def test_labels_are_written_above_every_sheet_and_inside_it(tmp_path: Path) -> None:
     """Where there are none, no room is left for them."""
-    save_sheets(tmp_path / "samples.png", sheets(2), columns=1)
+    long = [(f"{label} generator", images) for label, images in sheets(2)]  # written smaller, or it would not fit
+    save_sheets(tmp_path / "samples.png", long, columns=1)
     pixels = read(tmp_path / "samples.png")
     header = pixels[MARGIN : cell_origin(pixels, 2, 96)].min(axis=2)
     for x in (MARGIN, MARGIN + 96 + SHEET_GAP):
