@@ -116,7 +116,7 @@ class OptimizerOptions:
         "images in one forward on one GPU; lower it when memory runs out, results stay",
         at_least=1,
     )
-    steps: int = option(100, "optimizer steps", at_least=1)
+    steps: int = option(PRESET, "optimizer steps", at_least=1)
     lr: float = option(PRESET, "AdamW's learning rate", at_least=0)
     weight_decay: float = option(1e-4, at_least=0)
     clip_grad_norm: float = option(1.0, above=0)
