@@ -1,4 +1,4 @@
-"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (an hour and a half, two cores).
+"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (1½ hours on two cores).
 
     python -m vapi_fast.tiny.build [--output-dir DIR] [--only images|perceptual|tokenizer|generator]
 
