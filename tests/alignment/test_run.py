@@ -153,8 +153,8 @@ def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_c
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**evaluated))
     measured = []
-    measure = run.Run.measure
-    monkeypatch.setattr(run.Run, "measure", lambda self, name: (measured.append(name), measure(self, name)))
+    measure = run.Run.measured
+    monkeypatch.setattr(run.Run, "measured", lambda self, name: (measured.append(name), measure(self, name))[1])
     record = vapi_fast.align(tiny_config(**evaluated, resume=True))
     assert measured == ["aligned"]
     assert record["base"]["fid"] > 0
@@ -243,20 +243,20 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
     """Killed while the aligned generator is measured: nothing is aligned again. Fewer steps than done are refused."""
     options = {"evaluate": True, "eval_samples": 140, "output_dir": tmp_path / "a"}
 
-    def killed(self: run.Run, name: str) -> None:
+    def killed(self: run.Run, name: str) -> dict[str, float]:
         if name == "aligned":
             raise KeyboardInterrupt
-        self.outcome.measured[name] = {"fid": 1.0}
+        return {"fid": 1.0}
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "measure", killed)
+        patch.setattr(run.Run, "measured", killed)
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**options))
     with pytest.raises(ConfigError, match="2 steps are done already; pass --steps 2 or more"):
         vapi_fast.align(tiny_config(**options, resume=True, steps=1))
     labels, write = [], run.report.write_pictures
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "measure", lambda self, name: self.outcome.measured.update({name: {"fid": 2.0}}))
+        patch.setattr(run.Run, "measured", lambda self, name: {"fid": 2.0})
         patch.setattr(run.report, "scores_table", lambda *_: [])
         patch.setattr(
             run.report, "write_pictures", lambda found, at: (labels.append(labels_of(found)), write(found, at))
