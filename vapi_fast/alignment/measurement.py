@@ -100,10 +100,9 @@ class Evaluator:
         temperature: of samples and rollouts. None: 1 for samples, as papers draw them, whatever `config.temperature`
         a run learns at, and that one for rollouts.
         """
-        plain, guided = (
-            self.score(generator, scale, name, temperature or 1.0) if scale else None
-            for scale in (1.0, self.config.cfg_scale if self.config.cfg_scale > 1 else None)
-        )
+        scale, drawn_at = self.config.cfg_scale, temperature or 1.0
+        plain = self.score(generator, 1.0, name, drawn_at)
+        guided = self.score(generator, scale, name, drawn_at) if scale > 1 else None
         return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
     def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:

@@ -32,7 +32,7 @@ def spread(labels: Tensor, side: int) -> tuple[Tensor, int]:
     as many; a row is then a class, or a class is some whole rows, or a row some whole classes. Of more classes than
     there is room for, one image each of some that are evenly spaced.
     """
-    cell = side * _enlargement(side) if side < MIN_CELL else math.ceil(side / _reduction(side))
+    cell = math.ceil(side * _enlargement(side) / _reduction(side))  # one of the two is 1
     room = min(SHEET_COLUMNS, SHEET_SIDE // cell) ** 2
     classes = labels.unique()
     shown = min(room, len(classes))
