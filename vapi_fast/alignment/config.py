@@ -27,7 +27,7 @@ CONTROLS = ("random", "shuffled")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
+RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -163,7 +163,7 @@ class OptimizerOptions:
         "images in one forward on one GPU; lower it when memory runs out, results stay",
         at_least=1,
     )
-    steps: int = option(100, "optimizer steps", at_least=1)
+    steps: int = option(PRESET, "optimizer steps", at_least=1)
     lr: float = option(PRESET, "AdamW's learning rate", at_least=0)
     weight_decay: float = option(PRESET, "AdamW's, of all weights but norms'", at_least=0)
     beta2: float = option(PRESET, "AdamW's second β", at_least=0, below=1)
@@ -191,7 +191,7 @@ class EvaluationOptions:
     eval_batch: int = option(
         PRESET, "images drawn at once; lower it when memory runs out during an evaluation", at_least=1
     )
-    cfg_scale: float = option(PRESET, "guidance of the second evaluation", at_least=1)
+    cfg_scale: float = option(PRESET, "guidance of the second evaluation; 1: there is none", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
