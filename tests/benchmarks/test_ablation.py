@@ -207,6 +207,7 @@ def test_a_run_and_the_base_s_temperatures(tmp_path: Path, monkeypatch: pytest.M
     assert aligned[1.0] == kept["aligned"]
     assert aligned[0.5]["reward"] not in (found[0.5]["reward"], kept["aligned"]["reward"])
     noisy = runs.finished(0, {"noise_prob": 0.9})["base"]
+    assert noisy == run.align(runs.config(0, {"noise_prob": 0.9}, output_dir=tmp_path / "noisy"))["base"]
     assert noisy["fid"] == own["fid"]
     assert noisy["reward"] != own["reward"]  # its rollouts are others
     for owner, name in ((Evaluator, "measure"), (models, "load_models")):
