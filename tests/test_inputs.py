@@ -22,6 +22,8 @@ inputs = pytest.importorskip("inputs")
 ALIGN = "align --model tiny --steps 1 --no-eval --batch-size 2 --micro-batch 2 --group-size 2 --output-dir OUT "
 GENERATE = "generate --model tiny --num 2 --out OUT "
 EVALUATE = "evaluate --model tiny --output OUT "
+BARE = "--ema --gpt-ckpt IN/checkpoints/no-unconditional.pt"  # without a row for "none"
+NONE = r"no-unconditional\.pt was trained without an unconditional class .*each of its 9 classes.* which"
 FILE, USAGE, FAILED = 2, 2, 1  # exit codes
 
 
@@ -76,6 +78,11 @@ CASES = [
     *refused("no-checkpoint", r"is a folder without a checkpoint that is known"),
     Case(ALIGN + "--gpt-ckpt IN/checkpoints/compiled-of-ddp.pt", "aligned"),
     Case(ALIGN + "--gpt-ckpt IN/checkpoints/after-sampling.pt", r"left out 2 entries that are no weights \("),
+    Case(f"{GENERATE}{BARE} --class-ids 8", "samples"),
+    Case(f"{GENERATE}{BARE} --cfg-scale 2", rf"{NONE} --cfg-scale above 1 needs: pass --cfg-scale 1", FILE),
+    Case(ALIGN + BARE, "aligned"),
+    Case(f"{ALIGN}{BARE} --dropout 0.1", rf"{NONE} --dropout needs: pass --dropout 0", FILE),
+    Case(ALIGN.replace("--no-eval", BARE), rf"{NONE} the second .*\(--cfg-scale\) needs: pass --cfg-scale 1", FILE),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/averaged-alone.pt", r"holds averaged weights \(ema\) alone"),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/safetensors-in-disguise.pt", "samples"),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/shards --compare-ckpt IN/checkpoints/shards", "samples"),

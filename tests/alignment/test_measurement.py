@@ -105,3 +105,12 @@ def test_samples_follow_the_classes_of_the_heldout_images(tiny_config: Make, tin
     torch.testing.assert_close(images[1:], test.sample(tiny_models.generator, torch.tensor([9])), rtol=1e-3, atol=1e-3)
     assert images.min() >= -1
     assert images.max() <= 1
+
+
+def test_guidance_of_one_is_no_second_evaluation(tiny_config: Make, tiny_models: Models) -> None:
+    test = evaluator(tiny_config(eval_samples=24, cfg_scale=1.0), tiny_models)
+    drawn, draw = [], test.draw
+    test.draw = lambda *arguments: (drawn.append(arguments[2]), draw(*arguments))[1]
+    measured = test.measure(tiny_models.generator, "base")
+    assert drawn == [1.0]
+    assert measured.cfg == measured.plain

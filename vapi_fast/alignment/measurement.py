@@ -93,8 +93,10 @@ class Evaluator:
         temperature: of samples and rollouts. None: 1 for samples, as papers draw them, whatever `config.temperature`
         a run learns at, and that one for rollouts.
         """
-        scores = [self.score(generator, scale, name, temperature or 1.0) for scale in (1.0, self.config.cfg_scale)]
-        return Measurement(*scores, self.held_out(generator, temperature or self.config.temperature))
+        scale, drawn_at = self.config.cfg_scale, temperature or 1.0
+        plain = self.score(generator, 1.0, name, drawn_at)
+        guided = plain if scale == 1 else self.score(generator, scale, name, drawn_at)
+        return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
     def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
         features, logits = [], []

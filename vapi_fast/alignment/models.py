@@ -10,7 +10,13 @@ import torch
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.reward import PixelReward
 from vapi_fast.models import LPIPS, Generator, VQTokenizer
-from vapi_fast.models.families import check_vocabulary, generator_config, load_generator, random_generator
+from vapi_fast.models.families import (
+    check_vocabulary,
+    generator_config,
+    load_generator,
+    random_generator,
+    require_unconditional,
+)
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Classes
@@ -67,6 +73,11 @@ def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
     generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size, averaged=config.ema)
     check_vocabulary(generator, config.gpt_ckpt, tokenizer, config.vq_ckpt)
+    if config.dropout:
+        require_unconditional(generator, config.gpt_ckpt, "--dropout", "pass --dropout 0")
+    if config.evaluate and config.cfg_scale > 1:
+        advice = "pass --cfg-scale 1, so that the second evaluation is the first"
+        require_unconditional(generator, config.gpt_ckpt, "the second evaluation's guidance (--cfg-scale)", advice)
     if config.vgg_weights is None:
         lpips = LPIPS.from_name(config.lpips)
     else:

@@ -109,7 +109,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
     cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
     cfg_schedule: str = option(
         "constant",
-        "or `power-cosine`, as VA-π's evaluation: `--cfg-scale` for the first token, from 1 up to it for the others; or "
+        "or `power-cosine`, as VA-π's evaluation: `--cfg-scale` for the first token, from 1 up to it for the rest; or "
         "`rar`: from 1 up for all",
         choices=CFG_SCHEDULES,
     )

@@ -31,7 +31,7 @@ from vapi_fast.generation.sequences import (
 )
 from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import Generator, VQTokenizer
-from vapi_fast.models.families import check_vocabulary, load_generator
+from vapi_fast.models.families import check_vocabulary, load_generator, require_unconditional
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.runtime.checkpoint import identity, read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
@@ -145,6 +145,8 @@ class Sampler:
         with refusals():
             check_engine(device, 1, config.batch_size, config.kv_dtype)
         generator = load_generator(checkpoint, config.model, grid_size=config.grid_size, averaged=config.ema)
+        if config.cfg_scale > 1:
+            require_unconditional(generator, checkpoint, "--cfg-scale above 1", "pass --cfg-scale 1")
         conditions = read_conditions(config.class_ids, config.caption_features, generator)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         check_vocabulary(generator, checkpoint, tokenizer, config.vq_ckpt)

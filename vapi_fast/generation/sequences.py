@@ -76,7 +76,8 @@ def sample_groups(
         return_entropies: also give the entropy of each distribution that a token was drawn from.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range.
+        TypeError, ValueError: an argument of the wrong type, shape or range, or guidance where no condition stands for
+            "none".
     """
     checked = model.checked_condition(condition, condition_mask)
     sample_ids = checked_sample_ids(sample_ids, checked.rows)

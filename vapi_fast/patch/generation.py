@@ -61,8 +61,8 @@ def generate(
         )
     if cfg_type not in ("constant", "power-cosine"):
         raise ValueError(f"generate: cfg_type must be 'constant' or 'power-cosine', got {cfg_type!r}")
-    if cfg_scale > 1 and not captions and len(view.cls_embedding.embedding_table.weight) <= view.config.num_classes:
-        raise ValueError("generate: guidance needs an unconditional class, and this model was built without one")
+    if cfg_scale > 1:
+        view.require_unconditional("generate: guidance")
     if not sample_logits:
         temperature, top_k, top_p = 1.0, 1, 1.0
     if seed is None:
