@@ -9,16 +9,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import MOST, PRESET, check_output, option
+from vapi_fast.runtime.packages import installed
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
 CONTROLS = ("random", "shuffled")
+ADVANTAGES = ("sum", "each")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
@@ -59,6 +62,9 @@ class RolloutOptions(DrawOptions):
         "around the image's own tokens; `free`: sampled from the class alone, as AR-GRPO does",
         choices=ROLLOUTS,
     )
+    rollout_cfg_scale: float = option(
+        1.0, "guidance of `--rollouts free`, which are learned from without; AR-GRPO: 2", at_least=1
+    )
     noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
     dropout: float = option(0.0, "dropout in the generator, one mask for all rollouts of an image", at_least=0, below=1)
 
@@ -76,11 +82,35 @@ class RewardOptions:
     )
     reward: str | None = option(
         None,
-        "`module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to rewards `[N]`",
-        shown="the pixels'",
+        "with weights, such as `clip:5,clip-levels,pixel:2`: `pixel`, `classifier` (tiny), `clip`, `clip-levels`, "
+        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to "
+        "rewards `[N]`",
+        shown="pixel",
+    )
+    reward_networks: Path | None = option(
+        None,
+        "folder with the networks of `--reward`, each in a sub-folder of its name, for machines that are offline",
+        shown="download",
+        file="file or folder",
+    )
+    class_names: Path | None = option(
+        None,
+        "what networks that read call the classes: a name a line in the order of the ids, or JSON",
+        shown="the class folders' names",
+        file="file",
     )
     mse_weight: float = option(1.0, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
     lpips_weight: float = option(1.0, "w_lpips", at_least=0)
+
+    @property
+    def reward_terms(self) -> tuple[RewardTerm, ...]:
+        """What `reward` is the weighted sum of."""
+        return reward_terms(self.reward)
+
+    @property
+    def networks(self) -> list[str]:
+        """The networks that `reward` needs, each once."""
+        return list(dict.fromkeys(term.network for term in self.reward_terms if term.network))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +128,12 @@ class ObjectiveOptions:
         "everything else stays",
         choices=CONTROLS,
         shown="none",
+    )
+    advantage: str = option(
+        "sum", "of several rewards: of their weighted `sum`, or of `each` and then weighted", choices=ADVANTAGES
+    )
+    advantage_eps: float = option(
+        1e-8, "beside the deviation in a group that advantages are divided by; AR-GRPO: 1e-4", at_least=1e-30
     )
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
@@ -200,7 +236,9 @@ class AlignConfig(
     def check_combinations(self) -> None:
         if self.method == "vapi" and self.group_size < 2:
             raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
-        if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
+        self.check_rewards()
+        pixels_alone = all(term.name == "pixel" for term in self.reward_terms)
+        if self.method == "vapi" and pixels_alone and self.mse_weight == self.lpips_weight == self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
         if self.control and self.method != "vapi":
             raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
@@ -217,10 +255,29 @@ class AlignConfig(
             raise ConfigError(
                 f"--rollouts free and --reward need --method vapi: --method {self.method} has no rollouts"
             )
+        if self.rollouts != "free" and self.rollout_cfg_scale > 1:
+            raise ConfigError(
+                f"--rollout-cfg-scale {self.rollout_cfg_scale:g} needs --rollouts free: those around an image are "
+                "drawn from the forward that they are learned in"
+            )
         if self.rollouts == "free" and self.noise_prob:
             raise ConfigError("--rollouts free needs --noise-prob 0: its context is its own tokens")
-        if self.reward is not None:
-            reward_function(self.reward)
+
+    def check_rewards(self) -> None:
+        for term in self.reward_terms:
+            if term.is_users:
+                reward_function(term.name)
+            if term.network and not installed("transformers"):
+                raise ConfigError(
+                    f"--reward {term.name} needs transformers, not installed here: pip install 'vapi-fast[rewards]'"
+                )
+            if term.name == "classifier" and self.lpips != "tiny":
+                raise ConfigError(
+                    "--reward classifier needs --model tiny, whose perceptual network has a classifier: --reward clip "
+                    "tells how well an image fits its class for any --model"
+                )
+        if not any(term.weight for term in self.reward_terms):
+            raise ConfigError(f"--reward {self.reward}: all weights are 0, so no reward decides anything")
 
     def measures_after(self, step: int) -> bool:
         """Whether `eval_every` has the generator measured between two steps, this one and the next."""

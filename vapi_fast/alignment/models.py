@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.image_text import ImageTextReward
 from vapi_fast.alignment.reward import PixelReward
 from vapi_fast.models import LPIPS, Generator, VQTokenizer
 from vapi_fast.models.families import (
@@ -31,6 +33,7 @@ class Models:
     tokenizer: VQTokenizer
     reward: PixelReward
     base: Generator | None = None
+    networks: Mapping[str, ImageTextReward] = field(default_factory=dict)  # that `--reward` needs, by name
 
     @property
     def codec(self) -> PixelCodec:
@@ -73,6 +76,8 @@ def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
     generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size, averaged=config.ema)
     check_vocabulary(generator, config.gpt_ckpt, tokenizer, config.vq_ckpt)
+    if config.rollout_cfg_scale > 1:
+        require_unconditional(generator, config.gpt_ckpt, "--rollout-cfg-scale", "pass --rollout-cfg-scale 1")
     if config.dropout:
         require_unconditional(generator, config.gpt_ckpt, "--dropout", "pass --dropout 0")
     if config.evaluate and config.cfg_scale > 1:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID
+from vapi_fast.alignment.image_text import class_names, load_networks
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -190,6 +191,11 @@ class Run:
                 class_index=config.class_index,
             )
         self.outcome.data = self.data.summary()
+        if config.networks:
+            labels = [int(label) for label in self.outcome.data["classes"]]
+            names = class_names(config.class_names, getattr(self.data, "class_names", None), labels)
+            networks = load_networks(config.networks, config.reward_networks, names, classes, device)
+            self.models = dataclasses.replace(self.models, networks=networks)
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
         self.files = {name: identity(path) for name, path in used.items()}
         self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
