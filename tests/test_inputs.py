@@ -131,6 +131,10 @@ CASES = [
     Case(ALIGN + "--reward truth_reward:reward", r"must return a floating-point tensor \[4\].*got bool \[4\]", FAILED),
     Case(ALIGN + "--reward imaginary_reward:reward", r"must return a floating-point.*got complex64 \[4\]", FAILED),
     Case(ALIGN + "--reward of_a_wrong_shape_reward:reward", r"must return a floating-point.*got float32 \[\]", FAILED),
+    Case(ALIGN + "--reward clip:high", r"--reward clip:high: the weight of clip must be a number, got 'high'", USAGE),
+    Case(ALIGN + "--reward aesthetic:2", r"--reward aesthetic:2: unknown, expected pixel, classifier, clip, ", USAGE),
+    Case(ALIGN + "--reward pixel:0.5,failing_reward:reward:2", "IndexError: .*failing_reward.py, line 2", FAILED),
+    Case(ALIGN + "--reward pixel:0.5,classifier:2 --advantage each", "aligned"),
     Case(ALIGN + "--lr 1e300", "--lr must be finite and less than 2^63".replace("^", r"\^"), USAGE),
     Case(ALIGN + "--lr 9e18 --steps 2", r"is not finite \(stage .*the weights up to step 1 are in", FAILED),
 ]

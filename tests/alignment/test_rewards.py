@@ -311,7 +311,7 @@ def test_class_names_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="class 1 has only 'n01443537': pass --class-names FILE"):
         class_names(None, {0: "tench", 1: "n01443537"}, [0, 1])
     with pytest.raises(ConfigError, match="class 0 has none: pass --class-names FILE"):
-        class_names(None, None, [])
+        class_names(None, None, [0])
     (tmp_path / "names").write_text("")
     with pytest.raises(DataError, match=r"--class-names .*holds no names"):
         class_names(tmp_path / "names", NAMES, [0])
@@ -350,6 +350,9 @@ def test_advantages_of_the_sum_and_of_each(tiny_config: Make) -> None:
     of_small, of_large = ((r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True) for r in (small, large))
     torch.testing.assert_close(advantages(), of_large, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(advantages(advantage="each"), 0.75 * of_small + 0.25 * of_large, rtol=1e-4, atol=1e-4)
+    for reward in (None, "pixel", "pixel:-2"):  # one alone is its sum
+        config = tiny_config(reward=reward, advantage="each")
+        assert torch.equal(advantages_of({"reward": large}, config, 0, ids), ops.group_advantages(large))
     mixed = (small - small.mean(1, keepdim=True)) / (small.std(1, keepdim=True) + 1e-4)  # AR-GRPO's
     found = advantages_of({"reward": small}, tiny_config(advantage_eps=1e-4), 0, ids)
     torch.testing.assert_close(found, mixed)

@@ -35,7 +35,7 @@ def advantages_of(rewards: Mapping[str, Tensor], config: AlignConfig, seed: int,
     total, normalised = rewards["reward"], partial(ops.group_advantages, eps=config.advantage_eps)
     if config.control == "random":
         advantages = normalised(normal_rewards(seed, sample_ids, total.shape[1]))
-    elif config.advantage == "each":
+    elif config.advantage == "each" and len(config.reward_terms) > 1:
         parts = [term.weight * normalised(rewards[figure_of(term)]) for term in config.reward_terms]
         advantages = torch.stack(parts).sum(0) / sum(abs(term.weight) for term in config.reward_terms)
     else:

@@ -1,9 +1,9 @@
 """Rewards of networks that see an image and read a text: cosines of CLIP's embeddings, and of HPSv2.1's.
 
 Facts from `reward_utils/{clip_score,hpsv2}.py` and `img_gen_grpo_rewards.py` of Kwai-Klear/AR-GRPO: images are cut down
-to 8 bits (not rounded), resized bicubically to the network's size (for CLIP by Pillow, for HPSv2.1 as tensors), and held
-against "a photo of {class name}". HPSv2.1 is a CLIP ViT-H/14 in open_clip's names, fine-tuned on what people prefer; its
-score is the cosine too.
+to 8 bits (not rounded), resized bicubically to the network's size (for CLIP by Pillow, for HPSv2.1 as tensors), and
+held against "a photo of {class name}". HPSv2.1 is a CLIP ViT-H/14 in open_clip's names, fine-tuned on what people
+prefer; its score is the cosine too.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def class_names(path: Path | None, of_data: Mapping[int, str] | None, labels: li
     Raises ConfigError where a class has no name, or ImageNet's number for one.
     """
     names = read_class_names(path) if path is not None else of_data or {}
-    for label in labels or [0]:
+    for label in labels:
         if SYNSET.fullmatch(called := names.get(label, "n00000000")):
             there = f"only {called!r}" if label in names else "none"
             raise ConfigError(

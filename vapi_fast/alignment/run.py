@@ -192,8 +192,9 @@ class Run:
             )
         self.outcome.data = self.data.summary()
         if config.networks:
-            labels = [int(label) for label in self.outcome.data["classes"]]
-            names = class_names(config.class_names, getattr(self.data, "class_names", None), labels)
+            labels = list(range(classes) if config.synthetic_data else map(int, self.outcome.data["classes"]))
+            of_data = None if config.synthetic_data else self.data.class_names
+            names = class_names(config.class_names, of_data, labels)
             networks = load_networks(config.networks, config.reward_networks, names, classes, device)
             self.models = dataclasses.replace(self.models, networks=networks)
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
