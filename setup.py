@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "rewards": ["transformers"],
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},
