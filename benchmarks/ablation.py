@@ -10,6 +10,7 @@ in it has the figures of all; those of the README are in `benchmarks/results/abl
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vapi_fast.alignment.config import AlignConfig, saved_steps
+from vapi_fast.alignment.config import AlignConfig, RolloutOptions, saved_steps
 from vapi_fast.cli import add_command_flags
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import flag
@@ -30,13 +31,14 @@ VAPI = "MSE + LPIPS + prior (VA-π)"
 RANDOM = "random advantages"
 SHUFFLED = "shuffled advantages"
 PRIOR = "prior only"
-TEMPERATURE = "base at its best temperature"
+TEMPERATURE, TEMPERED = "base at its best temperature", "VA-π at its best temperature"
 CONTROLS: dict[str, Changes] = {RANDOM: {"control": "random"}, SHUFFLED: {"control": "shuffled"}}
 TABLES = ("controls", "reward", "prior", "noise", "steps", "group")
 SEEDS = {"controls": 5}  # of a table; of the others 3
 TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-LONG, EVERY, SHORT = 200, 25, 10  # steps of the table of steps
+LONG, EVERY, SHORT = 200, 50, (10, 25)  # steps of the table of steps
+AFTER = ", steps "  # in the name of a row whose run is a short one of another row's
 KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
 # Settings that a finished run may have had otherwise.
 FREE = {"output_dir", "resume", "checkpoint_every", "micro_batch", "eval_batch", "inception_weights"}
@@ -64,7 +66,7 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
             **CONTROLS,
         }
     if table == "prior":
-        weights = (0.01, 0.03, 0.1, 0.3, 1.0)
+        weights = (0.01, 0.1, 1.0)
         weighted = {
             f"{kind.upper()}, β {w:g}": {"prior": kind, "prior_weight": w} for kind in ("ce", "kl") for w in weights
         }
@@ -74,10 +76,11 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
     if table == "group":
         return {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)} | CONTROLS
     found: dict[str, Changes] = {}
-    for rate in (lr / 2, lr, 2 * lr):
-        for name, control in {"": {}, f", {RANDOM}": CONTROLS[RANDOM]}.items():
-            found[f"lr {rate:g}{name}"] = {"lr": rate, "steps": LONG, "eval_every": EVERY} | control
-            found[f"lr {rate:g}{name}, {SHORT} steps"] = {"lr": rate, "steps": SHORT} | control
+    for rate, control in ((lr, {}), (lr, CONTROLS[RANDOM]), (lr / 2, {}), (2 * lr, {})):
+        name = f"lr {rate:g}, {RANDOM}" if control else f"lr {rate:g}"
+        for steps in SHORT:
+            found[f"{name}{AFTER}{steps}"] = {"lr": rate, "steps": steps} | control
+        found[name] = {"lr": rate, "steps": LONG, "eval_every": EVERY} | control
     return found
 
 
@@ -96,17 +99,26 @@ class Runs:
     def config(self, seed: int, changes: Changes, **more: Any) -> AlignConfig:
         return AlignConfig(**{"model": "tiny", **self.common, **changes, "seed": seed, **more})
 
+    def place(self, seed: int, changes: Changes) -> Path:
+        """The folder of the run with these changes; without any it is the one of values that are the common ones."""
+        standard = self.config(seed, {})
+        changed = {key: value for key, value in sorted(changes.items()) if value != getattr(standard, key)}
+        name = "_".join(f"{flag(key)[2:]}-{value}" for key, value in changed.items()) or "unchanged"
+        return self.folder / f"{name}_seed-{seed}"
+
     def finished(self, seed: int, changes: Changes) -> Record:
         """What is kept of the run with these changes; it is done, or gone on with, if that has not happened yet."""
-        standard = self.config(seed, {})
-        changes = {key: value for key, value in changes.items() if value != getattr(standard, key)}
-        name = "_".join(f"{flag(key)[2:]}-{value}" for key, value in sorted(changes.items())) or "unchanged"
-        folder = self.folder / f"{name}_seed-{seed}"
+        folder = self.place(seed, changes)
         if not (folder / "run.json").exists():
             from vapi_fast.alignment.run import align
 
             resume = bool(saved_steps(folder / "snapshots"))
-            align(self.config(seed, changes, output_dir=folder, resume=resume))
+            config = self.config(seed, changes, output_dir=folder, resume=resume)
+            # The base's figures are the seed's, unless its rollouts are others.
+            rollouts = (field.name for field in dataclasses.fields(RolloutOptions))
+            unchanged = vars(self.config(seed, {}))
+            same = config.temperature == 1 and all(getattr(config, name) == unchanged[name] for name in rollouts)
+            align(config, base=self.measured_at((1.0,), seed)[1.0] if same else None)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         self.check(folder, record["config"], self.config(seed, changes))
         return {key: record[key] for key in KEPT if key in record} | {"seed": seed, "steps": record["config"]["steps"]}
@@ -119,14 +131,21 @@ class Runs:
                     f"{path} was made with {flag(key)} {found.get(key)}, not {value}: choose another --output-dir"
                 )
 
-    def base_at(self, seed: int, temperatures: Iterable[float]) -> dict[float, Record]:
-        """The base's measurements by temperature, with the seed's draws."""
+    def measured_at(
+        self, temperatures: Iterable[float], seed: int, changes: Changes | None = None
+    ) -> dict[float, Record]:
+        """Measurements by temperature, with the seed's draws: the base's, or with `changes` those of that run."""
         path, config = self.folder / f"temperatures_seed-{seed}.json", self.config(seed, {})
         found: dict[float, Record] = {}
+        if changes is not None:
+            aligned = self.finished(seed, changes)["aligned"]
+            folder = self.place(seed, changes)
+            path, config = folder / path.name, self.config(seed, {"gpt_ckpt": folder / "aligned.pt", "ema": False})
+            found = {1.0: aligned} if config.temperature == 1 else found
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.check(path, kept["config"], config)
-            found = {float(temperature): record for temperature, record in kept["measured"].items()}
+            found |= {float(temperature): record for temperature, record in kept["measured"].items()}
         if missing := [each for each in temperatures if each not in found]:
             from vapi_fast.alignment.measurement import Evaluator
             from vapi_fast.alignment.models import load_models
@@ -137,25 +156,25 @@ class Runs:
                 models = load_models(config, device)
                 evaluator = Evaluator(config, models, device)
                 for each in missing:
-                    name = f"base at temperature {each:g}, seed {seed}"
+                    name = f"{'base' if changes is None else 'aligned'} at temperature {each:g}, seed {seed}"
                     found[each] = evaluator.measure(models.generator, name, each).as_record()
                     text = json.dumps({"config": settings(config), "measured": found}, indent=1)
                     write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         return {each: found[each] for each in temperatures}
 
-    def best_base(self, seeds: Sequence[int], temperatures: Sequence[float]) -> list[Record]:
-        """The base at the temperature of its lowest FID, and guided at that of its lowest guided FID: a record a seed.
-
-        Both are chosen on a seed of their own.
+    def best(self, temperatures: Sequence[float], seeds: Sequence[int], changes: Changes | None = None) -> list[Record]:
+        """The base, or with `changes` what that run made of it, at the temperature of its lowest FID, and guided at
+        that of its lowest guided FID: a record a seed. Both temperatures are chosen on a seed of their own.
         """
-        tuned = self.base_at(TUNING_SEED, temperatures)
-        plain = min(tuned, key=lambda each: tuned[each]["fid"])
-        guided = min(tuned, key=lambda each: tuned[each]["cfg"]["fid"])
-        chosen = {"temperature": plain, "cfg_temperature": guided}
+        tuned = self.measured_at(temperatures, TUNING_SEED, changes)
+        chosen = {"temperature": min(tuned, key=lambda each: tuned[each]["fid"])}
+        if "cfg" in tuned[chosen["temperature"]]:
+            chosen["cfg_temperature"] = min(tuned, key=lambda each: tuned[each]["cfg"]["fid"])
         records = []
         for seed in seeds:
-            found = self.base_at(seed, dict.fromkeys((plain, guided)))
-            records.append({"seed": seed, "aligned": found[plain] | {"cfg": found[guided]["cfg"]}} | chosen)
+            found = self.measured_at(dict.fromkeys(chosen.values()), seed, changes)
+            guided = {"cfg": found[chosen["cfg_temperature"]]["cfg"]} if "cfg_temperature" in chosen else {}
+            records.append({"seed": seed, "aligned": found[chosen["temperature"]] | guided} | chosen)
         return records
 
 
@@ -167,15 +186,16 @@ def mean_and_error(values: Sequence[float], alone: float | None = None) -> tuple
 
 
 def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
-    """Means over the seeds; FID and IS with the standard error of that mean (of the one sample set, for one seed)."""
+    """Means over the seeds with their standard errors; for one seed FID and IS have that of its one sample set."""
     cells = [name]
-    for scores in (figures, [f["cfg"] for f in figures]):
-        for key in SCORES:
+    for scores in (figures, [f["cfg"] for f in figures if "cfg" in f]):
+        for key in SCORES if scores else ():
             mean, error = mean_and_error([s[key] for s in scores], scores[0][f"{key}_se"])
             cells.append(f"{mean:.2f} ± {error:.2f}")
         if scores is figures:
             cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall")]
-            cells.append(f"{-statistics.mean(f['mse'] + f['lpips'] for f in figures):.3f}")  # the full reward for all
+            mean, error = mean_and_error([-f["mse"] - f["lpips"] for f in figures])  # the full reward for all
+            cells.append(f"{mean:.4f} ± {error:.4f}" if error is not None else f"{mean:.4f}")
     if "entropy" in figures[0]:
         cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("entropy", "cross_entropy")]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
@@ -185,14 +205,17 @@ def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
 def table(records: dict[str, list[Record]]) -> str:
     """Markdown, of kept records by row: the base's own from the first of them that is of runs."""
     runs = next(each for each in records.values() if "base" in each[0])
-    header = ["", "FID↓", "IS↑", "precision", "recall", "reward", "FID, CFG", "IS, CFG"]
+    header = ["", "FID↓", "IS↑", "precision", "recall", "reward"]
+    if "cfg" in runs[0]["base"]:
+        header += ["FID, CFG", "IS, CFG"]
     if "entropy" in runs[0]["base"]:
         header += ["entropy", "held-out CE", "alignment, s"]
     lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|" + "---|" * len(header)]
     lines.append(row("base", [run["base"] for run in runs]))
     for name, each in records.items():
         if "temperature" in each[0]:
-            name += " ({temperature:g}, with CFG {cfg_temperature:g})".format(**each[0])
+            name += f" ({each[0]['temperature']:g}"
+            name += f", with CFG {each[0]['cfg_temperature']:g})" if "cfg_temperature" in each[0] else ")"
         # By the median step: a resumed run's seconds are those of its last part.
         seconds = [run["step_seconds"] * run["steps"] for run in each if run.get("steps") and run["step_seconds"]]
         lines.append(row(name, [run["aligned"] for run in each], seconds))
@@ -204,7 +227,8 @@ def figures_of(record: Record) -> dict[str, float]:
     plain = {"FID": record["fid"], "IS": record["inception_score"]}
     plain |= {name: record[name] for name in ("precision", "recall")}
     plain |= {"reward": -record["mse"] - record["lpips"], "MSE": record["mse"], "LPIPS": record["lpips"]}
-    return plain | {"FID, CFG": record["cfg"]["fid"], "IS, CFG": record["cfg"]["inception_score"]}
+    guided = record.get("cfg")
+    return plain | ({"FID, CFG": guided["fid"], "IS, CFG": guided["inception_score"]} if guided else {})
 
 
 def difference(records: dict[str, list[Record]], one: str, other: str) -> str:
@@ -236,12 +260,12 @@ def curves(records: dict[str, list[Record]]) -> str:
     """Markdown: FID and held-out reward of each learning rate over the steps, the runs of few and of many joined."""
     found: dict[str, dict[int, list[Record]]] = {}
     for name, runs in records.items():
-        points = found.setdefault(name.removesuffix(f", {SHORT} steps"), {})
+        points = found.setdefault(name.partition(AFTER)[0], {})
         for run in runs:
             if "temperature" in run:
                 measured = {0: run["aligned"]}
-            elif run["steps"] == SHORT:  # its base is the long run's
-                measured = {SHORT: run["aligned"]}
+            elif run["steps"] in SHORT:  # its base is the long run's
+                measured = {run["steps"]: run["aligned"]}
             else:
                 between = {int(step): each for step, each in run["evaluations"].items()}
                 measured = {0: run["base"]} | between | {run["steps"]: run["aligned"]}
@@ -282,7 +306,9 @@ def make(name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[flo
     for seed in seeds:
         for row_name, changes in rows.items():
             records.setdefault(row_name, []).append(runs.finished(seed, changes))
-    records[TEMPERATURE] = runs.best_base(seeds, temperatures)
+    records[TEMPERATURE] = runs.best(temperatures, seeds)
+    if name == "controls":
+        records[TEMPERED] = runs.best(temperatures, seeds, rows[VAPI])
     text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
     (runs.folder / f"{name}.json").write_text(text, encoding="utf-8")
     return records
@@ -298,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: 0 to 4 for controls, to 2 for the others)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), help="(default: runs/ablation)")
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the base's best is found"
+        "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the best are found"
     )
     options, others = parser.parse_known_args(arguments)
     align_parser = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False)

@@ -319,6 +319,12 @@ CASES = [
         gradients=("x", "weight"),
     ),
     Case(
+        "dropout",
+        lambda s, new: {"x": new.normal(s.images, s.tokens, s.width)},
+        {"p": 0.1, "site": 1, **SEEDED},
+        gradients=("x",),
+    ),
+    Case(
         "rotary_2d",
         lambda s, new: {
             "x": new.normal(s.images, s.tokens, s.heads, s.head_dim),

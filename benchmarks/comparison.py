@@ -49,8 +49,8 @@ class PublishedRecipe(GradientSource):
             raise ConfigError(f"{name} needs --method vapi: the published recipe is VA-π")
         if config.control:
             raise ConfigError(f"{name} goes without --control: the published recipe's advantages are its rewards'")
-        if config.dropout:
-            raise ConfigError(f"{name} needs --dropout 0: the two paths would draw different masks")
+        if config.rollout_mode == "train" and (config.dropout or config.label_dropout):
+            raise ConfigError(f"{name} needs --rollout-mode eval: the published recipe draws rollouts without dropout")
         if config.top_k or config.top_p < 1:
             raise ConfigError(f"{name} needs --top-k 0 and --top-p 1: the published recipe has no filters")
         if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -74,6 +74,7 @@ class PublishedRecipe(GradientSource):
     def published_alone(
         self, models: Models, config: AlignConfig, batch: ImageBatch, seed: int, clock: Clock
     ) -> Gradients:
+        torch.manual_seed(seed)  # of its draws and masks, so that they do not depend on the steps before
         terms = published_step(self.published, config, batch, seed, clock)
         none = torch.empty(0, dtype=torch.int64, device=batch.images.device)
         return Gradients(mean_terms(terms), non_finite(terms, len(batch.images)), none, none, terms["reward"])
@@ -141,7 +142,7 @@ class Comparison(PublishedRecipe):
             first = batch.take(slice(images))
             published_step(self.published, config, first, seed, self.clock)
             models.generator.zero_grad(set_to_none=True)
-        same = {"tokens": ours.tokens, "drawn": ours.rollouts}
+        same = {"tokens": ours.tokens, "drawn": ours.rollouts, "shared_masks": True}
         terms = self.measured(
             "published_recipe",
             self.clock,

@@ -44,6 +44,7 @@ STEMS = (
     "perceptual",
     "group_norm",
     "rms_norm",
+    "dropout",
     "rotary_swiglu",
     "attention",
 )

@@ -1,10 +1,11 @@
 """One step of the published VA-π recipe, written plainly: what `--path` compares with and the tests hold our step to.
 
 It does what the released training script (Lil-Shake/VA-Pi, train_c2i_grpo.py) does, in its order: a sampling forward
-without gradient; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in float32
-(TF32 products), with both images of every pair through the network; then a training forward and backward over the
-G-fold repeated batch, eight sequences at a time, with the frozen base model's forward that the script runs whether or
-not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our kernels or layouts.
+without gradient or dropout; G token sequences drawn one after another; decoding and LPIPS eight sequences at a time in
+float32 (TF32 products), with both images of every pair through the network; then a training forward and backward over
+the G-fold repeated batch, eight sequences at a time, each row with dropout of its own if there is any (the script's
+launcher asks for it, the script alone does not), and with the frozen base model's forward that the script runs whether
+or not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our kernels or layouts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vapi_fast import ops, reference
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.models import Models, frozen_copy
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
 from vapi_fast.runtime.clock import Clock
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
@@ -70,14 +71,17 @@ def published_step(
     *,
     tokens: Tensor | None = None,
     drawn: Tensor | None = None,
+    shared_masks: bool = False,
 ) -> dict[str, Tensor]:
-    """Add one step's gradients to `models.generator`'s; returns the loss (0-d) and the rollouts' terms `[B,G]`.
+    """Add one step's gradients to `models.generator`'s; returns the loss, the share of clipped tokens (both 0-d) and
+    the rollouts' terms `[B,G]`.
 
     Args:
         seed: of the noise, if there is any; the rollouts are drawn from PyTorch's own generator, as released.
         clock: times the stages.
         tokens, drawn: int64 `[B,T]` and `[B,G,T]`, the images' tokens and the rollouts to train on instead of its own,
             to compare with another implementation (its own are made all the same, and timed).
+        shared_masks: give each row the dropout that ours has for its image, to compare, instead of its own.
     """
     group_size = config.group_size
     with ops.use_backend("reference"), released_precision():
@@ -85,7 +89,6 @@ def published_step(
             own_tokens = torch.cat([encode(models.tokenizer, images) for images in batch.images.split(CHUNK)])
             tokens = own_tokens if tokens is None else tokens
             inputs = context(models, config, batch, tokens, seed)
-        models.generator.eval()
         with clock("forward"), torch.no_grad():
             logits = forward(models.generator, inputs, batch.labels)
         with clock("sample"):
@@ -94,7 +97,6 @@ def published_step(
             old_logprobs = gathered(logits, config, drawn.transpose(1, 2)).transpose(1, 2)
             del logits
         rewards = score(models, config, drawn.flatten(0, 1), batch.images.repeat_interleave(group_size, 0), clock)
-        models.generator.train()
         grouped = {name: value.unflatten(0, (-1, group_size)) for name, value in rewards.items()}
         with clock("loss"):
             total = grouped["reward"]
@@ -103,11 +105,12 @@ def published_step(
                 "inputs": inputs.repeat_interleave(group_size, 0),
                 "labels": batch.labels.repeat_interleave(group_size, 0),
                 "targets": tokens.repeat_interleave(group_size, 0),
+                "sample_ids": batch.sample_ids.repeat_interleave(group_size, 0),
                 "drawn": drawn.flatten(0, 1),
                 "old_logprobs": old_logprobs.flatten(0, 1),
                 "advantages": advantages.clamp(-5, 5).flatten(),
             }
-        return {"loss": train(models, config, rows, clock), **grouped}
+        return train(models, config, rows, seed if shared_masks else None, clock) | grouped
 
 
 @contextmanager
@@ -145,21 +148,49 @@ def context(models: PublishedModels, config: AlignConfig, batch: ImageBatch, tok
     return ops.noisy_prefix(tokens, config.noise_prob, vocab_size, seed=seed, sample_ids=batch.sample_ids)
 
 
-def forward(generator: LlamaGen, inputs: Tensor, labels: Tensor) -> Tensor:
+class RowDropout(NamedTuple):
+    """Dropout by PyTorch's own generator, each row for itself, as LlamaGen's modules have it in training mode."""
+
+    share: float
+    label_share: float
+
+    def states(self, x: Tensor, site: int) -> Tensor:
+        return F.dropout(x, self.share)
+
+    def condition(self, rows: Tensor, unconditional: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(rows), device=rows.device) < self.label_share, unconditional, rows)
+
+
+class SharedDropout(Dropout):
+    """Ours, by our kernel: in plain PyTorch its masks take longer than the whole forward on a GPU."""
+
+    def states(self, x: Tensor, site: int) -> Tensor:
+        with ops.use_backend("triton" if x.is_cuda else "reference"):
+            return super().states(x, site)
+
+
+def forward(
+    generator: LlamaGen, inputs: Tensor, labels: Tensor, dropout: RowDropout | SharedDropout | None = None
+) -> Tensor:
     """Float32 logits `[N,T,V]` by LlamaGen's own forward, operation by operation; in bf16 on a GPU, as released."""
     dtype = torch.bfloat16 if inputs.is_cuda else torch.float32
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.is_cuda):
+        if dropout:
+            labels = dropout.condition(labels, generator.unconditional(labels))
         h = torch.cat([generator.cls_embedding(labels), generator.tok_embeddings(inputs)], dim=1).to(dtype)
+        h = dropout.states(h, 0) if dropout else h
         rotary = generator.rotary[: h.shape[1]]
-        for layer in generator.layers:
+        for i, layer in enumerate(generator.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             n = rms_norm(h, layer.attention_norm.weight)
             q, k, v = attention.wqkv(n).unflatten(-1, (3, attention.heads, -1)).unbind(2)
             q, k = reference.rotary_2d(q, rotary), reference.rotary_2d(k, rotary)
             out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-            h = h + attention.wo(out.transpose(1, 2).flatten(2))
+            out = attention.wo(out.transpose(1, 2).flatten(2))
+            h = h + (dropout.states(out, 2 * i + 1) if dropout else out)
             n = rms_norm(h, layer.ffn_norm.weight)
-            h = h + feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n))
+            out = feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n))
+            h = h + (dropout.states(out, 2 * i + 2) if dropout else out)
         return generator.output(rms_norm(h, generator.norm.weight)).float()
 
 
@@ -200,26 +231,39 @@ def score(
     return dict(zip(("reward", "mse", "lpips"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def train(models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor], clock: Clock) -> Tensor:
-    """Forward and backward over all N sequences, eight at a time; the mean loss."""
+def train(
+    models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor], seed: int | None, clock: Clock
+) -> dict[str, Tensor]:
+    """Forward and backward over all N sequences, eight at a time; the means of loss and clipped share.
+
+    seed: of our masks; None: each row has its own.
+    """
     count = len(rows["drawn"])
-    total = torch.zeros((), device=rows["drawn"].device)
+    shares = config.dropout, config.label_dropout
+    totals = {name: torch.zeros((), device=rows["drawn"].device) for name in ("loss", "clipped")}
     for start in range(0, count, CHUNK):
         part = {name: value[start : start + CHUNK] for name, value in rows.items()}
         with clock("forward"):
-            logits = forward(models.generator, part["inputs"], part["labels"])
+            dropout = None
+            if any(shares):
+                dropout = RowDropout(*shares) if seed is None else SharedDropout(*shares, seed, part["sample_ids"])
+            logits = forward(models.generator, part["inputs"], part["labels"], dropout)
             with torch.no_grad():
                 base_logits = forward(models.base, part["inputs"], part["labels"])
         with clock("loss"):
-            loss = sequence_loss(config, part, logits, base_logits) * len(part["drawn"]) / count
+            share = len(part["drawn"]) / count
+            loss, clipped = sequence_loss(config, part, logits, base_logits)
         with clock("backward"):
-            loss.backward()
-        total += loss.detach()
-    return total
+            (loss * share).backward()
+        totals["loss"] += loss.detach() * share
+        totals["clipped"] += clipped * share
+    return totals
 
 
-def sequence_loss(config: AlignConfig, part: dict[str, Tensor], logits: Tensor, base_logits: Tensor) -> Tensor:
-    """Clipped policy loss and prior of a few sequences `[N,T]`."""
+def sequence_loss(
+    config: AlignConfig, part: dict[str, Tensor], logits: Tensor, base_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Clipped policy loss and prior of a few sequences `[N,T]`; and the share of tokens whose ratio is clipped."""
     drawn = part["drawn"].unsqueeze(-1)
     logprobs = gathered(logits, config, drawn).squeeze(-1)
     base = gathered(base_logits, config, drawn).squeeze(-1)
@@ -228,6 +272,8 @@ def sequence_loss(config: AlignConfig, part: dict[str, Tensor], logits: Tensor, 
     advantages = part["advantages"].unsqueeze(1)
     clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
     policy = torch.maximum(-advantages * ratio, -advantages * clipped)
+    outside = ((ratio.detach() - 1).abs() > config.clip_range).float().mean()
     if config.prior == "kl":
-        return (policy + config.prior_weight * divergence).mean()
-    return policy.mean() + config.prior_weight * F.cross_entropy(logits.flatten(0, 1), part["targets"].flatten())
+        return (policy + config.prior_weight * divergence).mean(), outside
+    prior = F.cross_entropy(logits.flatten(0, 1), part["targets"].flatten())
+    return policy.mean() + config.prior_weight * prior, outside

@@ -1,6 +1,7 @@
 """The least that each stage of a step can take on a device, and how near to it a measured run comes.
 
     python benchmarks/roofline.py [--gpu h100] [--model xxl] [--image-size 384] [--batch-size 128] [--group-size 8]
+        [--recipe lean]
     python benchmarks/roofline.py run.json
 
 A stage's floor is the longer of its FLOPs at the matrix product's rate and its bytes at a copy's; both count what the
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
+from vapi_fast.alignment.costs import config_costs, has_second_forward, model_flop_utilisation, stage_table
 from vapi_fast.models import LLAMAGEN_CONFIGS, catalog
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
@@ -57,7 +58,8 @@ def table(
     """One line a stage: needed work, floor, DESIGN.md's budget where it applies, and measured seconds of a step."""
     costs = config_costs(config, processes=processes)
     ceilings = device.ceilings
-    budget = BUDGET if device == DEVICES["h100"] and processes == 1 and BUDGETED.items() <= config.items() else {}
+    budgeted = BUDGETED.items() <= config.items() and not has_second_forward(config)
+    budget = BUDGET if device == DEVICES["h100"] and processes == 1 and budgeted else {}
     measured = stage_table(config, seconds or {}, ceilings, processes=processes)
     shown = COLUMNS[: len(COLUMNS) if seconds else 5 if budget else 4]
     lines = [heading(config, device, processes), "stage     " + "".join(f"{name:>{width}}" for name, _, width in shown)]
@@ -121,13 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", type=Path, help="run.json of an alignment, to hold against the floor")
     parser.add_argument("--gpu", choices=[*DEVICES, MEASURE], help="default h100; for a run its own device")
     parser.add_argument("--model", choices=LLAMAGEN_CONFIGS, default="xxl")
+    parser.add_argument("--recipe", choices=catalog.RECIPES, default=catalog.DEFAULT_RECIPE, help="a run has its own")
     for name in ("--image-size", "--batch-size", "--group-size", "--micro-batch"):
         parser.add_argument(name, type=int, help="default: the paper's; for a run its own")
     options = parser.parse_args(arguments)
 
-    preset = catalog.entry(options.model).preset("align")
-    config = {name: preset[name] for name in ("tokenizer", "lpips", "image_size", "batch_size", "micro_batch")}
-    config |= {"model": options.model, "group_size": 8, "prior": "ce", "method": "vapi"}
+    config = catalog.entry(options.model).preset("align", options.recipe)
+    config = {"model": options.model, "group_size": 8, "prior": "ce", "method": "vapi"} | config
     seconds, processes, record = None, 1, None
     if options.run:
         record = json.loads(options.run.read_text())

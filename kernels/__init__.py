@@ -12,6 +12,7 @@ from vapi_fast.reference import group_advantages
 
 from .attention import append_to_cache, decode_attention
 from .codebook import codebook_lookup, vq_lookup
+from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import linear_cross_entropy, policy_loss
@@ -27,6 +28,7 @@ __all__ = [
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
+    "dropout",
     "group_advantages",
     "group_norm_silu",
     "group_sample",

@@ -10,6 +10,7 @@ import triton.language as tl
 GROUP_SAMPLE = tl.constexpr(1)
 NOISY_PREFIX = tl.constexpr(2)
 GUMBEL = tl.constexpr(3)
+DROPOUT = tl.constexpr(6)
 
 
 @triton.jit

@@ -55,6 +55,10 @@ USAGE = [
     (["--model", "tiny", "--top-p", "nan"], "--top-p must be greater than 0 and at most 1, got nan"),
     (["--model", "tiny", "--temperature", "0"], "--temperature must be at least 1e-06, got 0.0"),
     (["--model", "tiny", "--dropout", "1"], "--dropout must be at least 0 and less than 1"),
+    (["--model", "tiny", "--label-dropout", "1.1"], "--label-dropout must be between 0 and 1, got 1.1"),
+    (["--model", "tiny", "--rollout-mode", "both"], "invalid choice: 'both'"),
+    (["--model", "tiny", "--recipe", "va-phi"], "invalid choice: 'va-phi'"),
+    (["--model", "tiny", "--codes", "raw"], "--codes raw needs --method ste: --method vapi decodes tokens"),
     (["--model", "tiny", "--lr", "-1"], "--lr must be at least 0"),
     (["--model", "tiny", "--cfg-scale", "0.5"], "--cfg-scale must be at least 1"),
     (["--model", "tiny", "--prior", "kl", "--method", "ste"], "--prior kl needs --method vapi"),
@@ -250,7 +254,7 @@ def test_flags_cover_the_config_and_defaults_are_its_own() -> None:
 
     fields = {field.name for field in dataclasses.fields(AlignConfig)}
     flags = {field.name for field in options(AlignConfig)}
-    assert fields - flags == {"tokenizer", "lpips", "weight_decay", "clip_grad_norm", "clip_range"}
+    assert fields - flags == {"tokenizer", "lpips", "clip_grad_norm", "clip_range"}
 
 
 def test_paper_defaults() -> None:

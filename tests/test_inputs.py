@@ -81,7 +81,7 @@ CASES = [
     Case(f"{GENERATE}{BARE} --class-ids 8", "samples"),
     Case(f"{GENERATE}{BARE} --cfg-scale 2", rf"{NONE} --cfg-scale above 1 needs: pass --cfg-scale 1", FILE),
     Case(ALIGN + BARE, "aligned"),
-    Case(f"{ALIGN}{BARE} --dropout 0.1", rf"{NONE} --dropout needs: pass --dropout 0", FILE),
+    Case(f"{ALIGN}{BARE} --label-dropout 0.1", rf"{NONE} --label-dropout needs: pass --label-dropout 0", FILE),
     Case(ALIGN.replace("--no-eval", BARE), rf"{NONE} the second .*\(--cfg-scale\) needs: pass --cfg-scale 1", FILE),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/averaged-alone.pt", r"holds averaged weights \(ema\) alone"),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/safetensors-in-disguise.pt", "samples"),

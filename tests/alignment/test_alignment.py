@@ -133,8 +133,8 @@ def test_dropout_changes_the_forward_only_when_asked(
     config = tiny_config(method="ntp")
     plain = our_gradient(tiny_models, config, tiny_batch)[0]
     assert our_gradient(tiny_models, config, tiny_batch)[0] == plain
-    tiny_models.generator.dropout = 0.1
-    assert our_gradient(tiny_models, config, tiny_batch)[0] != plain
+    for changes in ({"dropout": 0.1}, {"label_dropout": 0.9}):
+        assert our_gradient(tiny_models, tiny_config(method="ntp", **changes), tiny_batch)[0] != plain
 
 
 @pytest.mark.parametrize("broken", ["reward", "loss", "gradient"])

@@ -20,7 +20,7 @@ from torch import Tensor
 import vapi_fast
 from vapi_fast import AlignConfig, ops
 from vapi_fast.alignment import free_running, losses, step
-from vapi_fast.alignment.control import SAID, advantages_of, normal_rewards, others
+from vapi_fast.alignment.control import SAID, advantages_of, normal_rewards, others, sheet_label
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.step import Gradients, accumulate_gradients
@@ -45,6 +45,13 @@ def test_random_rewards_are_normal_and_independent() -> None:
     assert (ranks - uniform).abs().max() < 1.95 / len(ranks) ** 0.5  # Kolmogorov–Smirnov at 0.1 %
     correlations = torch.corrcoef(values.T) - torch.eye(24)
     assert correlations.abs().max() < 5 / 1024**0.5
+
+
+def test_pictures_say_what_trained_the_generator(tiny_config: Make) -> None:
+    runs = ({}, {"control": "random"}, {"control": "shuffled"}, {"method": "ste"}, {"method": "ntp"})
+    assert [sheet_label(tiny_config(**changes)) for changes in runs] == [
+        *("aligned", "random advantages", "shuffled advantages", "straight-through", "next-token prediction alone")
+    ]
 
 
 @pytest.mark.parametrize("group_size", [2, 8])
@@ -91,18 +98,18 @@ def learned(
     with patch.context() as patched:
         patched.setattr(losses.ops, "policy_loss", lambda **call: (calls.append(call), policy_loss(**call))[1])
         models.generator.zero_grad()
-        torch.manual_seed(3)  # of dropout
         found = accumulate_gradients(models, config, batch, SEED, nullcontext)
     rows = ("hidden", "tokens", "advantages", "targets")
     return found, calls[0] | {name: torch.cat([call[name].detach() for call in calls]) for name in rows}
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"noise_prob": 0.5, "top_k": 40, "prior": "kl"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dropout": 0.1}, {"recipe": "va-pi"}, {"noise_prob": 0.5, "top_k": 40, "prior": "kl"}]
+)
 def test_all_but_the_advantages_is_the_real_step_s(
     tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
     """Bit for bit: states, rollouts, targets, weights of the terms, and the rewards that are reported."""
-    tiny_models.generator.dropout = changes.get("dropout", 0.0)
     runs = {
         control: learned(tiny_models, tiny_config(control=control, micro_batch=2, **changes), tiny_batch, monkeypatch)
         for control in CONTROLS

@@ -57,6 +57,12 @@ def test_flops_are_those_of_the_paper() -> None:
     assert training - 3 * attention == pytest.approx(613, rel=0.01)
     assert training == pytest.approx(613, rel=0.04)
     assert needed["optimizer"] == 0
+    released = teraflops(rollout_mode="eval", dropout=0.1, label_dropout=0.1)
+    added = {stage: released[stage] - needed[stage] for stage in needed if released[stage] != needed[stage]}
+    assert added == pytest.approx({"forward": needed["forward"], "loss": needed["sample"]})
+    assert sum(added.values()) - attention == pytest.approx(204, rel=0.01)
+    assert teraflops(rollout_mode="train", dropout=0.1, label_dropout=0.1) == needed
+    assert teraflops(rollout_mode="eval", dropout=0.0, label_dropout=0.0) == needed
 
 
 def test_a_decoding_spares_five_of_nine_taps_after_upsampling() -> None:

@@ -93,6 +93,38 @@ def test_steps_are_measured_and_nothing_else_changes(
     assert [event.value for event in curves.Scalars("evaluation/entropy")] == [3.0] * 4
 
 
+@pytest.mark.usefixtures("image_sets")
+def test_without_guidance_each_measurement_draws_once(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[float] = []
+    score = Evaluator.score
+    monkeypatch.setattr(Evaluator, "score", lambda self, *a: drawn.append(a[1]) or score(self, *a))
+    guided = vapi_fast.align(tiny_config(output_dir=tmp_path / "guided", **EVERY | {"eval_every": None, "steps": 2}))
+    assert drawn == [1.0, 1.5] * 2
+    drawn.clear()
+    output = tmp_path / "plain"
+    plain = vapi_fast.align(tiny_config(output_dir=output, **EVERY | {"steps": 3, "cfg_scale": 1.0}))
+    assert drawn == [1.0] * 3
+    assert plain["base"] == {name: value for name, value in guided["base"].items() if name != "cfg"}
+    assert plain["evaluations"]["2"]["fid"] == guided["aligned"]["fid"]
+    assert (output / "fid.png").exists()
+    assert "CFG" not in capsys.readouterr().out.partition("results in")[2].partition("results in")[2]
+    curves = EventAccumulator(str(output / "tensorboard"))
+    curves.Reload()
+    assert "evaluation/fid" in curves.Tags()["scalars"]
+    assert "evaluation/cfg/fid" not in curves.Tags()["scalars"]
+
+
+def test_a_known_measurement_of_the_base_is_taken(tiny_config: Make, tmp_path: Path, measured: list[str]) -> None:
+    own = vapi_fast.align(tiny_config(output_dir=tmp_path / "own", **EVERY))
+    measured.clear()
+    known = vapi_fast.align(tiny_config(output_dir=tmp_path / "known", **EVERY), base=own["base"])
+    assert measured == ["step 2", "step 4", "aligned"]
+    for name in ("base", "evaluations", "aligned"):
+        assert known[name] == own[name]
+
+
 def test_a_resumed_run_measures_what_is_missing(
     tiny_config: Make, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

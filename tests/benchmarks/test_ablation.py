@@ -37,7 +37,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[AlignConfig]:
     """Configurations of the runs that were done, which leave a run.json and no more."""
     configs: list[AlignConfig] = []
 
-    def align(config: AlignConfig) -> None:
+    def align(config: AlignConfig, base: dict[str, Any] | None) -> None:
         configs.append(config)
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,10 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[AlignConfig]:
 
     monkeypatch.setattr(run, "align", align)
 
-    def measured(self: Runs, seed: int, temperatures: Iterable[float]) -> dict[float, Any]:
+    def measured(self: Runs, temperatures: Iterable[float], *_: Any) -> dict[float, Any]:
         return {each: measurement(30 - each) for each in temperatures}
 
-    monkeypatch.setattr(Runs, "base_at", measured)
+    monkeypatch.setattr(Runs, "measured_at", measured)
     return configs
 
 
@@ -59,7 +59,7 @@ def test_rows_are_runs_that_can_be_done(table: str, tmp_path: Path) -> None:
     rows = ablation.rows_of(table, 2e-5)
     configs = [Runs(tmp_path, {}).config(0, changes) for changes in rows.values()]
     assert len({str(dataclasses.replace(config, output_dir=tmp_path)) for config in configs}) == len(rows)
-    assert sum(config.control == "random" for config in configs) == (6 if table == "steps" else 1)
+    assert sum(config.control == "random" for config in configs) == (3 if table == "steps" else 1)
     assert all(config.model == "tiny" for config in configs)
 
 
@@ -107,15 +107,16 @@ def test_the_base_s_temperature_is_chosen_on_another_seed(monkeypatch: pytest.Mo
     fids = {0.8: (12.0, 9.0), 0.9: (10.0, 9.5), 1.0: (15.0, 10.0)}
     asked = []
 
-    def base_at(self: Runs, seed: int, temperatures: Any) -> dict[float, dict[str, Any]]:
+    def measured_at(self: Runs, temperatures: Any, seed: int, changes: Any) -> dict[float, dict[str, Any]]:
+        assert changes is None
         asked.append((seed, list(temperatures)))
         found = {each: measurement(fids[each][0] + seed) for each in temperatures}
         for each in found:
             found[each]["cfg"] = found[each]["cfg"] | {"fid": fids[each][1] + seed}
         return found
 
-    monkeypatch.setattr(Runs, "base_at", base_at)
-    best = Runs(tmp_path, {}).best_base([3, 4], tuple(fids))
+    monkeypatch.setattr(Runs, "measured_at", measured_at)
+    best = Runs(tmp_path, {}).best(tuple(fids), [3, 4])
     assert asked == [(ablation.TUNING_SEED, [0.8, 0.9, 1.0]), (3, [0.9, 0.8]), (4, [0.9, 0.8])]
     assert [(each["aligned"]["fid"], each["aligned"]["cfg"]["fid"]) for each in best] == [(13, 12), (14, 13)]
     text = ablation.table({VAPI: [record(3, 15, 9), record(4, 15, 10)], TEMPERATURE: best})
@@ -131,11 +132,29 @@ def test_a_table_has_means_and_standard_errors() -> None:
     assert header == (
         "| | FID↓ | IS↑ | precision | recall | reward | FID, CFG | IS, CFG | entropy | held-out CE | alignment, s |"
     )
-    rest = "2.00 ± 0.00 | 0.900 | 0.700 | -0.500"
+    rest = "2.00 ± 0.00 | 0.900 | 0.700 | -0.5000 ± 0.0000"
     assert base == f"| base | 15.00 ± 0.00 | {rest} | 7.50 ± 0.00 | 2.00 ± 0.00 | 3.500 | 4.000 |  |"
     assert vapi == f"| {VAPI} | 10.17 ± 0.73 | {rest} | 5.08 ± 0.36 | 2.00 ± 0.00 | 3.500 | 4.000 | 50 |"
     assert alone.startswith("| alone | 8.00 ± 0.50 | 2.00 ± 0.10 | ")  # of its one sample set
     assert alone.endswith(" | 4.000 |  |")
+    assert " | 0.700 | -0.5000 | " in alone
+
+
+def test_without_guidance_a_table_has_no_column_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def plain(fid: float) -> dict[str, Any]:
+        return {key: value for key, value in measurement(fid).items() if key != "cfg"}
+
+    def measured_at(self: Runs, temperatures: Iterable[float], *_: Any) -> dict[float, dict[str, Any]]:
+        return {each: plain(10 + each) for each in temperatures}
+
+    monkeypatch.setattr(Runs, "measured_at", measured_at)
+    best = Runs(tmp_path, {}).best((0.8, 0.9), [0, 1])
+    assert best[0] == {"seed": 0, "aligned": plain(10.8), "temperature": 0.8}
+    runs = [record(seed, 0, 0) | {"base": plain(15.0), "aligned": plain(9.0 + seed)} for seed in (0, 1)]
+    rows = {VAPI: runs, RANDOM: runs, TEMPERATURE: best}
+    text = ablation.report("controls", rows)
+    assert "CFG" not in text
+    assert f"\n| {TEMPERATURE} (0.8) | 10.80 ± 0.00 | " in text
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -162,7 +181,7 @@ def test_curves_join_the_runs_of_few_and_many_steps() -> None:
     between = {"25": measurement(11.0), "50": measurement(10.0, mse=0.1)}
     rows = {
         "lr 2e-05": [record(seed, 16 + seed, 9, evaluations=between, steps=200) for seed in (0, 2)],
-        "lr 2e-05, 10 steps": [record(seed, 16 + seed, 13 + seed, steps=10) for seed in (0, 2)],
+        f"lr 2e-05{ablation.AFTER}10": [record(seed, 16 + seed, 13 + seed, steps=10) for seed in (0, 2)],
         TEMPERATURE: [{"seed": 0, "aligned": measurement(14.0), "temperature": 0.9, "cfg_temperature": 1.0}],
     }
     fid, _, line, temperature, _, reward, _, rewards, _ = ablation.report("steps", rows).splitlines()
@@ -178,16 +197,24 @@ def test_curves_join_the_runs_of_few_and_many_steps() -> None:
 def test_a_run_and_the_base_s_temperatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In small and in earnest: at temperature 1 the base is what a run measures before its first step."""
     runs = Runs(tmp_path, SMALL)
+    own = run.align(runs.config(0, {}, output_dir=tmp_path / "own"))["base"]
     kept = runs.finished(0, {"control": "random"})
     assert json.loads((tmp_path / "control-random_seed-0" / "run.json").read_text())["config"]["control"] == "random"
-    found = runs.base_at(0, (1.0, 0.5))
-    assert json.loads(json.dumps(found[1.0])) == kept["base"]
+    found = runs.measured_at((1.0, 0.5), 0)
+    assert json.loads(json.dumps(found[1.0])) == kept["base"] == own
     assert found[0.5]["reward"] > found[1.0]["reward"]
+    aligned = runs.measured_at((1.0, 0.5), 0, {"control": "random"})
+    assert aligned[1.0] == kept["aligned"]
+    assert aligned[0.5]["reward"] not in (found[0.5]["reward"], kept["aligned"]["reward"])
+    noisy = runs.finished(0, {"noise_prob": 0.9})["base"]
+    assert noisy["fid"] == own["fid"]
+    assert noisy["reward"] != own["reward"]  # its rollouts are others
     for owner, name in ((Evaluator, "measure"), (models, "load_models")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("it is known"))
-    assert runs.base_at(0, (0.5, 1.0)) == found
+    assert runs.measured_at((0.5, 1.0), 0) == found
+    assert json.dumps(runs.measured_at((0.5, 1.0), 0, {"control": "random"})[0.5]) == json.dumps(aligned[0.5])
     with pytest.raises(ablation.ConfigError, match=r"temperatures_seed-0\.json was made with --eval-samples 8, not 9"):
-        Runs(tmp_path, SMALL | {"eval_samples": 9}).base_at(0, (1.0,))
+        Runs(tmp_path, SMALL | {"eval_samples": 9}).measured_at((1.0,), 0)
 
 
 @pytest.mark.parametrize(

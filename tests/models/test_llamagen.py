@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from vapi_fast import generate, ops
 from vapi_fast.generation.sequences import KVCache
-from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
+from vapi_fast.models import LLAMAGEN_CONFIGS, Dropout, LlamaGen, LlamaGenConfig
+from vapi_fast.reference.dropout import dropout_mask
 from vapi_fast.runtime.accelerators import causal_attention
 
 TOLERANCE = 1e-5  # relative L2, float32
@@ -210,11 +211,11 @@ def test_hidden_states_give_the_logits(class_model: LlamaGen) -> None:
     assert golden.relative_error(hidden @ class_model.output.weight.T, public["train_logits"]) <= TOLERANCE
 
 
-def plain_hidden(model: LlamaGen, tokens: Tensor, labels: Tensor, dropout: float = 0.0) -> Tensor:
+def plain_hidden(model: LlamaGen, tokens: Tensor, labels: Tensor, **dropped: Any) -> Tensor:
     """The model's hidden states in plain PyTorch."""
     h = torch.cat([model.cls_embedding(labels), model.tok_embeddings(tokens)], dim=1)
     turns = torch.view_as_complex(model.rotary[: h.shape[1]].contiguous())
-    return plain_states(model.layers, model.norm, h, turns, eps=1e-5, dropout=dropout)
+    return plain_states(model.layers, model.norm, h, turns, eps=1e-5, **dropped)
 
 
 def gradients(hidden: Tensor, model: LlamaGen) -> list[Tensor]:
@@ -223,16 +224,17 @@ def gradients(hidden: Tensor, model: LlamaGen) -> list[Tensor]:
     return torch.autograd.grad(hidden, [p for p in model.parameters() if p is not model.output.weight], direction)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_equal_the_plain_form_in_float64(dropout: float, fresh_model: LlamaGen) -> None:
-    model = fresh_model.double().train()
-    tokens, labels = torch.randint(97, (3, 15)), torch.tensor([2, 5, 0])
-    torch.manual_seed(7)
-    expected = gradients(plain_hidden(model, tokens, labels, dropout), model)
-    model.dropout = dropout
-    model.drop_condition = lambda condition: condition  # its draws would come between the masks
-    torch.manual_seed(7)
-    found = gradients(model(tokens, labels, return_hidden=True), model)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_gradients_equal_the_plain_form_in_float64(share: float, fresh_model: LlamaGen) -> None:
+    model = fresh_model.double()
+    tokens, labels, ids = torch.randint(97, (3, 15)), torch.tensor([2, 5, 0]), torch.tensor([4, 0, 9])
+
+    def dropped(x: Tensor, site: int) -> Tensor:
+        mask = dropout_mask(x.shape, share, seed=7, site=site, sample_ids=ids, device=x.device)
+        return x.masked_fill(mask, 0) / (1 - share)
+
+    expected = gradients(plain_hidden(model, tokens, labels, dropped=dropped), model)
+    found = gradients(model(tokens, labels, dropout=Dropout(share, 0.0, 7, ids), return_hidden=True), model)
     for gradient, plain in zip(found, expected, strict=True):
         assert golden.relative_error(gradient, plain) < 1e-12
 
@@ -273,7 +275,7 @@ def test_what_a_block_keeps_for_its_backward(fresh_model: LlamaGen) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = block(x, fresh_model.rotary[:16], None, None, 0, 0.0)
+        out = block(x, fresh_model.rotary[:16], None, None, 0, None)
     for shared in (*block.parameters(), fresh_model.rotary):
         kept.pop(shared.untyped_storage().data_ptr(), None)
     per_token = 2 * (2 + 3 + 1) * config.width + 2 * 2 * config.hidden_width + 4 * config.heads
@@ -292,7 +294,7 @@ def test_an_xxl_block_keeps_34_kilobytes_a_token_on_a_gpu() -> None:
     cast_weights = 2 * sum(p.numel() for p in block.parameters())
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16):
-        out = block(x, rotary, None, None, 0, 0.0)
+        out = block(x, rotary, None, None, 0, None)
     kept = torch.cuda.memory_allocated() - before - cast_weights  # x itself is counted before, `out` here
     expected = 4 * 577 * (2 * 6 * config.width + 4 * config.hidden_width + 4 * config.heads)
     assert kept == pytest.approx(expected, rel=0.02)
@@ -302,7 +304,7 @@ def test_an_xxl_block_keeps_34_kilobytes_a_token_on_a_gpu() -> None:
         exact = block.double()
         wide = x.detach().double().requires_grad_()
         expected_gradients = torch.autograd.grad(
-            exact(wide, rotary, None, None, 0, 0.0), [wide, *exact.parameters()], direction.double()
+            exact(wide, rotary, None, None, 0, None), [wide, *exact.parameters()], direction.double()
         )
     for gradient, exactly in zip(found, expected_gradients, strict=True):
         assert golden.relative_error(gradient.cpu(), exactly.cpu()) < 2e-2
@@ -421,21 +423,22 @@ def test_dropout_is_off_by_default(fresh_model: LlamaGen) -> None:
     assert torch.equal(fresh_model.train()(*inputs), fresh_model.eval()(*inputs))
 
 
-def test_dropout_acts_in_training_mode_only(fresh_model: LlamaGen) -> None:
-    inputs = torch.arange(15)[None], torch.tensor([2])
-    clean = fresh_model.eval()(*inputs)
-    fresh_model.dropout = 0.5
-    assert torch.equal(fresh_model(*inputs), clean)
-    fresh_model.train()
-    first, second = fresh_model(*inputs), fresh_model(*inputs)
+def test_dropout_is_decided_by_seed_and_sample_id(fresh_model: LlamaGen) -> None:
+    tokens, labels, ids = torch.randint(97, (3, 15)), torch.tensor([2, 5, 0]), torch.tensor([3, 1, 2])
+
+    def logits(seed: int, rows: Tensor) -> Tensor:
+        return fresh_model(tokens[rows], labels[rows], dropout=Dropout(0.5, 0.3, seed, ids[rows]))
+
+    clean, first, second = fresh_model(tokens, labels), logits(0, torch.arange(3)), logits(1, torch.arange(3))
     assert golden.relative_error(first, clean) > 0.01
     assert golden.relative_error(first, second) > 0.01
+    for row in range(3):
+        assert golden.relative_error(logits(0, torch.tensor([row])), first[row : row + 1]) < 1e-5
 
 
 def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) -> None:
     """A share p of what enters a residual sum is zero, the rest is scaled by 1 / (1 − p)."""
     tokens, labels = torch.randint(97, (8, 15)), torch.randint(7, (8,))
-    fresh_model.dropout = 0.25
     block, seen = fresh_model.layers[0], {}
 
     def keep(name: str, module: nn.Module) -> None:
@@ -444,7 +447,7 @@ def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) ->
     for name in ("attention", "feed_forward"):
         keep(name, getattr(block, name))
     keep("next", fresh_model.layers[1].attention)
-    fresh_model.train()(tokens, labels)
+    fresh_model(tokens, labels, dropout=Dropout(0.25, 0.0, 3))
     embedded = fresh_model.tok_embeddings(tokens)
     for total, clean in [
         (seen["attention"][:, 1:], embedded),
@@ -497,19 +500,15 @@ def test_unconditional_caption_is_the_stored_one(caption_model: LlamaGen) -> Non
     assert torch.equal(unconditional[1], caption_weights()["cls_embedding.uncond_embedding"])
 
 
-def test_conditions_are_dropped_whole_in_training(class_model: LlamaGen, caption_model: LlamaGen) -> None:
-    torch.manual_seed(0)
+def test_conditions_are_dropped_whole(class_model: LlamaGen, caption_model: LlamaGen) -> None:
     labels = torch.arange(4000) % 7
     captions = torch.randn(200, 6, 24)
     for model, condition, spread in ((class_model, labels, 0.03), (caption_model, captions, 0.12)):
-        assert torch.equal(model.train().drop_condition(condition), condition)
-        model.dropout = 0.3
-        try:
-            dropped = model.drop_condition(condition)
-            assert torch.equal(model.eval().drop_condition(condition), condition)
-        finally:
-            model.dropout = 0.0
-            model.eval()
+        dropped = Dropout(0.0, 0.3, 5).condition(condition, model.unconditional(condition))
         rows = (dropped == model.unconditional(condition)).view(len(condition), -1).all(1)
         assert rows.float().mean().item() == pytest.approx(0.3, abs=spread)
         assert torch.equal(dropped[~rows], condition[~rows])
+    tokens, unconditional = torch.randint(97, (3, 15)), class_model.unconditional(labels[:3])
+    assert torch.equal(
+        class_model(tokens, labels[:3], dropout=Dropout(0.0, 1.0, 5)), class_model(tokens, unconditional)
+    )

@@ -135,7 +135,7 @@ def sharded(watch: Watch) -> None:
         align(watch)
 
 
-PLAIN_LAYOUTS = ("published recipe", "straight-through", "both paths")
+PLAIN_LAYOUTS = ("published recipe", "straight-through", "both paths", "released recipe")
 SCENES: dict[str, Scene] = {
     "align": partial(align, steps=2),
     "KL prior": partial(align, prior="kl"),
@@ -143,7 +143,8 @@ SCENES: dict[str, Scene] = {
     "next token": partial(align, method="ntp"),
     "filters": partial(align, top_k=2000, top_p=0.95, temperature=0.9),
     "noise": partial(align, noise_prob=0.5),
-    "dropout": partial(align, dropout=0.1),
+    "dropout": partial(align, dropout=0.1, label_dropout=0.1),
+    "released recipe": partial(align, path="both", recipe="va-pi", batch_size=4, steps=2),
     "small micro-batches": partial(align, micro_batch=4),
     "free rollouts": partial(align, rollouts="free", batch_size=4),
     "published recipe": partial(align, path="reference", batch_size=4),

@@ -61,8 +61,11 @@ def save_fid_curve(path: str | Path, measurements: Mapping[int, Mapping[str, Any
         raise ValueError("no measurements to draw; expected at least one")
     with chart_of_steps(path, "FID ± standard error") as axes:
         steps = list(measurements)
-        plain, guided = list(measurements.values()), [each["cfg"] for each in measurements.values()]
+        plain = list(measurements.values())
+        guided = [each["cfg"] for each in plain if "cfg" in each]
         for scores, label, colour in ((plain, "no guidance", "#1d4ed8"), (guided, f"CFG {cfg_scale:g}", "#ea580c")):
+            if not scores:
+                continue
             fid, errors = ([each[name] for each in scores] for name in ("fid", "fid_se"))
             axes.errorbar(steps, fid, yerr=errors, label=label, color=colour, marker="o", markersize=4, capsize=3)
         axes.set_ylim(bottom=0)

@@ -6,26 +6,38 @@ import os
 import re
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
+from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import MOST, PRESET, check_output, option
+from vapi_fast.runtime.options import MOST, PRESET, as_text, check_output, flag, option
 from vapi_fast.runtime.packages import installed
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
+ROLLOUT_MODES = ("train", "eval")
+CODES = ("normalised", "raw")
 CONTROLS = ("random", "shuffled")
 ADVANTAGES = ("sum", "each")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
+RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """A recipe's values as a command line has them: those of the default one are in the table."""
+    default = catalog.RECIPES[catalog.DEFAULT_RECIPE]
+    own = {name: value for name, value in values.items() if value != default.get(name)}
+    return " ".join(f"`{flag(name)} {as_text(value)}`" for name, value in own.items()) or "those shown here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +78,34 @@ class RolloutOptions(DrawOptions):
         1.0, "guidance of `--rollouts free`, which are learned from without; AR-GRPO: 2", at_least=1
     )
     noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
-    dropout: float = option(0.0, "dropout in the generator, one mask for all rollouts of an image", at_least=0, below=1)
+    rollout_mode: str = option(
+        PRESET,
+        "`train`: rollouts and loss come of one forward, dropout and all; `eval`: rollouts of a forward without "
+        "dropout, the loss of a second one with it, one an image",
+        choices=ROLLOUT_MODES,
+    )
+    dropout: float = option(
+        PRESET,
+        "dropout of embeddings, attention's and feed-forward's results, one mask for all rollouts of an image",
+        at_least=0,
+        below=1,
+    )
+    label_dropout: float = option(
+        PRESET, 'share of images whose class is replaced by "none" where dropout acts', at_least=0, at_most=1
+    )
+
+    @property
+    def second_forward(self) -> bool:
+        """Whether rollouts are drawn without the dropout that the loss's forward has: else one forward serves both."""
+        return self.rollout_mode == "eval" and (self.dropout > 0 or self.label_dropout > 0)
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether rollouts come of another distribution than the loss's.
+
+        Under guidance they do, and as in AR-GRPO the ratio is the generator's own to itself.
+        """
+        return self.rollout_cfg_scale == 1 and (self.second_forward or self.top_k > 0 or self.top_p < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +138,8 @@ class RewardOptions:
         shown="the class folders' names",
         file="file",
     )
-    mse_weight: float = option(1.0, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
-    lpips_weight: float = option(1.0, "w_lpips", at_least=0)
+    mse_weight: float = option(PRESET, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
+    lpips_weight: float = option(PRESET, "w_lpips", at_least=0)
 
     @property
     def reward_terms(self) -> tuple[RewardTerm, ...]:
@@ -117,10 +156,21 @@ class RewardOptions:
 class ObjectiveOptions:
     """What the rewards are made into."""
 
+    recipe: str = option(
+        catalog.DEFAULT_RECIPE,
+        "values for flags that are not given: "
+        + "; ".join(f"`{name}`, {settings(values)}" for name, values in catalog.RECIPES.items()),
+        choices=tuple(catalog.RECIPES),
+    )
     method: str = option(
-        "vapi",
+        PRESET,
         "`vapi`, `ste` (straight-through baseline) or `ntp` (next-token prediction alone)",
         choices=METHODS,
+    )
+    codes: str = option(
+        PRESET,
+        "code vectors that `--method ste` decodes: `normalised`, which the decoder knows, or `raw`, as released",
+        choices=CODES,
     )
     control: str | None = option(
         None,
@@ -138,7 +188,7 @@ class ObjectiveOptions:
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
     )
-    prior_weight: float = option(0.1, "weight β of the prior", at_least=0)
+    prior_weight: float = option(PRESET, "weight β of the prior", at_least=0)
     clip_range: float = option(0.2, at_least=0)
 
 
@@ -152,9 +202,10 @@ class OptimizerOptions:
         "images in one forward on one GPU; lower it when memory runs out, results stay",
         at_least=1,
     )
-    steps: int = option(100, "optimizer steps", at_least=1)
+    steps: int = option(PRESET, "optimizer steps", at_least=1)
     lr: float = option(PRESET, "AdamW's learning rate", at_least=0)
-    weight_decay: float = option(1e-4, at_least=0)
+    weight_decay: float = option(PRESET, "AdamW's, of all weights but norms'", at_least=0)
+    beta2: float = option(PRESET, "AdamW's second β", at_least=0, below=1)
     clip_grad_norm: float = option(1.0, above=0)
 
 
@@ -179,7 +230,7 @@ class EvaluationOptions:
     eval_batch: int = option(
         PRESET, "images drawn at once; lower it when memory runs out during an evaluation", at_least=1
     )
-    cfg_scale: float = option(PRESET, "guidance of the second evaluation", at_least=1)
+    cfg_scale: float = option(PRESET, "guidance of the second evaluation; 1: there is none", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +272,7 @@ class AlignConfig(
     tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
-        self.prepare("align")
+        self.prepare("align", self.recipe)
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
@@ -240,6 +291,8 @@ class AlignConfig(
         pixels_alone = all(term.name == "pixel" for term in self.reward_terms)
         if self.method == "vapi" and pixels_alone and self.mse_weight == self.lpips_weight == self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
+        if self.codes == "raw" and self.method != "ste":
+            raise ConfigError(f"--codes raw needs --method ste: --method {self.method} decodes tokens")
         if self.control and self.method != "vapi":
             raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
         if self.control == "shuffled" and self.batch_size < 2:

@@ -59,13 +59,15 @@ def step_costs(
     micro_batch: int,
     prior: str = "ce",
     method: str = "vapi",
+    second_forward: bool = False,
 ) -> dict[str, Cost]:
     """The work that the mathematics of one step needs, by stage, however it is computed.
 
     One forward an image (its G rollouts share it) and one backward; the head's logits once, in `sample`; an encoding,
     G decodings and 1 + G passes of the perceptual network an image; nearest-neighbour upsampling and a 3×3 convolution
     as the four 2×2 convolutions it equals; attention up to the diagonal. Gradients to the weights of what is trained
-    only. `prior="kl"` adds the base model's forward to `loss`.
+    only. `prior="kl"` adds the base model's forward to `loss`. `second_forward`: the loss's is another one than the
+    rollouts', as under `--recipe va-pi`; its logits are counted in `loss`.
 
     Bytes are those of 16-bit activations and of weights read once a pass (`network_cost`, `transformer_costs`), 32-bit
     gradients and optimizer states. Batch sizes are those of one process.
@@ -94,10 +96,18 @@ def step_costs(
     }
     if prior == "kl":
         costs["loss"] += forward + logits
+    if second_forward and method == "vapi":
+        costs["forward"] += forward
+        costs["loss"] += logits
     if method == "ste":  # the gradient comes through perceptual network and decoder, whose maps are read again
         through = costs["decode"] + maps * decodings
         costs["backward"] += Cost(through.flops, 2 * through.bytes) + costs.pop("loss")
     return costs
+
+
+def has_second_forward(config: Mapping[str, Any]) -> bool:
+    """`RolloutOptions.second_forward` of a run's config, as `run.json` holds it; older ones know of none."""
+    return config.get("rollout_mode") == "eval" and bool(config["dropout"] or config["label_dropout"])
 
 
 def config_costs(config: Mapping[str, Any], *, processes: int = 1) -> dict[str, Cost]:
@@ -114,6 +124,7 @@ def config_costs(config: Mapping[str, Any], *, processes: int = 1) -> dict[str, 
         micro_batch=config["micro_batch"],
         prior=config["prior"],
         method=config["method"],
+        second_forward=has_second_forward(config),
     )
 
 

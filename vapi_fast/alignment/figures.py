@@ -13,7 +13,7 @@ from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.distributed import gather_objects
 from vapi_fast.runtime.errors import NonFiniteError
 
-METRICS = ("loss", "reward", "mse", "lpips", "cross_entropy", "kl")
+METRICS = ("loss", "reward", "mse", "lpips", "cross_entropy", "kl", "clipped")
 # Where a term that is not finite comes from, in the order in which one such term spoils the next.
 STAGES = {"mse": "decode", "lpips": "lpips", "reward": "reward", "kl": "loss", "cross_entropy": "loss", "loss": "loss"}
 

@@ -26,7 +26,7 @@ class Sequences(NamedTuple):
     """N sampled sequences, each the context of its own training forward."""
 
     tokens: Tensor  # int64 [N,T]
-    sample_ids: Tensor  # int64 [N]
+    sample_ids: Tensor  # int64 [N], of their own: dropout's masks are drawn for each
     advantages: Tensor  # [N]
     logprobs: Tensor  # float32 [N,T], of the distribution drawn from
 
@@ -45,14 +45,16 @@ def accumulate_free_gradients(
         drawn = draw(models, config, batch, seed)
     rewards = rewards_of(models, config, drawn.tokens, batch, clock)
     image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(config.group_size)
+    rollouts = torch.arange(config.group_size, device=tokens.device)
     condition = condition_of(batch).take(image)
     advantages = advantages_of(rewards, config, seed, batch.sample_ids).flatten()
-    sequences = Sequences(drawn.tokens.flatten(0, 1), batch.sample_ids[image], advantages, drawn.logprobs.flatten(0, 1))
+    ids = config.batch_size + (batch.sample_ids[:, None] * config.group_size + rollouts).flatten()  # the images' before
+    sequences = Sequences(drawn.tokens.flatten(0, 1), ids, advantages, drawn.logprobs.flatten(0, 1))
 
     micro_batches = [("policy", rows) for rows in split(len(sequences.tokens), config.micro_batch)]
     if config.prior == "ce" and config.prior_weight:
         micro_batches += [("prior", rows) for rows in split(len(tokens), config.micro_batch)]
-    sums = {name: torch.zeros((), device=tokens.device) for name in ("loss", "cross_entropy", "kl")}
+    sums = {name: torch.zeros((), device=tokens.device) for name in ("loss", "cross_entropy", "kl", "clipped")}
     for index, (term, rows) in enumerate(micro_batches):
         reduce_at(models.generator, last=index + 1 == len(micro_batches))
         if term == "policy":
@@ -66,7 +68,7 @@ def accumulate_free_gradients(
         with clock("backward"):
             (losses.terms["loss"] * weight).backward()
         sums["loss"] += weight * losses.terms["loss"].detach()
-        for name in ("cross_entropy", "kl"):
+        for name in ("cross_entropy", "kl", "clipped"):
             if name in losses.terms:
                 sums[name] += share * losses.terms[name].detach()
     share = len(tokens) / config.batch_size
@@ -80,10 +82,9 @@ def accumulate_free_gradients(
 def draw(models: Models, config: RolloutOptions, batch: ImageBatch, seed: int) -> Generation:
     """`config.group_size` sequences for each image's class, guided by `config.rollout_cfg_scale`."""
     generator, condition = whole_copy(models.generator), condition_of(batch)
-    training = generator.training
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
-        drawn = sample_groups(
-            generator.eval(),
+        return sample_groups(
+            generator,
             condition.rows,
             condition_mask=condition.mask,
             group_size=config.group_size,
@@ -94,8 +95,6 @@ def draw(models: Models, config: RolloutOptions, batch: ImageBatch, seed: int) -
             top_k=config.top_k,
             top_p=config.top_p,
         )
-    generator.train(training)
-    return drawn
 
 
 def split(count: int, size: int) -> list[slice]:
@@ -112,19 +111,18 @@ def sequence_loss(
     tokens, rollouts = sequences.tokens, sequences.tokens[:, None]
     context = {"seed": seed, "sample_ids": sequences.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, condition, config, **context)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition, config, training=True, **context)
     with clock("loss"):
-        filtered = (config.top_k > 0 or config.top_p < 1) and config.rollout_cfg_scale == 1
         loss = ops.policy_loss(
             **models.generator.head.operands(hidden),
             tokens=rollouts,
             advantages=sequences.advantages[:, None],
             targets=tokens,
-            old_logprobs=sequences.logprobs[:, None] if filtered else None,
+            old_logprobs=sequences.logprobs[:, None] if config.off_policy else None,
             base_logprobs=base_logprobs(models, config, tokens, condition, rollouts, **context),
             clip_range=config.clip_range,
             prior_weight=0.0,
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
             temperature=config.temperature,
         )
-    return Losses({"loss": loss.loss, "kl": loss.kl}, rollouts)
+    return Losses({"loss": loss.loss, "kl": loss.kl, "clipped": loss.clip_fraction}, rollouts)

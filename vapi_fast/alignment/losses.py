@@ -15,7 +15,7 @@ from vapi_fast.alignment.figures import figure_of
 from vapi_fast.alignment.image_text import levels
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.reward_terms import LEVELS
-from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
+from vapi_fast.alignment.rollout import Rollout, condition_of, roll_out, teacher_forced_hidden, token_logprobs
 from vapi_fast.alignment.user_reward import user_rewards
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition
@@ -50,23 +50,30 @@ def vapi_loss(
 ) -> Losses:
     """The paper's objective, one micro-batch: one forward, G rollouts, group advantages, clipped policy loss, prior.
 
+    With `config.second_forward` as it was released: the rollouts are of a forward without dropout, the loss of another
+    one with it, so that ρ ≠ 1. Released it is one for each rollout; here it is one an image, its masks shared by the
+    group, which leaves the expected gradient as it is.
+
     judged: of the same rollouts, where that is known already.
     """
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     condition = condition_of(batch)
-    rollout = roll_out(models.generator, tokens, condition, config, clock=clock, **draw)
+    rollout = draw_rollouts(models, config, tokens, condition, clock, **draw)
     if judged is None:
         rewards = rewards_of(models, config, rollout.tokens, batch, clock)
         with clock("loss"):
             judged = Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
+    hidden = rollout.hidden
+    if config.second_forward:
+        with clock("forward"):
+            hidden = teacher_forced_hidden(models.generator, tokens, condition, config, training=True, **draw)
     with clock("loss"):
-        filtered = config.top_k > 0 or config.top_p < 1
         loss = ops.policy_loss(
-            **models.generator.head.operands(rollout.hidden),
+            **models.generator.head.operands(hidden),
             tokens=rollout.tokens,
             advantages=judged.advantages,
             targets=tokens,
-            old_logprobs=rollout.logprobs if filtered else None,
+            old_logprobs=rollout.logprobs if config.off_policy else None,
             base_logprobs=base_logprobs(models, config, tokens, condition, rollout.tokens, **draw),
             clip_range=config.clip_range,
             prior_weight=config.prior_weight if config.prior == "ce" else 0.0,
@@ -74,25 +81,30 @@ def vapi_loss(
             temperature=config.temperature,
         )
     terms = {"loss": loss.loss, **judged.rewards, "cross_entropy": loss.prior, "kl": loss.kl}
-    return Losses(terms, rollout.tokens)
+    return Losses(terms | {"clipped": loss.clip_fraction}, rollout.tokens)
+
+
+def draw_rollouts(
+    models: Models, config: AlignConfig, tokens: Tensor, condition: Condition, clock: Clock, **draw: Any
+) -> Rollout:
+    """The rollouts of a micro-batch; with a gradient where the loss comes of their own forward."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not config.second_forward):
+        training = not config.second_forward
+        return roll_out(models.generator, tokens, condition, config, training=training, clock=clock, **draw)
 
 
 @torch.no_grad()
 def judge_step(
     models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock
 ) -> Judged:
-    """Judge all rollouts of this rank before any is learned from: a forward more, for advantages that need the step's.
-
-    Dropout's masks, the only draws with a state, are drawn once more by the forward that is learned from.
-    """
+    """Judge all rollouts of this rank before any is learned from: a forward more, for advantages of the whole step."""
     parts = []
-    with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
-        for start in range(0, len(tokens), config.micro_batch):
-            rows = slice(start, start + config.micro_batch)
-            part = batch.take(rows)
-            draw = {"seed": seed, "sample_ids": part.sample_ids}
-            rollout = roll_out(models.generator, tokens[rows], condition_of(part), config, clock=clock, **draw)
-            parts.append(rewards_of(models, config, rollout.tokens, part, clock))
+    for start in range(0, len(tokens), config.micro_batch):
+        rows = slice(start, start + config.micro_batch)
+        part = batch.take(rows)
+        draw = {"seed": seed, "sample_ids": part.sample_ids}
+        rollout = draw_rollouts(models, config, tokens[rows], condition_of(part), clock, **draw)
+        parts.append(rewards_of(models, config, rollout.tokens, part, clock))
     rewards = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with clock("loss"):
         return Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
@@ -147,10 +159,11 @@ def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     """Straight-through baseline: MSE + LPIPS of a hard Gumbel-softmax draw, back-propagated to the logits."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, training=True, **draw)
     with clock("sample"):
         logits = models.generator.head.logits(hidden).float() / config.temperature
-        embeddings, _ = ops.straight_through_lookup(logits, models.tokenizer.codebook(), tau=1.0, **draw)
+        codebook = models.tokenizer.codebook(normalised=config.codes == "normalised")
+        embeddings, _ = ops.straight_through_lookup(logits, codebook, tau=1.0, **draw)
     with clock("decode"):
         decoded = models.tokenizer.decode_embeddings(embeddings)
     with clock("lpips"):
@@ -166,7 +179,7 @@ def ntp_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     """Next-token prediction alone, on the same images: what the prior does without a reward."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):
-        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, **draw)
+        hidden = teacher_forced_hidden(models.generator, tokens, condition_of(batch), config, training=True, **draw)
     with clock("loss"):
         loss = ops.linear_cross_entropy(**models.generator.head.operands(hidden), targets=tokens)
     return Losses({"loss": loss, "cross_entropy": loss}, tokens[:, :0])

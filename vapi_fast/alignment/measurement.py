@@ -26,7 +26,7 @@ from vapi_fast.runtime.progress import progress_bar
 
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
 PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn at
-DECODED = 16  # images decoded at once
+DECODED = 16  # images in the tokenizer at once
 BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
 
@@ -52,16 +52,17 @@ class Measurement:
     """One generator's figures: scores of its samples without and with guidance, and those of held-out images."""
 
     plain: evaluation.Scores
-    cfg: evaluation.Scores
+    cfg: evaluation.Scores | None  # without guidance it would be the plain ones again
     held_out: HeldOut
 
     def as_record(self) -> dict[str, Any]:
         """The layout of `run.json`: the plain scores on top with the held-out figures, the guided ones under `cfg`."""
-        plain, guided = (
+        plain, *guided = (
             {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for scores in (self.plain, self.cfg)
+            if scores
         )
-        return plain | {"cfg": guided} | dataclasses.asdict(self.held_out)
+        return plain | ({"cfg": guided[0]} if guided else {}) | dataclasses.asdict(self.held_out)
 
 
 class Evaluator:
@@ -69,6 +70,8 @@ class Evaluator:
 
     @torch.no_grad()
     def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
+        from vapi_fast.data.pictures import spread  # takes Pillow, which a run without measurements does without
+
         self.config = config
         self.models = models
         self.device = device
@@ -89,7 +92,11 @@ class Evaluator:
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
         self.reference = gather_rows(torch.cat(features))[order].to(device)
         self.labels = gather_rows(torch.cat(labels))[order]
-        self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
+        rewarded = list(shard_of(data, min(count, REWARD_IMAGES), config.micro_batch))
+        self.rewarded = [batch for _, batch in rewarded]
+        self.positions = [position for position, _ in rewarded]
+        # Of these images, the ones that pictures show, and their classes' samples, which have the positions as ids.
+        self.shown, self.columns = spread(self.labels[:REWARD_IMAGES], config.image_size)
 
     @torch.no_grad()
     def measure(self, generator: Generator, name: str, temperature: float | None = None) -> Measurement:
@@ -100,7 +107,7 @@ class Evaluator:
         """
         scale, drawn_at = self.config.cfg_scale, temperature or 1.0
         plain = self.score(generator, 1.0, name, drawn_at)
-        guided = plain if scale == 1 else self.score(generator, scale, name, drawn_at)
+        guided = self.score(generator, scale, name, drawn_at) if scale > 1 else None
         return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
     def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
@@ -132,6 +139,16 @@ class Evaluator:
                     yield self.decode(tokens, self.scored_side)
                     progress.update(len(tokens))
 
+    @torch.no_grad()
+    def originals(self) -> list[tuple[str, Tensor]]:
+        """The held-out images that are shown and the tokenizer's reconstructions of them; all ranks call it."""
+        wanted = [torch.isin(position, self.shown) for position in self.positions]
+        positions = gather_rows(torch.cat([each[rows] for each, rows in zip(self.positions, wanted, strict=True)]))
+        mine = [batch.images[rows] for batch, rows in zip(self.rewarded, wanted, strict=True)]
+        images = gather_rows(torch.cat(mine))[(positions == self.shown[:, None]).int().argmax(1)]
+        tokens = [self.models.tokenizer.encode(part.to(self.device)) for part in images.split(DECODED)]
+        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens)).cpu())]
+
     def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
         return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0), self.config.image_size)
@@ -157,8 +174,6 @@ class Evaluator:
         """Means over teacher-forced rollouts around held-out images."""
         fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(RolloutOptions)}
         options = RolloutOptions(**fields | {"temperature": temperature})
-        training = generator.training
-        generator.eval()
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
@@ -169,7 +184,6 @@ class Evaluator:
             reward = self.models.reward.score(rollout.tokens, batch.images)
             uncertainty = token_uncertainty(rollout.hidden, generator.head, tokens)
             rows.append(torch.cat([torch.stack([value.mean(1) for value in reward], dim=1), uncertainty], dim=1).cpu())
-        generator.train(training)
         return HeldOut(*gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 

@@ -56,7 +56,6 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
         )
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
-    generator.dropout = config.dropout
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
     return Models(generator.train(), tokenizer, reward, base)
 
@@ -67,7 +66,6 @@ def frozen_copy(generator: Generator) -> Generator:
     if next(base.parameters()).is_cuda:
         base.to(torch.bfloat16)
         base.rotary = generator.rotary
-    base.dropout = 0.0
     return base
 
 
@@ -78,8 +76,8 @@ def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     check_vocabulary(generator, config.gpt_ckpt, tokenizer, config.vq_ckpt)
     if config.rollout_cfg_scale > 1:
         require_unconditional(generator, config.gpt_ckpt, "--rollout-cfg-scale", "pass --rollout-cfg-scale 1")
-    if config.dropout:
-        require_unconditional(generator, config.gpt_ckpt, "--dropout", "pass --dropout 0")
+    if config.label_dropout:
+        require_unconditional(generator, config.gpt_ckpt, "--label-dropout", "pass --label-dropout 0")
     if config.evaluate and config.cfg_scale > 1:
         advice = "pass --cfg-scale 1, so that the second evaluation is the first"
         require_unconditional(generator, config.gpt_ckpt, "the second evaluation's guidance (--cfg-scale)", advice)

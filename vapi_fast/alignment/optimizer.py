@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor
 from vapi_fast.alignment.config import OptimizerOptions
 from vapi_fast.runtime.accelerators import apex_fused_adam
 
-BETAS = (0.9, 0.999)
-
 
 def make_optimizer(generator: nn.Module, config: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW in one fused kernel; norm weights do not decay.
@@ -22,10 +20,11 @@ def make_optimizer(generator: nn.Module, config: OptimizerOptions) -> torch.opti
     norms = [p for name, p in generator.named_parameters() if "norm" in name]
     others = [p for name, p in generator.named_parameters() if "norm" not in name]
     groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    betas = (0.9, config.beta2)
     fused_adam = apex_fused_adam()
     if fused_adam and all(p.is_cuda and not isinstance(p, DTensor) for p in generator.parameters()):
-        return fused_adam(groups, lr=config.lr, betas=BETAS, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
+        return fused_adam(groups, lr=config.lr, betas=betas, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

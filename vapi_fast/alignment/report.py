@@ -1,4 +1,4 @@
-"""What a run leaves behind: `run.json`, the before/after table, the picture grid and the reward curve."""
+"""What a run leaves behind: `run.json`, the before/after table, the pictures and the reward curve."""
 
 from __future__ import annotations
 
@@ -129,17 +129,18 @@ def curve_writer() -> type | None:
 def write_scores(writer: Any, figures: dict[str, Any], step: int) -> None:
     """A measurement's figures as TensorBoard's curves `evaluation/…`, the guided ones' `evaluation/cfg/…`."""
     for name in CURVES:
-        for curve, scores in ((name, figures), (f"cfg/{name}", figures["cfg"])):
+        for curve, scores in ((name, figures), (f"cfg/{name}", figures.get("cfg", {}))):
             if name in scores:
                 writer.add_scalar(f"evaluation/{curve}", scores[name], step)
 
 
 def write_pictures(outcome: Outcome, output: Path) -> None:
-    """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward, where matplotlib is."""
-    if outcome.pictures:
-        from vapi_fast.data.pictures import save_grid
-
-        save_grid(output / "samples.png", outcome.pictures)
+    """`samples.png` and `originals.png` if the run was evaluated, and `reward.png` if its method has a reward, where
+    matplotlib is."""
+    if outcome.sheets:
+        from vapi_fast.data.pictures import save_sheets
+    for name, sheets in outcome.sheets.items():
+        save_sheets(output / name, sheets, outcome.sheet_columns)
     if outcome.config.method != "ntp" and installed("matplotlib"):
         from vapi_fast.alignment.charts import save_reward_curve
 
@@ -218,7 +219,9 @@ def scores_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[
     header += f"{'entropy':>9}{'CE':>8}"
     lines = [f"{first['samples']} samples, {first['feature_network']} (± standard error)", header]
     for name, figures in measured.items():
-        for scores, label in ((figures, name), (figures["cfg"], f"{name}, CFG {cfg_scale:g}")):
+        for scores, label in ((figures, name), (figures.get("cfg"), f"{name}, CFG {cfg_scale:g}")):
+            if not scores:
+                continue
             row = f"{label:22}{scores['fid']:9.2f} ±{scores['fid_se']:5.2f}"
             row += f"{scores['inception_score']:9.2f} ±{scores['inception_score_se']:5.2f}"
             row += f"{scores['precision']:11.3f}{scores['recall']:9.3f}"

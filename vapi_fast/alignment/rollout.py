@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from vapi_fast import ops
 from vapi_fast.alignment.config import RolloutOptions
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import Condition, Generator
+from vapi_fast.models import Condition, Dropout, Generator
 from vapi_fast.models.transformer import Head
 from vapi_fast.runtime.clock import Clock
 
@@ -33,16 +33,29 @@ def condition_of(batch: ImageBatch) -> Condition:
 
 
 def teacher_forced_hidden(
-    model: Generator, tokens: Tensor, condition: Condition, config: RolloutOptions, *, seed: int, sample_ids: Tensor
+    model: Generator,
+    tokens: Tensor,
+    condition: Condition,
+    config: RolloutOptions,
+    *,
+    seed: int,
+    sample_ids: Tensor,
+    training: bool = False,
 ) -> Tensor:
-    """Hidden states `[B,T,D]` that predict x_1…x_T from x̃*_{<t}: the image's own tokens, some replaced by noise."""
+    """Hidden states `[B,T,D]` that predict x_1…x_T from x̃*_{<t}: the image's own tokens, some replaced by noise.
+
+    training: with the dropouts of `config`. One mask serves whatever is drawn from the states.
+    """
     context = tokens[:, :-1]
     if config.noise_prob:
         context = ops.noisy_prefix(tokens, config.noise_prob, model.config.vocab_size, seed=seed, sample_ids=sample_ids)
+    dropout = None
+    if training and (config.dropout or config.label_dropout):
+        dropout = Dropout(config.dropout, config.label_dropout, seed, sample_ids)
     # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
     autocast = tokens.device.type in AUTOCAST and not isinstance(model, FSDPModule)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        return model.hidden(context, condition)
+        return model.hidden(context, condition, dropout)
 
 
 def roll_out(
@@ -53,6 +66,7 @@ def roll_out(
     *,
     seed: int,
     sample_ids: Tensor,
+    training: bool = False,
     clock: Clock = nullcontext,
 ) -> Rollout:
     """Draw `config.group_size` sequences per image from q(x|I) = Π_t π_θ(x_t | x̃*_{<t}).
@@ -61,10 +75,12 @@ def roll_out(
         tokens: the image's tokens x*, int64 `[B,T]`.
         condition: of the images, B rows.
         seed, sample_ids: with the position and the rollout's index they decide every draw.
+        training: as of `teacher_forced_hidden`.
         clock: times the stages forward and sample.
     """
     with clock("forward"):
-        hidden = teacher_forced_hidden(model, tokens, condition, config, seed=seed, sample_ids=sample_ids)
+        draw = {"seed": seed, "sample_ids": sample_ids}
+        hidden = teacher_forced_hidden(model, tokens, condition, config, training=training, **draw)
     with clock("sample"):
         head = {name: operand.detach() for name, operand in model.head.operands(hidden).items()}
         drawn, logprobs = ops.linear_group_sample(

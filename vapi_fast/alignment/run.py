@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.control import SAID
+from vapi_fast.alignment.control import SAID, sheet_label
+from vapi_fast.alignment.figures import METRICS
 from vapi_fast.alignment.image_text import class_names, load_networks
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
@@ -45,7 +46,6 @@ from vapi_fast.runtime.errors import CheckpointError, ConfigError, NonFiniteErro
 from vapi_fast.runtime.options import flag
 from vapi_fast.runtime.ownership import not_written, owned
 
-GRID_IMAGES = 24
 PICTURES_BYTES = 10_000_000  # and what else lies beside the weights
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
 # a run that met infinities needs.
@@ -63,13 +63,21 @@ RESUMABLE = {
 }
 
 
-def align(config: AlignConfig, *, source: GradientSource | None = None, started: float | None = None) -> dict[str, Any]:
+def align(
+    config: AlignConfig,
+    *,
+    source: GradientSource | None = None,
+    started: float | None = None,
+    base: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Align a generator with VA-π (or a baseline) and write the results into `config.output_dir`.
 
     Args:
         source: what computes the steps' gradients, if not our own; `benchmarks/comparison.py` has the published
             recipe's.
         started: `time.perf_counter()` when the run's start-up began, if that was before this call.
+        base: the measurement of the generator as it is, as a `run.json` has it, where another run with the same
+            weights, seed, rollouts and images has made it already.
 
     Returns:
         The record that `run.json` holds.
@@ -92,7 +100,7 @@ def align(config: AlignConfig, *, source: GradientSource | None = None, started:
             if rank() == 0:
                 print(run.introduction())
             try:
-                run.steps(run.begin())
+                run.steps(run.begin(base))
                 run.end()
                 return run.write_results(started)
             finally:
@@ -224,14 +232,16 @@ class Run:
         control = SAID[config.control] if config.control else ""
         return "\n".join(filter(None, (text, control, images, plan, packages.left_out())))
 
-    def begin(self) -> int:
-        """Measure the generator, or go on from the newest state; returns the steps that are done."""
+    def begin(self, base: dict[str, Any] | None) -> int:
+        """Measure the generator, if that is not done, or go on from the newest state; returns the steps behind it."""
         if self.evaluator:
-            self.picture("base sample", originals=True)
+            self.outcome.sheet_columns = self.evaluator.columns
+            self.outcome.sheets["originals.png"] = self.evaluator.originals()
+            self.add_samples("base")
         if self.config.resume:
             return self.load_state()
         if self.evaluator:
-            self.measure("base")
+            self.outcome.measured["base"] = base or self.measured("base")
             self.save_state(0)  # the measurement can take longer than the alignment
         return 0
 
@@ -246,14 +256,11 @@ class Run:
     def end(self) -> None:
         self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
-            self.measure("aligned")
+            self.outcome.measured["aligned"] = self.measured("aligned")
             if self.config.eval_every and rank() == 0 and (writer := report.curve_writer()):
                 with writer(str(self.config.output_dir / "tensorboard")) as curves:
                     report.write_scores(curves, self.outcome.measured["aligned"], self.config.steps)
-            self.picture("aligned sample")
-
-    def measure(self, name: str) -> None:
-        self.outcome.measured[name] = self.measured(name)
+            self.add_samples(sheet_label(self.config))
 
     def measure_step(self, step: int) -> None:
         self.outcome.evaluations[str(step)] = self.measured(f"step {step}")
@@ -265,16 +272,10 @@ class Run:
         self.outcome.seconds["evaluation"] += time.perf_counter() - started
         return measurement.as_record()
 
-    def picture(self, title: str, originals: bool = False) -> None:
-        """Add a column to the picture grid: samples at fixed seeds, after the held-out images of the same classes."""
-        images = torch.cat([batch.images for batch in self.evaluator.rewarded])[:GRID_IMAGES].to(self.device)
-        if originals:
-            tokenizer = self.models.tokenizer
-            with torch.no_grad():
-                reconstructions = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
-            self.outcome.pictures += [("original", images.cpu()), ("reconstruction", reconstructions.cpu())]
-        samples = self.evaluator.sample(whole_copy(self.models.generator), torch.arange(len(images)))
-        self.outcome.pictures.append((title, samples.cpu()))
+    def add_samples(self, label: str) -> None:
+        """A sheet of `samples.png`: of the generator as it is now, at seeds and of classes that are the same always."""
+        samples = self.evaluator.sample(whole_copy(self.models.generator), self.evaluator.shown)
+        self.outcome.sheets.setdefault("samples.png", []).append((label, samples.cpu()))
 
     def save_state(self, step: int) -> None:
         """Everything that `--resume` needs after `step` steps; all ranks call it.
@@ -322,7 +323,8 @@ class Run:
             raise ConfigError(f"--resume: {step} steps are done already; pass --steps {step} or more")
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.config.lr
-        self.outcome.curves, self.outcome.measured = extra["curves"], extra["measured"]
+        self.outcome.curves = {name: [0.0] * step for name in METRICS} | extra["curves"]  # one that came later
+        self.outcome.measured = extra["measured"]
         self.outcome.evaluations = extra.get("evaluations", {})
         return step
 

@@ -18,7 +18,7 @@ from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.clock import Clock
-from vapi_fast.runtime.distributed import rank, reduce_at, sum_over_ranks
+from vapi_fast.runtime.distributed import reduce_at, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def align_step(
 ) -> StepResult:
     """One optimizer step on one batch.
 
-    The draws of a step depend on (config.seed, step, sample id) alone: not on micro-batches, ranks or backend. Only
-    dropout's masks do.
+    The draws of a step depend on (config.seed, step, sample id) alone: not on micro-batches, ranks or backend.
 
     Args:
         gradients: computes them, by `accumulate_gradients`'s signature.
@@ -90,7 +89,6 @@ def align_step(
     """
     config, generator, clock = trainer.config, trainer.models.generator, trainer.clock
     seed = ops.fold_seed(config.seed, step)
-    torch.manual_seed(ops.fold_seed(seed, rank()))  # for dropout, the only draw that is not Philox's
     trainer.optimizer.zero_grad(set_to_none=True)
     found = gradients(trainer.models, config, batch, seed, clock)
     with clock("optimizer"):

@@ -6,7 +6,7 @@ __all__, __getattr__ = offers(
     __name__,
     {
         "sizes": ["LLAMAGEN_CONFIGS", "VQ_CONFIGS", "GeneratorConfig", "LlamaGenConfig", "VQTokenizerConfig"],
-        "transformer": ["Condition", "Generator"],
+        "transformer": ["Condition", "Dropout", "Generator"],
         "llamagen": ["LlamaGen"],
         "lpips": ["LPIPS"],
         "tokenizer": ["VQTokenizer"],

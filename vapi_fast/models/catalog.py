@@ -27,11 +27,36 @@ class Entry:
     generate: Mapping[str, Any]
     evaluate: Mapping[str, Any]
 
-    def preset(self, command: str) -> dict[str, Any]:
-        """What a command's fields are by default."""
+    def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
+        """What a command's fields are by default; of `align`, under a recipe."""
         common = {"tokenizer": self.tokenizer, "lpips": self.lpips, "image_size": self.image_size, **self.files}
-        return common | getattr(self, command)
+        decided = RECIPES[recipe or DEFAULT_RECIPE] if command == "align" else {}
+        return common | getattr(self, command) | decided
 
+
+# Values of align's options, by `--recipe`; they win over the model's. The first has all that a model does not decide.
+LEAN: dict[str, Any] = {  # one forward an image without dropout: what the rollouts come of is what is learned from
+    "rollout_mode": "train",
+    "dropout": 0.0,
+    "label_dropout": 0.0,
+    "mse_weight": 1.0,
+    "lpips_weight": 1.0,
+    "method": "vapi",
+    "codes": "normalised",
+    "prior_weight": 0.1,
+    "weight_decay": 1e-4,
+    "beta2": 0.999,
+}
+DROPOUT = {"dropout": 0.1, "label_dropout": 0.1}  # LlamaGen's own, in training mode
+RECIPES: dict[str, dict[str, Any]] = {
+    "lean": LEAN,
+    "va-pi": LEAN | DROPOUT | {"rollout_mode": "eval"},  # train_c2i_grpo_8gpu.sh: `--sample-model-mode train`
+    "ste": LEAN  # train_c2i_ste.py
+    | DROPOUT
+    | {"method": "ste", "codes": "raw", "lpips_weight": 0.0, "prior_weight": 0.0}
+    | {"lr": 1e-5, "weight_decay": 1e-2, "beta2": 0.95},
+}
+DEFAULT_RECIPE = "lean"
 
 NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "data", "eval_data", "reference"))  # the user's
 # The paper's recipe: 384², 128 images × G 8 a step, 100 steps, AdamW at 1e-6.
@@ -43,6 +68,7 @@ PAPER = Entry(
     align={
         "batch_size": 128,
         "micro_batch": 16,
+        "steps": 100,
         "lr": 1e-6,
         "eval_samples": 50_000,
         "eval_batch": 64,
@@ -66,6 +92,7 @@ TINY = Entry(
     align={
         "batch_size": 32,
         "micro_batch": 32,
+        "steps": 30,
         "lr": 2e-5,
         "eval_samples": 2000,
         "eval_batch": 250,
@@ -85,11 +112,13 @@ def entry(name: str) -> Entry:
     return CATALOG[str(name).lower()]
 
 
-def prepare(config: Any, command: str) -> None:
-    """Fill in what a command's configuration leaves to its model, and check its ranges; raises ConfigError."""
+def prepare(config: Any, command: str, recipe: str | None = None) -> None:
+    """Fill in what a configuration leaves to its model and recipe, and check its ranges; raises ConfigError."""
     found = entry(config.model)
+    if recipe is not None and str(recipe) not in RECIPES:
+        raise ConfigError(f"--recipe {recipe}: unknown, choose one of {', '.join(RECIPES)}")
     object.__setattr__(config, "model", config.model.lower())
-    fill_in(config, found.preset(command))
+    fill_in(config, found.preset(command, recipe))
     check(config)
 
 

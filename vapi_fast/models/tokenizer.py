@@ -198,9 +198,10 @@ class VQTokenizer(nn.Module):
         load_into(tokenizer, state, path, hint=f"pass the checkpoint of a {name} tokenizer")
         return tokenizer
 
-    def codebook(self) -> Tensor:
-        """The L2-normalised codebook `[V, C]`."""
-        return F.normalize(self.quantize.embedding.weight, dim=-1)
+    def codebook(self, *, normalised: bool = True) -> Tensor:
+        """The codebook `[V, C]`, L2-normalised as encoding and decoding have it, or as it is stored."""
+        weight = self.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if normalised else weight
 
     def latents(self, images: Tensor) -> Tensor:
         """Images `[B,3,H,W]` → latents before quantization, channels last `[B,h,w,C]`."""

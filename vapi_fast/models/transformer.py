@@ -6,6 +6,7 @@ written against `Generator` and its `GeneratorConfig` alone.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.models.sizes import GeneratorConfig
+from vapi_fast.reference.philox import LABEL_DROPOUT, default_sample_ids, philox, seed_key
 from vapi_fast.runtime.accelerators import causal_attention
 
 from .recompute import norm_linear, rotated_heads, swiglu_linear
@@ -30,6 +32,28 @@ class Condition(NamedTuple):
 
     def take(self, index: Tensor | slice) -> Condition:
         return Condition(self.rows[index], None if self.mask is None else self.mask[index])
+
+
+class Dropout(NamedTuple):
+    """What a training forward leaves out, drawn by seed and sample id alone: not by batch, rank or backend."""
+
+    share: float  # of the embeddings' elements and of both residual branches', all others scaled: LlamaGen's 0.1
+    label_share: float  # of the images, whose whole condition becomes "none": LlamaGen's 0.1
+    seed: int | Tensor
+    sample_ids: Tensor | None = None  # int64 [B]
+
+    def states(self, x: Tensor, site: int) -> Tensor:
+        """States `[B,S,D]` of one of the model's places."""
+        if not self.share:
+            return x
+        return ops.dropout(x, self.share, seed=self.seed, site=site, sample_ids=self.sample_ids)
+
+    def condition(self, rows: Tensor, unconditional: Tensor) -> Tensor:
+        """The condition's rows `[B,…]`, some of them those of `unconditional`."""
+        ids = default_sample_ids(len(rows), self.sample_ids, rows.device)
+        word = philox((0, 0, ids, LABEL_DROPOUT), seed_key(self.seed))[0]
+        dropped = (word >> 8) < math.ceil(self.label_share * 2**24)
+        return torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), unconditional, rows)
 
 
 class Head(NamedTuple):
@@ -112,10 +136,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: float
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: Dropout | None
     ) -> Tensor:
-        x = x + F.dropout(self.attention(x, self.attention_norm, rotary, mask, cache, layer), dropout)
-        return x + F.dropout(self.feed_forward(x, self.ffn_norm), dropout)
+        attended = self.attention(x, self.attention_norm, rotary, mask, cache, layer)
+        x = x + (attended if dropout is None else dropout.states(attended, 2 * layer + 1))
+        fed = self.feed_forward(x, self.ffn_norm)
+        return x + (fed if dropout is None else dropout.states(fed, 2 * layer + 2))
 
 
 class Generator(nn.Module, ABC):
@@ -123,10 +149,8 @@ class Generator(nn.Module, ABC):
 
     A family's constructor makes `layers` (of `Block`), `norm`, its embeddings and its head, in the order and under the
     names of its file format; it implements what is abstract below. Sharding wraps each of `layers`, the rest belongs to
-    the root; weights with "norm" in their names do not decay.
-
-    `dropout` (default 0) acts in training mode on the embeddings, both residual branches and, as dropping of the
-    condition, on whole images: LlamaGen's own training uses 0.1 for all four.
+    the root; weights with "norm" in their names do not decay. Training and evaluation mode are the same: what is
+    dropped is an argument.
     """
 
     sizes: ClassVar[Mapping[str, GeneratorConfig]]  # of the family, by name
@@ -139,7 +163,6 @@ class Generator(nn.Module, ABC):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.dropout = 0.0
         self.register_buffer("rotary", self.rotary_table(), persistent=False)
 
     @classmethod
@@ -183,9 +206,9 @@ class Generator(nn.Module, ABC):
         """What each token of the vocabulary enters as, `[V,D]`."""
         return self.embed_tokens(torch.arange(self.config.vocab_size, device=self.head.weight.device))
 
-    def hidden(self, context: Tensor, condition: Condition) -> Tensor:
+    def hidden(self, context: Tensor, condition: Condition, dropout: Dropout | None = None) -> Tensor:
         """The states `[B,T,D]` that predict x_1 … x_T from the context x_1 … x_{T−1}, int64 `[B,T−1]`."""
-        return self(context, condition.rows, condition_mask=condition.mask, return_hidden=True)
+        return self(context, condition.rows, condition_mask=condition.mask, dropout=dropout, return_hidden=True)
 
     def forward(
         self,
@@ -194,6 +217,7 @@ class Generator(nn.Module, ABC):
         *,
         condition_mask: Tensor | None = None,
         cache: Cache | None = None,
+        dropout: Dropout | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
         """Predict the token after each input position, from the last condition position on.
@@ -203,6 +227,7 @@ class Generator(nn.Module, ABC):
             condition: `Condition.rows`; None when the cache holds it already.
             condition_mask: bool `[B,prefix_len]`, False at positions of the condition without content.
             cache: keys and values of earlier positions; the inputs continue where it ends.
+            dropout: what is left out, of inputs that begin with the condition.
             return_hidden: skip the head.
 
         Returns:
@@ -210,7 +235,9 @@ class Generator(nn.Module, ABC):
         """
         parts = []
         if condition is not None:
-            parts.append(self.embed_condition(self.drop_condition(condition)))
+            if dropout is not None and dropout.label_share:
+                condition = dropout.condition(condition, self.unconditional(condition))
+            parts.append(self.embed_condition(condition))
         if tokens is not None:
             parts.append(self.embed_tokens(tokens))
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -226,8 +253,8 @@ class Generator(nn.Module, ABC):
         if condition_mask is None and 0 < start < end - 1:  # SDPA's own causal mask would start at the first key
             condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
         mask = None if condition_mask is None else attention_mask(condition_mask, start, end)
-        dropout = self.dropout if self.training else 0.0
-        h = F.dropout(h, dropout)
+        if dropout is not None:
+            h = dropout.states(h, 0)
         for i, layer in enumerate(self.layers):
             h = layer(h, self.rotary[start:end], mask, cache, i, dropout)
         if cache is not None:
@@ -236,13 +263,6 @@ class Generator(nn.Module, ABC):
             h = h[:, self.config.prefix_len - 1 :]
         h = self.readout(self.norm(h))
         return h if return_hidden else self.head.logits(h).float()
-
-    def drop_condition(self, rows: Tensor) -> Tensor:
-        """In training mode with dropout, replace whole conditions by "none" with probability `dropout`."""
-        if not (self.training and self.dropout):
-            return rows
-        dropped = torch.rand(len(rows), device=rows.device) < self.dropout
-        return torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.unconditional(rows), rows)
 
 
 def attention_mask(condition_mask: Tensor, start: int, end: int) -> Tensor:

@@ -5,6 +5,7 @@ from vapi_fast.reference import PolicyLoss, fold_seed
 from .attention import append_to_cache, decode_attention
 from .backends import use_backend
 from .codebook import codebook_lookup, vq_lookup
+from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import group_advantages, linear_cross_entropy, policy_loss
@@ -21,6 +22,7 @@ __all__ = [
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
+    "dropout",
     "fold_seed",
     "group_advantages",
     "group_norm_silu",

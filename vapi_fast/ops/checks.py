@@ -125,11 +125,13 @@ class ArgumentChecks:
         if not 0 <= value < math.inf:
             raise ValueError(f"{self.operation}: {name} must be finite and not negative, got {value}")
 
-    def probability(self, name: str, value: float, *, zero: bool = True) -> None:
-        """A number in [0, 1], or in (0, 1]."""
+    def probability(self, name: str, value: float, *, zero: bool = True, one: bool = True) -> None:
+        """A number in [0, 1], without its ends where they are not allowed."""
         self._number(name, value)
-        if not 0 <= value <= 1 or (value == 0 and not zero):
-            raise ValueError(f"{self.operation}: {name} must be in {'[' if zero else '('}0, 1], got {value}")
+        if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+            raise ValueError(
+                f"{self.operation}: {name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value}"
+            )
 
     def _number(self, name: str, value: object) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):

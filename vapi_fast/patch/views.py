@@ -31,7 +31,7 @@ Results = list[tuple[Tensor, Tensor]]  # of the fork, of its view
 
 
 def as_llamagen(model: nn.Module) -> LlamaGen:
-    """Our `LlamaGen` on the parameters of a LlamaGen `Transformer`, without dropout (set its `dropout` to train so).
+    """Our `LlamaGen` on the parameters of a LlamaGen `Transformer`, without dropout (an argument of its forward).
 
     Raises:
         TypeError: not a `torch.nn.Module`.

@@ -6,6 +6,7 @@ here they are taken as right. Inputs in fp16 and bf16 are computed in fp32, floa
 
 from .attention import append_to_cache, decode_attention
 from .codebook import codebook_lookup, vq_lookup
+from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_loss
@@ -23,6 +24,7 @@ __all__ = [
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
+    "dropout",
     "fold_seed",
     "group_advantages",
     "group_norm_silu",

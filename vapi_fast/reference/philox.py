@@ -12,6 +12,9 @@ the number of ranks, or on the backend. The fourth counter word is one of:
 | `FOLD_SEED`     | 4     | counter (step low, step high, 0); words 0 and 1: the seed of that step           |
 | `CONTROL`       | 5     | position 0; word 0: the made-up reward of rollout g; word 1 of rollout 0: whose  |
 |                 |       | advantages an image gets instead of its own (`vapi_fast.alignment.control`)      |
+| `DROPOUT`       | 6     | position t·⌈D/8⌉ + c, second counter word the site; bits 0–15 and 16–31 of the   |
+|                 |       | words 0 to 3: whether the columns c, c + ⌈D/8⌉, c + 2·⌈D/8⌉ … are dropped        |
+| `LABEL_DROPOUT` | 7     | position and rollout 0; word 0: whether the image's condition is dropped         |
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ NOISY_PREFIX = 2
 GUMBEL = 3
 FOLD_SEED = 4
 CONTROL = 5
+DROPOUT = 6
+LABEL_DROPOUT = 7
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
