@@ -19,14 +19,12 @@ from vapi_fast import AlignConfig, align, ops
 from vapi_fast.alignment import image_text
 from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.figures import metrics_of
-from vapi_fast.alignment.free_running import draw
 from vapi_fast.alignment.image_text import class_names, levels, load_networks, network_pixels
 from vapi_fast.alignment.losses import rewards_of
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.reward_terms import reward_terms
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.data.splits import read_class_names
-from vapi_fast.generation.sequences import sample_groups
 from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError
 
 Make = Callable[..., AlignConfig]
@@ -359,40 +357,6 @@ def test_advantages_of_the_sum_and_of_each(tiny_config: Make) -> None:
     assert (found - of_small).abs().max() > 0.01
 
 
-def test_guided_rollouts(tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch) -> None:
-    """Guidance draws the sequences, and what they are learned by is the log-probs without it."""
-    from vapi_fast.alignment.free_running import accumulate_free_gradients
-
-    config = tiny_config(rollouts="free", rollout_cfg_scale=3.0, prior="kl", prior_weight=0.1, reward="classifier")
-    drawn = draw(tiny_models, config, tiny_batch, seed=5).tokens
-    options = {"group_size": 4, "seed": 5, "sample_ids": tiny_batch.sample_ids}
-    generator = tiny_models.generator.eval()
-    assert torch.equal(drawn, sample_groups(generator, tiny_batch.labels, cfg_scale=3.0, **options).tokens)
-    assert not torch.equal(drawn, sample_groups(generator, tiny_batch.labels, **options).tokens)
-
-    torch.manual_seed(1)
-    for parameter in generator.parameters():  # away from the base, so that KL is not zero
-        parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter)
-    found = accumulate_free_gradients(tiny_models, config, tiny_batch, 5, nullcontext)
-    ours = torch.cat([p.grad.flatten() for p in generator.parameters()])
-
-    # AR-GRPO's loss: −(exp(l − l.detach()) · A − κ · (exp(d) − d − 1)), means over tokens, then over sequences.
-    tokens, labels = found.rollouts.flatten(0, 1), tiny_batch.labels.repeat_interleave(4)
-    generator.zero_grad()
-    index = tokens[..., None]
-    new = generator(tokens[:, :-1], labels).log_softmax(-1).gather(-1, index)[..., 0]
-    with torch.no_grad():
-        base = tiny_models.base(tokens[:, :-1], labels).log_softmax(-1).gather(-1, index)[..., 0]
-    rewards = found.rewards
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()[:, None]
-    gap = base - new
-    loss = -((new - new.detach()).exp() * advantages - 0.1 * (gap.exp() - gap - 1)).mean(1).mean()
-    loss.backward()
-    theirs = torch.cat([p.grad.flatten() for p in generator.parameters()])
-    assert (ours - theirs).norm() / theirs.norm() < 1e-4
-    assert found.means[0].item() == pytest.approx(loss.item(), abs=1e-6)
-
-
 @pytest.mark.usefixtures("image_sets")
 def test_a_run_writes_each_reward_down(networks: Path, tiny_config: Make, tmp_path: Path) -> None:
     weights = {"clip": 5.0, "clip-levels": 1.0, "hpsv2": 2.0, "pixel": 0.5, DARKNESS: -1.0}
@@ -422,9 +386,3 @@ def test_a_reward_that_is_not_finite_is_named(tiny_config: Make, monkeypatch: py
     monkeypatch.setitem(globals(), "darkness", lambda images, labels: images.mean((1, 2, 3)) * torch.nan)
     with pytest.raises(NonFiniteError, match=rf"reward/{DARKNESS} is not finite \(stage reward\)"):
         align(tiny_config(reward=f"pixel,{DARKNESS}"))
-
-
-def test_group_advantages_of_eight_are_never_clipped() -> None:
-    """One rollout against seven is (8 − 1)/√8 = 2.47 deviations away: AR-GRPO's form without a clip is ours with it."""
-    rewards = torch.eye(8)[:1] * 100
-    assert ops.group_advantages(rewards).max().item() == pytest.approx(7 / 8**0.5)

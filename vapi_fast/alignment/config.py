@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": st
 RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
-def settings(values: Mapping[str, Any]) -> str:
-    """A recipe's values as a command line has them: those of the default one are in the table."""
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """A recipe's values as a command line has them, without those of the default one."""
     default = catalog.RECIPES[catalog.DEFAULT_RECIPE]
-    own = {name: value for name, value in values.items() if value != default.get(name)}
-    return " ".join(f"`{flag(name)} {as_text(value)}`" for name, value in own.items()) or "those shown here"
+    return [f"{flag(name)} {as_text(value)}" for name, value in values.items() if value != default.get(name)]
+
+
+def shown_settings(values: Mapping[str, Any]) -> str:
+    return " ".join(f"`{each}`" for each in settings(values)) or "those shown here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +72,14 @@ class DataOptions:
 class RolloutOptions(DrawOptions):
     """The G token sequences that are drawn for each image."""
 
-    group_size: int = option(8, "rollouts per image, G", at_least=1, at_most=MOST)
+    group_size: int = option(PRESET, "rollouts per image, G", at_least=1, at_most=MOST)
     rollouts: str = option(
-        "teacher-forced",
+        PRESET,
         "around the image's own tokens; `free`: sampled from the class alone, as AR-GRPO does",
         choices=ROLLOUTS,
     )
     rollout_cfg_scale: float = option(
-        1.0, "guidance of `--rollouts free`, which are learned from without; AR-GRPO: 2", at_least=1
+        PRESET, "guidance of `--rollouts free`, which are learned from without", at_least=1
     )
     noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
     rollout_mode: str = option(
@@ -120,7 +124,7 @@ class RewardOptions:
         file="file or folder",
     )
     reward: str | None = option(
-        None,
+        PRESET,
         "with weights, such as `clip:5,clip-levels,pixel:2`: `pixel`, `classifier` (tiny), `clip`, `clip-levels`, "
         "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to "
         "rewards `[N]`",
@@ -159,7 +163,7 @@ class ObjectiveOptions:
     recipe: str = option(
         catalog.DEFAULT_RECIPE,
         "values for flags that are not given: "
-        + "; ".join(f"`{name}`, {settings(values)}" for name, values in catalog.RECIPES.items()),
+        + "; ".join(f"`{name}`, {shown_settings(values)}" for name, values in catalog.RECIPES.items()),
         choices=tuple(catalog.RECIPES),
     )
     method: str = option(
@@ -183,10 +187,15 @@ class ObjectiveOptions:
         "sum", "of several rewards: of their weighted `sum`, or of `each` and then weighted", choices=ADVANTAGES
     )
     advantage_eps: float = option(
-        1e-8, "beside the deviation in a group that advantages are divided by; AR-GRPO: 1e-4", at_least=1e-30
+        PRESET, "beside the deviation in a group that advantages are divided by", at_least=1e-30
+    )
+    advantage_clip: float = option(
+        PRESET,
+        "what advantages are clipped to on both sides, which 5 does from 27 rollouts a group on; 0: nothing",
+        at_least=0,
     )
     prior: str = option(
-        "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
+        PRESET, "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
     )
     prior_weight: float = option(PRESET, "weight β of the prior", at_least=0)
     clip_range: float = option(0.2, at_least=0)
@@ -272,17 +281,28 @@ class AlignConfig(
     tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
+        left = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is PRESET}
         self.prepare("align", self.recipe)
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
             name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             object.__setattr__(self, "output_dir", Path("runs") / name)
-        self.check_combinations()
+        try:
+            self.check_combinations()
+        except ConfigError as error:
+            raise ConfigError(f"{error}{self.decided_by_recipe(left, str(error))}") from error
         self.check_required(
             *(() if self.random_init else ("vq_ckpt", "gpt_ckpt")), *(() if self.synthetic_data else ("data",))
         )
         self.check_folder()
+
+    def decided_by_recipe(self, left: Set[str], message: str) -> str:
+        """The flags in a message that the recipe has given values, of those that were left to it, for its end."""
+        values = {name: value for name, value in catalog.RECIPES[self.recipe].items() if name in left}
+        words = re.findall(r"--[a-z0-9-]+", message)
+        said = settings({name: value for name, value in values.items() if flag(name) in words})
+        return f"; --recipe {self.recipe} sets {' '.join(said)}" if said else ""
 
     def check_combinations(self) -> None:
         if self.method == "vapi" and self.group_size < 2:

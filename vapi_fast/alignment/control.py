@@ -39,7 +39,9 @@ def advantages_of(rewards: Mapping[str, Tensor], config: AlignConfig, seed: int,
     Args:
         rewards: as `rewards_of` gives them.
     """
-    total, normalised = rewards["reward"], partial(ops.group_advantages, eps=config.advantage_eps)
+    total = rewards["reward"]
+    clip = config.advantage_clip or config.group_size  # none comes up to √G
+    normalised = partial(ops.group_advantages, eps=config.advantage_eps, clip=clip)
     if config.control == "random":
         advantages = normalised(normal_rewards(seed, sample_ids, total.shape[1]))
     elif config.advantage == "each" and len(config.reward_terms) > 1:
