@@ -116,15 +116,6 @@ def test_samples_follow_the_classes_of_the_heldout_images(tiny_config: Make, tin
     assert images.max() <= 1
 
 
-def test_guidance_of_one_is_no_second_evaluation(tiny_config: Make, tiny_models: Models) -> None:
-    test = evaluator(tiny_config(eval_samples=24, cfg_scale=1.0), tiny_models)
-    drawn, draw = [], test.draw
-    test.draw = lambda *arguments: (drawn.append(arguments[2]), draw(*arguments))[1]
-    measured = test.measure(tiny_models.generator, "base")
-    assert drawn == [1.0]
-    assert measured.cfg == measured.plain
-
-
 class MeanColours(torch.nn.Module):
     """In Inception's place: smooth features of 8-bit images, quick to compute."""
 

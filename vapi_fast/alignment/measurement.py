@@ -147,7 +147,7 @@ class Evaluator:
         mine = [batch.images[rows] for batch, rows in zip(self.rewarded, wanted, strict=True)]
         images = gather_rows(torch.cat(mine))[(positions == self.shown[:, None]).int().argmax(1)]
         tokens = [self.models.tokenizer.encode(part.to(self.device)) for part in images.split(DECODED)]
-        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens)).cpu())]
+        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens), self.config.image_size).cpu())]
 
     def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""

@@ -79,7 +79,7 @@ def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     if config.label_dropout:
         require_unconditional(generator, config.gpt_ckpt, "--label-dropout", "pass --label-dropout 0")
     if config.evaluate and config.cfg_scale > 1:
-        advice = "pass --cfg-scale 1, so that the second evaluation is the first"
+        advice = "pass --cfg-scale 1, and there is no second evaluation"
         require_unconditional(generator, config.gpt_ckpt, "the second evaluation's guidance (--cfg-scale)", advice)
     if config.vgg_weights is None:
         lpips = LPIPS.from_name(config.lpips)
