@@ -32,9 +32,10 @@ RANDOM = "random advantages"
 SHUFFLED = "shuffled advantages"
 PRIOR = "prior only"
 TEMPERATURE, TEMPERED = "base at its best temperature", "VA-π at its best temperature"
+RELEASED = "as released"
 CONTROLS: dict[str, Changes] = {RANDOM: {"control": "random"}, SHUFFLED: {"control": "shuffled"}}
-TABLES = ("controls", "reward", "prior", "noise", "steps", "group")
-SEEDS = {"controls": 5}  # of a table; of the others 3
+TABLES = ("controls", "reward", "prior", "noise", "steps", "group", "recipe")
+SEEDS = {"controls": 5, "recipe": 5}  # of a table; of the others 3
 TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 LONG, EVERY, SHORT = 200, 50, (10, 25)  # steps of the table of steps
@@ -42,6 +43,7 @@ AFTER = ", steps "  # in the name of a row whose run is a short one of another r
 KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
 # Settings that a finished run may have had otherwise.
 FREE = {"output_dir", "resume", "checkpoint_every", "micro_batch", "eval_batch", "inception_weights"}
+DROPOUT = {"rollout_mode", "dropout", "label_dropout"}  # no measurement has it
 NO_TABLE = {  # flags of align: the table's own, or nothing is measured
     "seed": "--seed",
     "resume": "--resume",
@@ -65,6 +67,10 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
             "STE": {"method": "ste"},
             **CONTROLS,
         }
+    if table == "recipe":
+        kinds = {VAPI: {}, RANDOM: CONTROLS[RANDOM]}
+        released = {f"{name}, {RELEASED}": changes | {"recipe": "va-pi"} for name, changes in kinds.items()}
+        return kinds | released | {"STE": {"method": "ste"}, f"STE, {RELEASED}": {"recipe": "ste"}}
     if table == "prior":
         weights = (0.01, 0.1, 1.0)
         weighted = {
@@ -115,7 +121,7 @@ class Runs:
             resume = bool(saved_steps(folder / "snapshots"))
             config = self.config(seed, changes, output_dir=folder, resume=resume)
             # The base's figures are the seed's, unless its rollouts are others.
-            rollouts = (field.name for field in dataclasses.fields(RolloutOptions))
+            rollouts = {field.name for field in dataclasses.fields(RolloutOptions)} - DROPOUT
             unchanged = vars(self.config(seed, {}))
             same = config.temperature == 1 and all(getattr(config, name) == unchanged[name] for name in rollouts)
             align(config, base=self.measured_at((1.0,), seed)[1.0] if same else None)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from vapi_fast.alignment import optimizer as optimization
 from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
 
-CONFIG = SimpleNamespace(lr=1e-2, weight_decay=0.1)
+CONFIG = SimpleNamespace(lr=1e-2, weight_decay=0.1, beta2=0.99)
 OK, FAILED = torch.tensor(0.0), torch.tensor(1.0)
 
 
@@ -67,13 +67,13 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
 
 
 def test_steps_are_those_of_plain_adamw(model: Model) -> None:
-    """Weight decay for the matrices alone, betas 0.9 and 0.999."""
+    """Weight decay for the matrices alone, betas 0.9 and the configured one."""
     plain = Model()
     matrices, norms = [plain.first.weight, plain.last.weight], [plain.norm.weight]
     expected = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
         lr=1e-2,
-        betas=(0.9, 0.999),
+        betas=(0.9, 0.99),
         foreach=False,
         fused=False,
     )
@@ -160,7 +160,7 @@ def test_apex_is_used_for_plain_cuda_parameters_only(monkeypatch: pytest.MonkeyP
     generator = SimpleNamespace(named_parameters=weights.items, parameters=weights.values)
     optimizer = make_optimizer(generator, CONFIG)
     assert isinstance(optimizer, FakeFusedAdam)
-    assert optimizer.settings == (1e-2, (0.9, 0.999), True)
+    assert optimizer.settings == (1e-2, (0.9, 0.99), True)
     assert [(group["params"], group["weight_decay"]) for group in optimizer.groups] == [
         ([weights["first.weight"]], 0.1),
         ([weights["norm.weight"]], 0.0),
