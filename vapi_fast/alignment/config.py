@@ -41,6 +41,7 @@ def settings(values: Mapping[str, Any]) -> list[str]:
 
 
 def shown_settings(values: Mapping[str, Any]) -> str:
+    """For a table's cell."""
     return " ".join(f"`{each}`" for each in settings(values)) or "those shown here"
 
 
@@ -191,7 +192,7 @@ class ObjectiveOptions:
     )
     advantage_clip: float = option(
         PRESET,
-        "what advantages are clipped to on both sides, which 5 does from 27 rollouts a group on; 0: nothing",
+        "bound of advantages on both sides, which 5 is from 27 rollouts a group on; 0: none",
         at_least=0,
     )
     prior: str = option(
@@ -281,7 +282,7 @@ class AlignConfig(
     tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
-        left = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is PRESET}
+        not_given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is PRESET}
         self.prepare("align", self.recipe)
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
@@ -291,17 +292,16 @@ class AlignConfig(
         try:
             self.check_combinations()
         except ConfigError as error:
-            raise ConfigError(f"{error}{self.decided_by_recipe(left, str(error))}") from error
+            raise ConfigError(f"{error}{self.set_by_recipe(not_given, str(error))}") from error
         self.check_required(
             *(() if self.random_init else ("vq_ckpt", "gpt_ckpt")), *(() if self.synthetic_data else ("data",))
         )
         self.check_folder()
 
-    def decided_by_recipe(self, left: Set[str], message: str) -> str:
-        """The flags in a message that the recipe has given values, of those that were left to it, for its end."""
-        values = {name: value for name, value in catalog.RECIPES[self.recipe].items() if name in left}
-        words = re.findall(r"--[a-z0-9-]+", message)
-        said = settings({name: value for name, value in values.items() if flag(name) in words})
+    def set_by_recipe(self, not_given: Set[str], message: str) -> str:
+        """For a message's end: of the flags in it, those that the recipe has set, as they were not given."""
+        named = {name for name in not_given if flag(name) in re.findall(r"--[a-z0-9-]+", message)}
+        said = settings({name: value for name, value in catalog.RECIPES[self.recipe].items() if name in named})
         return f"; --recipe {self.recipe} sets {' '.join(said)}" if said else ""
 
     def check_combinations(self) -> None:
