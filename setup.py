@@ -33,7 +33,8 @@ setup(
         "nvidia-ml-py; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"],
+        "rewards": ["transformers"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},
