@@ -43,6 +43,7 @@ SEEDS = {"controls": 5, "recipe": 5}  # of a table; of the others 3
 TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 LONG, EVERY, SHORT = 200, 50, (10, 25)  # steps of the table of steps
+AR_GRPO_STEPS = 40  # of four classes: as long as 30 of the tiny preset's
 AFTER = ", steps "  # in the name of a row whose run is a short one of another row's
 KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
 # Settings that a finished run may have had otherwise.
@@ -74,7 +75,9 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
     if table == "recipe":
         kinds = {VAPI: {}, RANDOM: CONTROLS[RANDOM]}
         released = {f"{name}, {RELEASED}": changes | {"recipe": "va-pi"} for name, changes in kinds.items()}
-        return kinds | released | {"STE": {"method": "ste"}, f"STE, {RELEASED}": {"recipe": "ste"}}
+        ar_grpo = {"recipe": "ar-grpo", "reward": "classifier", "steps": AR_GRPO_STEPS}
+        others = {"STE": {"method": "ste"}, f"STE, {RELEASED}": {"recipe": "ste"}, "AR-GRPO, classifier": ar_grpo}
+        return kinds | released | others | {f"AR-GRPO, {RANDOM}": ar_grpo | CONTROLS[RANDOM]}
     if table == "prior":
         weights = (0.01, 0.1, 1.0)
         weighted = {

@@ -59,7 +59,7 @@ def test_rows_are_runs_that_can_be_done(table: str, tmp_path: Path) -> None:
     rows = ablation.rows_of(table, 2e-5)
     configs = [Runs(tmp_path, {}).config(0, changes) for changes in rows.values()]
     assert len({str(dataclasses.replace(config, output_dir=tmp_path)) for config in configs}) == len(rows)
-    assert sum(config.control == "random" for config in configs) == {"steps": 3, "recipe": 2}.get(table, 1)
+    assert sum(config.control == "random" for config in configs) == {"steps": 3, "recipe": 3}.get(table, 1)
     assert all(config.model == "tiny" for config in configs)
 
 
