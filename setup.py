@@ -33,6 +33,7 @@ setup(
         "nvidia-ml-py; platform_system == 'Linux'",
     ],
     extras_require={
+        "rewards": ["transformers"],
         "text": ["transformers", "ftfy"],
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers", "ftfy"],
         "dev": ["ruff"],

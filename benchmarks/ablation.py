@@ -14,15 +14,19 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vapi_fast.alignment.config import AlignConfig, RolloutOptions, saved_steps
 from vapi_fast.cli import add_command_flags
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import flag
+
+if TYPE_CHECKING:
+    from vapi_fast.alignment.measurement import Evaluator
 
 Changes = dict[str, Any]  # of a row, from the settings that all runs have
 Record = dict[str, Any]
@@ -39,6 +43,7 @@ SEEDS = {"controls": 5, "recipe": 5}  # of a table; of the others 3
 TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 LONG, EVERY, SHORT = 200, 50, (10, 25)  # steps of the table of steps
+AR_GRPO_STEPS = 40  # of four classes: as long as 30 of the tiny preset's
 AFTER = ", steps "  # in the name of a row whose run is a short one of another row's
 KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
 # Settings that a finished run may have had otherwise.
@@ -70,7 +75,9 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
     if table == "recipe":
         kinds = {VAPI: {}, RANDOM: CONTROLS[RANDOM]}
         released = {f"{name}, {RELEASED}": changes | {"recipe": "va-pi"} for name, changes in kinds.items()}
-        return kinds | released | {"STE": {"method": "ste"}, f"STE, {RELEASED}": {"recipe": "ste"}}
+        ar_grpo = {"recipe": "ar-grpo", "reward": "classifier", "steps": AR_GRPO_STEPS}
+        others = {"STE": {"method": "ste"}, f"STE, {RELEASED}": {"recipe": "ste"}, "AR-GRPO, classifier": ar_grpo}
+        return kinds | released | others | {f"AR-GRPO, {RANDOM}": ar_grpo | CONTROLS[RANDOM]}
     if table == "prior":
         weights = (0.01, 0.1, 1.0)
         weighted = {
@@ -82,17 +89,30 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
     if table == "group":
         return {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)} | CONTROLS
     found: dict[str, Changes] = {}
-    for rate, control in ((lr, {}), (lr, CONTROLS[RANDOM]), (lr / 2, {}), (2 * lr, {})):
-        name = f"lr {rate:g}, {RANDOM}" if control else f"lr {rate:g}"
+    controls = {RANDOM: CONTROLS[RANDOM], PRIOR: {"method": "ntp"}}
+    lines = {f"lr {lr:g}, {name}": {"lr": lr} | changes for name, changes in controls.items()}
+    lines = {f"lr {rate:g}": {"lr": rate} for rate in (lr / 2, lr, 2 * lr)} | lines
+    for name, changes in lines.items():
         for steps in SHORT:
-            found[f"{name}{AFTER}{steps}"] = {"lr": rate, "steps": steps} | control
-        found[name] = {"lr": rate, "steps": LONG, "eval_every": EVERY} | control
+            found[f"{name}{AFTER}{steps}"] = changes | {"steps": steps}
+        found[name] = changes | {"steps": LONG, "eval_every": EVERY}
     return found
 
 
 def settings(config: AlignConfig) -> Changes:
     """As `run.json` has them."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+
+
+@contextmanager
+def evaluator(config: AlignConfig) -> Iterator[Evaluator]:
+    """For what `config` starts from."""
+    from vapi_fast.alignment.measurement import Evaluator
+    from vapi_fast.alignment.models import load_models
+    from vapi_fast.runtime.distributed import process_group
+
+    with process_group() as device:
+        yield Evaluator(config, load_models(config, device), device)
 
 
 @dataclass(frozen=True)
@@ -120,14 +140,21 @@ class Runs:
 
             resume = bool(saved_steps(folder / "snapshots"))
             config = self.config(seed, changes, output_dir=folder, resume=resume)
-            # The base's figures are the seed's, unless its rollouts are others.
-            rollouts = {field.name for field in dataclasses.fields(RolloutOptions)} - DROPOUT
-            unchanged = vars(self.config(seed, {}))
-            same = config.temperature == 1 and all(getattr(config, name) == unchanged[name] for name in rollouts)
-            align(config, base=self.measured_at((1.0,), seed)[1.0] if same else None)
+            align(config, base=self.base(seed, config))
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         self.check(folder, record["config"], self.config(seed, changes))
         return {key: record[key] for key in KEPT if key in record} | {"seed": seed, "steps": record["config"]["steps"]}
+
+    def base(self, seed: int, config: AlignConfig) -> Record:
+        """What a run starts from: its samples' figures are the seed's, those of rollouts around images the run's."""
+        found = self.measured_at((1.0,), seed)[1.0]
+        common = self.config(seed, {}, temperature=1.0)
+        rollouts = {field.name for field in dataclasses.fields(RolloutOptions)} - DROPOUT
+        if all(getattr(config, name) == getattr(common, name) for name in rollouts):
+            return found
+        with evaluator(config) as measuring:
+            held_out = measuring.held_out(measuring.models.generator, config.temperature)
+        return found | dataclasses.asdict(held_out)
 
     def check(self, path: Path, found: Changes, wanted: AlignConfig) -> None:
         """Raise ConfigError where what the path holds was found with other settings."""
@@ -153,17 +180,12 @@ class Runs:
             self.check(path, kept["config"], config)
             found |= {float(temperature): record for temperature, record in kept["measured"].items()}
         if missing := [each for each in temperatures if each not in found]:
-            from vapi_fast.alignment.measurement import Evaluator
-            from vapi_fast.alignment.models import load_models
             from vapi_fast.runtime.checkpoint import write_atomically
-            from vapi_fast.runtime.distributed import process_group
 
-            with process_group() as device:
-                models = load_models(config, device)
-                evaluator = Evaluator(config, models, device)
+            with evaluator(config) as measuring:
                 for each in missing:
                     name = f"{'base' if changes is None else 'aligned'} at temperature {each:g}, seed {seed}"
-                    found[each] = evaluator.measure(models.generator, name, each).as_record()
+                    found[each] = measuring.measure(measuring.models.generator, name, each).as_record()
                     text = json.dumps({"config": settings(config), "measured": found}, indent=1)
                     write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         return {each: found[each] for each in temperatures}

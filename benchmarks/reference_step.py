@@ -11,6 +11,7 @@ or not the KL term is used. Plain PyTorch throughout, maps in NCHW: none of our 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, TypeVar
@@ -100,7 +101,8 @@ def published_step(
         grouped = {name: value.unflatten(0, (-1, group_size)) for name, value in rewards.items()}
         with clock("loss"):
             total = grouped["reward"]
-            advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-8)
+            advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + config.advantage_eps)
+            limit = config.advantage_clip or math.inf
             rows = {
                 "inputs": inputs.repeat_interleave(group_size, 0),
                 "labels": batch.labels.repeat_interleave(group_size, 0),
@@ -108,7 +110,7 @@ def published_step(
                 "sample_ids": batch.sample_ids.repeat_interleave(group_size, 0),
                 "drawn": drawn.flatten(0, 1),
                 "old_logprobs": old_logprobs.flatten(0, 1),
-                "advantages": advantages.clamp(-5, 5).flatten(),
+                "advantages": advantages.clamp(-limit, limit).flatten(),
             }
         return train(models, config, rows, seed if shared_masks else None, clock) | grouped
 

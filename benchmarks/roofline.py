@@ -123,13 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", nargs="?", type=Path, help="run.json of an alignment, to hold against the floor")
     parser.add_argument("--gpu", choices=[*DEVICES, MEASURE], help="default h100; for a run its own device")
     parser.add_argument("--model", choices=LLAMAGEN_CONFIGS, default="xxl")
-    parser.add_argument("--recipe", choices=catalog.RECIPES, default=catalog.DEFAULT_RECIPE, help="a run has its own")
+    recipes = [name for name, values in catalog.RECIPES.items() if values["rollouts"] != "free"]
+    parser.add_argument("--recipe", choices=recipes, default=catalog.DEFAULT_RECIPE, help="a run has its own")
     for name in ("--image-size", "--batch-size", "--group-size", "--micro-batch"):
         parser.add_argument(name, type=int, help="default: the paper's; for a run its own")
     options = parser.parse_args(arguments)
 
     config = catalog.entry(options.model).preset("align", options.recipe)
-    config = {"model": options.model, "group_size": 8, "prior": "ce", "method": "vapi"} | config
+    config |= {"model": options.model}
     seconds, processes, record = None, 1, None
     if options.run:
         record = json.loads(options.run.read_text())

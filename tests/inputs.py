@@ -72,6 +72,9 @@ def classes(root: Path, *names: str, each: int = 2) -> Path:
     return root
 
 
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
+
+
 def write_checkpoints(folder: Path) -> None:
     """Generators and tokenizers."""
     base, tokenizer = load_state_dict(tiny.FILES.generator), load_state_dict(tiny.FILES.tokenizer)
@@ -94,6 +97,7 @@ def write_checkpoints(folder: Path) -> None:
         "compiled-of-ddp": {"model": {f"_orig_mod.module.{key}": value for key, value in base.items()}},
         "after-sampling": {"model": base | cache, "optimizer": {"state": {}}, "steps": 7},
         "averaged-alone": {"ema": base},
+        "no-unconditional": {"model": vocabulary(600), "ema": changed(CLASS_TABLE, base[CLASS_TABLE][:9])},
         "odd-layer": {"model": changed("layers.x.attention.wqkv.weight", torch.zeros(2, 2))},
         "gap-in-layers": {key: value for key, value in base.items() if not key.startswith("layers.2.")},
         "meta": changed("output.weight", head.to("meta")),

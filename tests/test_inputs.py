@@ -22,6 +22,8 @@ inputs = pytest.importorskip("inputs")
 ALIGN = "align --model tiny --steps 1 --no-eval --batch-size 2 --micro-batch 2 --group-size 2 --output-dir OUT "
 GENERATE = "generate --model tiny --num 2 --out OUT "
 EVALUATE = "evaluate --model tiny --output OUT "
+BARE = "--ema --gpt-ckpt IN/checkpoints/no-unconditional.pt"  # without a row for "none"
+NONE = r"no-unconditional\.pt was trained without an unconditional class .*each of its 9 classes.* which"
 FILE, USAGE, FAILED = 2, 2, 1  # exit codes
 
 
@@ -76,6 +78,11 @@ CASES = [
     *refused("no-checkpoint", r"is a folder without a checkpoint that is known"),
     Case(ALIGN + "--gpt-ckpt IN/checkpoints/compiled-of-ddp.pt", "aligned"),
     Case(ALIGN + "--gpt-ckpt IN/checkpoints/after-sampling.pt", r"left out 2 entries that are no weights \("),
+    Case(f"{GENERATE}{BARE} --class-ids 8", "samples"),
+    Case(f"{GENERATE}{BARE} --cfg-scale 2", rf"{NONE} --cfg-scale above 1 needs: pass --cfg-scale 1", FILE),
+    Case(ALIGN + BARE, "aligned"),
+    Case(f"{ALIGN}{BARE} --label-dropout 0.1", rf"{NONE} --label-dropout needs: pass --label-dropout 0", FILE),
+    Case(ALIGN.replace("--no-eval", BARE), rf"{NONE} the second .*\(--cfg-scale\) needs: pass --cfg-scale 1", FILE),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/averaged-alone.pt", r"holds averaged weights \(ema\) alone"),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/safetensors-in-disguise.pt", "samples"),
     Case(GENERATE + "--gpt-ckpt IN/checkpoints/shards --compare-ckpt IN/checkpoints/shards", "samples"),
@@ -124,6 +131,10 @@ CASES = [
     Case(ALIGN + "--reward truth_reward:reward", r"must return a floating-point tensor \[4\].*got bool \[4\]", FAILED),
     Case(ALIGN + "--reward imaginary_reward:reward", r"must return a floating-point.*got complex64 \[4\]", FAILED),
     Case(ALIGN + "--reward of_a_wrong_shape_reward:reward", r"must return a floating-point.*got float32 \[\]", FAILED),
+    Case(ALIGN + "--reward clip:high", r"--reward clip:high: the weight of clip must be a number, got 'high'", USAGE),
+    Case(ALIGN + "--reward aesthetic:2", r"--reward aesthetic:2: unknown, expected pixel, classifier, clip, ", USAGE),
+    Case(ALIGN + "--reward pixel:0.5,failing_reward:reward:2", "IndexError: .*failing_reward.py, line 2", FAILED),
+    Case(ALIGN + "--reward pixel:0.5,classifier:2 --advantage each", "aligned"),
     Case(ALIGN + "--lr 1e300", "--lr must be finite and less than 2^63".replace("^", r"\^"), USAGE),
     Case(ALIGN + "--lr 9e18 --steps 2", r"is not finite \(stage .*the weights up to step 1 are in", FAILED),
 ]

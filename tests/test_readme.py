@@ -180,6 +180,15 @@ def test_tables_of_the_tiny_preset() -> None:
     assert "adds 0.014 of reward, and costs 1.8 of FID" in README
 
 
+@pytest.mark.parametrize("table", [name for name in ablation.TABLES if name != "controls"])
+def test_tables_in_miniature(table: str) -> None:
+    path = ROOT / "benchmarks" / "results" / "ablation" / f"{table}.json"
+    if not path.exists():
+        assert f"## {table.capitalize()}" not in PAGES["ablations.md"]
+        return
+    assert ablation.table(json.loads(path.read_text(encoding="utf-8"))) in PAGES["ablations.md"]
+
+
 MEASURED: dict[str, Any] = {
     "cpu": False,
     "commit": "0123456789abcdef-dirty",

@@ -57,7 +57,7 @@ def test_pictures_say_what_trained_the_generator(tiny_config: Make) -> None:
 @pytest.mark.parametrize("group_size", [2, 8])
 def test_random_advantages_are_normalised_as_the_real_ones(tiny_config: Make, group_size: int) -> None:
     config, ids = tiny_config(control="random", group_size=group_size), torch.arange(4)
-    drawn = torch.cat([advantages_of(torch.zeros(4, group_size), config, seed, ids) for seed in range(500)])
+    drawn = torch.cat([advantages_of({"reward": torch.zeros(4, group_size)}, config, seed, ids) for seed in range(500)])
     torch.testing.assert_close(drawn.mean(1), torch.zeros(2000), rtol=0, atol=1e-6)
     # Not exactly where two of them are nearly equal: there is eps beside the deviation.
     torch.testing.assert_close(drawn.std(1), torch.ones(2000), rtol=1e-3, atol=0)
@@ -80,7 +80,7 @@ def test_every_image_gets_one_other_s_advantages(batch_size: int) -> None:
 def test_advantages_do_not_depend_on_the_backend(tiny_config: Make, backend: str) -> None:
     rewards, ids = torch.randn(4, 4), torch.tensor([2, 0, 3, 1])
     with ops.use_backend(backend):
-        found = {name: advantages_of(rewards, tiny_config(control=name), SEED, ids) for name in CONTROLS}
+        found = {name: advantages_of({"reward": rewards}, tiny_config(control=name), SEED, ids) for name in CONTROLS}
     real = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
     torch.testing.assert_close(found[None], real)
     drawn = normal_rewards(SEED, ids, 4)
@@ -167,7 +167,7 @@ def test_free_rollouts_have_the_same_controls(
     )
     config = tiny_config(control=control, rollouts="free")
     found = accumulate_free_gradients(tiny_models, config, tiny_batch, SEED, nullcontext)
-    expected = advantages_of(found.rewards, config, SEED, tiny_batch.sample_ids)
+    expected = advantages_of({"reward": found.rewards}, config, SEED, tiny_batch.sample_ids)
     assert torch.equal(torch.cat(seen).view(4, 4), expected)
 
 

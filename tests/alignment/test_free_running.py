@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vapi_fast
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment.figures import METRICS
+from vapi_fast.alignment.figures import metrics_of
 from vapi_fast.alignment.free_running import accumulate_free_gradients, draw
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.step import align_step, make_trainer
@@ -44,7 +44,7 @@ def accumulated(models: Models, config: AlignConfig, batch: ImageBatch) -> tuple
     models.generator.zero_grad()
     found = accumulate_free_gradients(models, config, batch, SEED, nullcontext)
     gradient = torch.cat([p.grad.flatten().double() for p in models.generator.parameters()])
-    return dict(zip(METRICS, found.means.tolist(), strict=True)), gradient
+    return dict(zip(metrics_of(config), found.means.tolist(), strict=True)), gradient
 
 
 def test_rollouts_are_the_engine_s(tiny_config: Make, tiny_models: Models, tiny_batch: ImageBatch) -> None:

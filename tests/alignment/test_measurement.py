@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import measurement
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import Models
 from vapi_fast.evaluation import metrics as evaluation
+from vapi_fast.evaluation import networks
+from vapi_fast.evaluation.config import EvaluateConfig
+from vapi_fast.evaluation.inception import InceptionV3
+from vapi_fast.evaluation.metrics import ImageFeatures
+from vapi_fast.evaluation.scoring import evaluate
+from vapi_fast.generation.config import GenerateConfig
+from vapi_fast.generation.folder import Sampler
 
 Make = Callable[..., AlignConfig]
 
@@ -104,3 +114,42 @@ def test_samples_follow_the_classes_of_the_heldout_images(tiny_config: Make, tin
     torch.testing.assert_close(images[1:], test.sample(tiny_models.generator, torch.tensor([9])), rtol=1e-3, atol=1e-3)
     assert images.min() >= -1
     assert images.max() <= 1
+
+
+class MeanColours(torch.nn.Module):
+    """In Inception's place: smooth features of 8-bit images, quick to compute."""
+
+    image_features = InceptionV3.image_features
+
+    def forward(self, pixels: Tensor) -> ImageFeatures:
+        means = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 2).flatten(1)
+        return ImageFeatures(torch.cat([means, means.square()], dim=1), means, means)
+
+
+@pytest.mark.parametrize("side", [24, 40])
+def test_align_scores_tokens_as_generate_and_evaluate_do(
+    side: int, tiny_config: Make, tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same FID of the same tokens, where images are drawn at 32 pixels and scored at others."""
+    monkeypatch.setattr(measurement, "PAPER_SIDE", side)
+    monkeypatch.setattr(networks, "load_inception", lambda weights: MeanColours())
+    pictures = torch.rand(30, 60, 3, generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
+    for index in range(24):
+        path = tmp_path / "held-out" / str(index % 3) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures.roll(index, 1).mul(index % 5 + 1).numpy()).resize((75, 50)).save(path)
+    test = evaluator(tiny_config(lpips="vgg16", eval_data=tmp_path / "held-out", eval_samples=24), tiny_models)
+    assert [len(batch.images[0, 0]) for batch in test.rewarded] == [32] * len(test.rewarded)
+    drawn, draw = [], test.draw
+    test.draw = lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
+    fid = test.score(tiny_models.generator, 1.5, "base", 1.0).fid
+
+    config = GenerateConfig(model="tiny", num=24, save_size=side, out=tmp_path / "samples")
+    images = Sampler.load(config, config.gpt_ckpt, torch.device("cpu")).decode(torch.cat(drawn))
+    config.out.mkdir()
+    for index, image in enumerate((images * 127.5 + 127.5).round().to(torch.uint8)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(config.out / f"{index}.png")
+    options = {"samples": config.out, "reference": tmp_path / "held-out", "image_size": side}
+    report = evaluate(EvaluateConfig(model="xxl", **options))
+    assert report.fid > 0.01
+    assert fid == pytest.approx(report.fid, rel=1e-4)

@@ -59,7 +59,7 @@ def test_rows_are_runs_that_can_be_done(table: str, tmp_path: Path) -> None:
     rows = ablation.rows_of(table, 2e-5)
     configs = [Runs(tmp_path, {}).config(0, changes) for changes in rows.values()]
     assert len({str(dataclasses.replace(config, output_dir=tmp_path)) for config in configs}) == len(rows)
-    assert sum(config.control == "random" for config in configs) == {"steps": 3, "recipe": 2}.get(table, 1)
+    assert sum(config.control == "random" for config in configs) == {"steps": 3, "recipe": 3}.get(table, 1)
     assert all(config.model == "tiny" for config in configs)
 
 
@@ -207,6 +207,7 @@ def test_a_run_and_the_base_s_temperatures(tmp_path: Path, monkeypatch: pytest.M
     assert aligned[1.0] == kept["aligned"]
     assert aligned[0.5]["reward"] not in (found[0.5]["reward"], kept["aligned"]["reward"])
     noisy = runs.finished(0, {"noise_prob": 0.9})["base"]
+    assert noisy == run.align(runs.config(0, {"noise_prob": 0.9}, output_dir=tmp_path / "noisy"))["base"]
     assert noisy["fid"] == own["fid"]
     assert noisy["reward"] != own["reward"]  # its rollouts are others
     for owner, name in ((Evaluator, "measure"), (models, "load_models")):

@@ -131,17 +131,30 @@ def test_caption_condition_equals_cache_free(cfg: dict[str, Any], padding: str |
         assert not torch.equal(unmasked[0], drawn.tokens[0])
 
 
+RISES = {"rar": [t / 16 for t in range(16)], "power-cosine": [1.0] + [t / 15 for t in range(15)]}
+
+
+@pytest.mark.parametrize("schedule", RISES)
 @pytest.mark.parametrize("caption_tokens", [0, 6])
-def test_power_cosine_schedule_equals_cache_free(caption_tokens: int) -> None:
+def test_rising_schedules_equal_cache_free(caption_tokens: int, schedule: str) -> None:
     model = make_model(caption_tokens)
     condition = captions() if caption_tokens else classes(3, 8)
-    scales = [1 + 4.0 * (1 - math.cos(math.pi * (t / 16) ** 1.5)) / 2 for t in range(16)]
-    cfg = {"cfg_scale": 5.0, "cfg_schedule": "power-cosine", "cfg_power": 1.5}
+    scales = [1 + 4.0 * (1 - math.cos(math.pi * share**1.5)) / 2 for share in RISES[schedule]]
+    cfg = {"cfg_scale": 5.0, "cfg_schedule": schedule, "cfg_power": 1.5}
     drawn = sample_groups(model, condition, group_size=2, return_entropies=True, **cfg, **SAMPLING)
     assert_same(drawn, without_cache(model, condition, group_size=2, scales=scales, **SAMPLING))
 
 
-@pytest.mark.parametrize("cfg", [{}, {"cfg_scale": 2.0}, {"cfg_scale": 2.0, "cfg_interval": 5}])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"cfg_scale": 2.0},
+        {"cfg_scale": 2.0, "cfg_interval": 5},
+        {"cfg_scale": 4.0, "cfg_schedule": "power-cosine", "cfg_power": 0.8},
+        {"cfg_scale": 4.0, "cfg_schedule": "rar", "cfg_power": 0.8, "cfg_interval": 9},
+    ],
+)
 @pytest.mark.parametrize("caption_tokens", [0, 6])
 def test_equals_reference_generation(caption_tokens: int, cfg: dict[str, Any]) -> None:
     model = make_model(caption_tokens)
@@ -206,7 +219,8 @@ def test_steps_that_a_graph_replays_draw_the_same(caption_tokens: int, backend: 
     model, labels = make_model(caption_tokens, layers=1, grid_size=2), torch.tensor([4, 1])
     condition = captions() if caption_tokens else labels
     filters = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
-    options = {"scales": guidance_scales(4, 2.0, 1), "masked": False, "entropies": True} | filters
+    scales = guidance_scales(4, 2.0, 1, "power-cosine", 0.5)  # 2, 1, 1.62, 1
+    options = {"scales": scales, "masked": False, "entropies": True} | filters
     engine = Engine(model, groups=2, rollouts=2, **options)
     engine.graphs = {guided: Replay(partial(engine.step, guided=guided)) for guided in (True, False)}
     draw = {"sample_ids": labels, "first_rollout": 3}
@@ -242,9 +256,13 @@ def test_unconditional_half_is_left_out_where_the_scale_is_one(monkeypatch: pyte
 def test_guidance_scales() -> None:
     assert guidance_scales(3, 1.0) == [1.0] * 3
     assert guidance_scales(5, 2.0, interval=1) == [2.0, 2.0, 2.0, 1.0, 1.0]  # LlamaGen counts from the second token
-    scales = guidance_scales(4, 3.0, schedule="power-cosine", power=2.0)
+    scales = guidance_scales(4, 3.0, schedule="rar", power=2.0)
     assert scales == pytest.approx([1 + (1 - math.cos(math.pi * share**2)) for share in (0, 0.25, 0.5, 0.75)])
-    assert guidance_scales(4, 3.0, schedule="power-cosine", interval=1)[2:] == pytest.approx([2.0, 1.0])
+    assert guidance_scales(4, 3.0, schedule="rar", interval=1)[2:] == pytest.approx([2.0, 1.0])
+    scales = guidance_scales(5, 3.0, schedule="power-cosine")  # VA-π's evaluation: s, then over (t − 1) / (T − 1)
+    assert scales == pytest.approx([3.0, 1.0, 2 - 0.5**0.5, 2.0, 2 + 0.5**0.5])
+    assert guidance_scales(5, 3.0, schedule="power-cosine", interval=2)[3:] == pytest.approx([2.0, 1.0])
+    assert guidance_scales(1, 3.0, schedule="power-cosine") == [3.0]
     assert guidance_scales(3, [1, 2.5, 1]) == [1.0, 2.5, 1.0]
     with pytest.raises(ValueError, match="cfg_scale must be a number, or 3 of them, one for each token"):
         guidance_scales(3, [1.0, 2.0])
@@ -361,7 +379,7 @@ def test_no_conditions() -> None:
         ({"sample_ids": torch.tensor([1, 2])}, r"sample_ids must be int64 \[1\], got torch.int64 \[2\]"),
         ({"cfg_scale": 0.5}, "cfg_scale must be at least 1"),
         ({"cfg_scale": math.nan}, "cfg_scale must be at least 1"),
-        ({"cfg_schedule": "cosine"}, "cfg_schedule must be one of constant, power-cosine, got 'cosine'"),
+        ({"cfg_schedule": "cosine"}, "cfg_schedule must be one of constant, power-cosine, rar, got 'cosine'"),
         ({"cfg_power": 0.0}, "cfg_power must be positive"),
         ({"condition": [1, 2]}, "a condition and its mask must be tensors, got <class 'list'>"),
         ({"seed": 2**63}, r"generate: seed must be an int in \[-2.63, 2.63\) or a 0-d int64 tensor, got 922337"),

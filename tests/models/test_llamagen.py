@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -461,6 +462,35 @@ def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) ->
 
 def test_unconditional_class_is_the_last_row(class_model: LlamaGen) -> None:
     assert class_model.unconditional(torch.tensor([0, 3])).tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(("name", "rows", "classes"), [("tiny", 9, 9), ("tiny", 10, 9), ("b", 1000, 1000)])
+def test_a_table_of_as_many_rows_as_classes_has_no_unconditional_one(
+    name: str, rows: int, classes: int, tmp_path: Path
+) -> None:
+    """1000 rows are ImageNet's classes (`class_dropout_prob` 0), not 999 classes and "none"."""
+    config = replace(LLAMAGEN_CONFIGS[name], layers=1)
+    small = LlamaGen(replace(config, vocab_size=5, num_classes=rows - 1))
+    torch.save(small.state_dict(), tmp_path / "model.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LLAMAGEN_CONFIGS, name, config)
+        model = LlamaGen.from_checkpoint(tmp_path / "model.pt", name, grid_size=2)
+    assert (model.config.num_classes, model.config.has_unconditional) == (classes, rows > classes)
+    last = torch.tensor([classes - 1])
+    drawn = generate(model.eval(), last, seed=1)
+    small.config = replace(small.config, grid_size=2)
+    small.rotary = small.rotary_table()
+    assert torch.equal(drawn, generate(small.eval(), last, seed=1))
+    if rows > classes:
+        assert not torch.equal(model.unconditional(last), last)
+        return
+    for refused, says in (
+        (lambda: generate(model, last, cfg_scale=1.5), "guidance needs an unconditional class"),
+        (lambda: generate(model, last + 1), rf"class ids must lie in 0…{classes - 1}"),
+        (lambda: model.unconditional(last), "needs an unconditional class"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            refused()
 
 
 def test_unconditional_caption_is_the_stored_one(caption_model: LlamaGen) -> None:

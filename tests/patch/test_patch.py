@@ -241,6 +241,17 @@ def test_generate_rejects(model: Transformer, arguments: dict[str, Any], message
         patch.generate(model, example(model)[1], **({"max_new_tokens": 9} | arguments))
 
 
+def test_generate_without_an_unconditional_class(model: Transformer) -> None:
+    """As LlamaGen builds it for `class_dropout_prob` 0: guidance is refused, and the last class is a class."""
+    table = model.cls_embedding.embedding_table
+    table.weight = nn.Parameter(table.weight[: model.num_classes].detach())
+    last = torch.full((BATCH,), model.num_classes - 1)
+    expected = public_models.generate(model, last, 9, sample_logits=False)
+    assert torch.equal(patch.generate(model, last, 9, sample_logits=False), expected)
+    with pytest.raises(ValueError, match="generate: guidance needs an unconditional class, and this model was built"):
+        patch.generate(model, last, 9, cfg_scale=1.5)
+
+
 def test_patching_twice_is_patching_once(model: Transformer) -> None:
     before = dict(model.norm.__dict__)
     expected = evaluation_logits(model)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import MOST, PRESET, as_text, check_output, flag, option
+from vapi_fast.runtime.packages import installed
 
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
@@ -24,17 +27,22 @@ ROLLOUTS = ("teacher-forced", "free")
 ROLLOUT_MODES = ("train", "eval")
 CODES = ("normalised", "raw")
 CONTROLS = ("random", "shuffled")
+ADVANTAGES = ("sum", "each")
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
 RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
-def settings(values: Mapping[str, Any]) -> str:
-    """A recipe's values as a command line has them: those of the default one are in the table."""
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """A recipe's values as a command line has them, without those of the default one."""
     default = catalog.RECIPES[catalog.DEFAULT_RECIPE]
-    own = {name: value for name, value in values.items() if value != default.get(name)}
-    return " ".join(f"`{flag(name)} {as_text(value)}`" for name, value in own.items()) or "those shown here"
+    return [f"{flag(name)} {as_text(value)}" for name, value in values.items() if value != default.get(name)]
+
+
+def shown_settings(values: Mapping[str, Any]) -> str:
+    """For a table's cell."""
+    return " ".join(f"`{each}`" for each in settings(values)) or "those shown here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +73,14 @@ class DataOptions:
 class RolloutOptions(DrawOptions):
     """The G token sequences that are drawn for each image."""
 
-    group_size: int = option(8, "rollouts per image, G", at_least=1, at_most=MOST)
+    group_size: int = option(PRESET, "rollouts per image, G", at_least=1, at_most=MOST)
     rollouts: str = option(
-        "teacher-forced",
+        PRESET,
         "around the image's own tokens; `free`: sampled from the class alone, as AR-GRPO does",
         choices=ROLLOUTS,
+    )
+    rollout_cfg_scale: float = option(
+        PRESET, "guidance of `--rollouts free`, which are learned from without", at_least=1
     )
     noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
     rollout_mode: str = option(
@@ -95,8 +106,11 @@ class RolloutOptions(DrawOptions):
 
     @property
     def off_policy(self) -> bool:
-        """Whether rollouts come of another distribution than the loss's."""
-        return self.second_forward or self.top_k > 0 or self.top_p < 1
+        """Whether rollouts come of another distribution than the loss's.
+
+        Under guidance they do, and as in AR-GRPO the ratio is the generator's own to itself.
+        """
+        return self.rollout_cfg_scale == 1 and (self.second_forward or self.top_k > 0 or self.top_p < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +125,36 @@ class RewardOptions:
         file="file or folder",
     )
     reward: str | None = option(
+        PRESET,
+        "with weights, such as `clip:5,clip-levels,pixel:2`: `pixel`, `classifier` (tiny), `clip`, `clip-levels`, "
+        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to "
+        "rewards `[N]`",
+        shown="pixel",
+    )
+    reward_networks: Path | None = option(
         None,
-        "`module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to rewards `[N]`",
-        shown="the pixels'",
+        "folder with the networks of `--reward`, each in a sub-folder of its name, for machines that are offline",
+        shown="download",
+        file="file or folder",
+    )
+    class_names: Path | None = option(
+        None,
+        "what networks that read call the classes: a name a line in the order of the ids, or JSON",
+        shown="the class folders' names",
+        file="file",
     )
     mse_weight: float = option(PRESET, "w_mse: the reward is −(w_mse · MSE + w_lpips · LPIPS)", at_least=0)
     lpips_weight: float = option(PRESET, "w_lpips", at_least=0)
+
+    @property
+    def reward_terms(self) -> tuple[RewardTerm, ...]:
+        """What `reward` is the weighted sum of."""
+        return reward_terms(self.reward)
+
+    @property
+    def networks(self) -> list[str]:
+        """The networks that `reward` needs, each once."""
+        return list(dict.fromkeys(term.network for term in self.reward_terms if term.network))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +164,7 @@ class ObjectiveOptions:
     recipe: str = option(
         catalog.DEFAULT_RECIPE,
         "values for flags that are not given: "
-        + "; ".join(f"`{name}`, {settings(values)}" for name, values in catalog.RECIPES.items()),
+        + "; ".join(f"`{name}`, {shown_settings(values)}" for name, values in catalog.RECIPES.items()),
         choices=tuple(catalog.RECIPES),
     )
     method: str = option(
@@ -146,8 +184,19 @@ class ObjectiveOptions:
         choices=CONTROLS,
         shown="none",
     )
+    advantage: str = option(
+        "sum", "of several rewards: of their weighted `sum`, or of `each` and then weighted", choices=ADVANTAGES
+    )
+    advantage_eps: float = option(
+        PRESET, "beside the deviation in a group that advantages are divided by", at_least=1e-30
+    )
+    advantage_clip: float = option(
+        PRESET,
+        "bound of advantages on both sides, which 5 is from 27 rollouts a group on; 0: none",
+        at_least=0,
+    )
     prior: str = option(
-        "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
+        PRESET, "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
     )
     prior_weight: float = option(PRESET, "weight β of the prior", at_least=0)
     clip_range: float = option(0.2, at_least=0)
@@ -233,22 +282,34 @@ class AlignConfig(
     tokenizer: str = option(PRESET, choices=tuple(VQ_CONFIGS))
 
     def __post_init__(self) -> None:
+        not_given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is PRESET}
         self.prepare("align", self.recipe)
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
             name = f"{self.model}-{self.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             object.__setattr__(self, "output_dir", Path("runs") / name)
-        self.check_combinations()
+        try:
+            self.check_combinations()
+        except ConfigError as error:
+            raise ConfigError(f"{error}{self.set_by_recipe(not_given, str(error))}") from error
         self.check_required(
             *(() if self.random_init else ("vq_ckpt", "gpt_ckpt")), *(() if self.synthetic_data else ("data",))
         )
         self.check_folder()
 
+    def set_by_recipe(self, not_given: Set[str], message: str) -> str:
+        """For a message's end: of the flags in it, those that the recipe has set, as they were not given."""
+        named = {name for name in not_given if flag(name) in re.findall(r"--[a-z0-9-]+", message)}
+        said = settings({name: value for name, value in catalog.RECIPES[self.recipe].items() if name in named})
+        return f"; --recipe {self.recipe} sets {' '.join(said)}" if said else ""
+
     def check_combinations(self) -> None:
         if self.method == "vapi" and self.group_size < 2:
             raise ConfigError("--group-size must be at least 2: advantages compare the rollouts of one image")
-        if self.method == "vapi" and self.mse_weight == self.lpips_weight == 0 and self.prior_weight == 0:
+        self.check_rewards()
+        pixels_alone = all(term.name == "pixel" for term in self.reward_terms)
+        if self.method == "vapi" and pixels_alone and self.mse_weight == self.lpips_weight == self.prior_weight == 0:
             raise ConfigError("nothing to optimise: --mse-weight, --lpips-weight and --prior-weight are all 0")
         if self.codes == "raw" and self.method != "ste":
             raise ConfigError(f"--codes raw needs --method ste: --method {self.method} decodes tokens")
@@ -267,10 +328,29 @@ class AlignConfig(
             raise ConfigError(
                 f"--rollouts free and --reward need --method vapi: --method {self.method} has no rollouts"
             )
+        if self.rollouts != "free" and self.rollout_cfg_scale > 1:
+            raise ConfigError(
+                f"--rollout-cfg-scale {self.rollout_cfg_scale:g} needs --rollouts free: those around an image are "
+                "drawn from the forward that they are learned in"
+            )
         if self.rollouts == "free" and self.noise_prob:
             raise ConfigError("--rollouts free needs --noise-prob 0: its context is its own tokens")
-        if self.reward is not None:
-            reward_function(self.reward)
+
+    def check_rewards(self) -> None:
+        for term in self.reward_terms:
+            if term.is_users:
+                reward_function(term.name)
+            if term.network and not installed("transformers"):
+                raise ConfigError(
+                    f"--reward {term.name} needs transformers, not installed here: pip install 'vapi-fast[rewards]'"
+                )
+            if term.name == "classifier" and self.lpips != "tiny":
+                raise ConfigError(
+                    "--reward classifier needs --model tiny, whose perceptual network has a classifier: --reward clip "
+                    "tells how well an image fits its class for any --model"
+                )
+        if not any(term.weight for term in self.reward_terms):
+            raise ConfigError(f"--reward {self.reward}: all weights are 0, so no reward decides anything")
 
     def measures_after(self, step: int) -> bool:
         """Whether `eval_every` has the generator measured between two steps, this one and the next."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.figures import figure_of
 from vapi_fast.reference.philox import CONTROL, default_sample_ids, open_uniform23, philox, seed_key
 from vapi_fast.runtime.distributed import sum_over_ranks
 
@@ -23,20 +27,32 @@ def sheet_label(config: AlignConfig) -> str:
     return {"vapi": "aligned", "ste": "straight-through", "ntp": "next-token prediction alone"}[config.method]
 
 
-def advantages_of(rewards: Tensor, config: AlignConfig, seed: int, sample_ids: Tensor) -> Tensor:
+def advantages_of(rewards: Mapping[str, Tensor], config: AlignConfig, seed: int, sample_ids: Tensor) -> Tensor:
     """Advantages `[b,G]` of rollouts with rewards `[b,G]`, of the images in the slots `sample_ids` of the step.
+
+    Those of `reward`, or with `config.advantage` "each" the mean of those of each reward by its weight.
 
     With `config.control` in their place, by draws of the step's seed that depend on neither batch nor rank:
     "random", the advantages of rewards drawn from a normal distribution; "shuffled", the whole group's of another
     image of the step. For that, `rewards` must be those of all of this rank's images, and all ranks call it.
+
+    Args:
+        rewards: as `rewards_of` gives them.
     """
+    total = rewards["reward"]
+    clip = config.advantage_clip or config.group_size  # none comes up to √G
+    normalised = partial(ops.group_advantages, eps=config.advantage_eps, clip=clip)
     if config.control == "random":
-        rewards = normal_rewards(seed, sample_ids, rewards.shape[1])
-    advantages = ops.group_advantages(rewards)
+        advantages = normalised(normal_rewards(seed, sample_ids, total.shape[1]))
+    elif config.advantage == "each" and len(config.reward_terms) > 1:
+        parts = [term.weight * normalised(rewards[figure_of(term)]) for term in config.reward_terms]
+        advantages = torch.stack(parts).sum(0) / sum(abs(term.weight) for term in config.reward_terms)
+    else:
+        advantages = normalised(total)
     if config.control != "shuffled":
         return advantages
-    step = advantages.new_zeros(config.batch_size, rewards.shape[1]).index_copy_(0, sample_ids, advantages)
-    return sum_over_ranks(step)[others(seed, config.batch_size, rewards.device)[sample_ids]]
+    step = advantages.new_zeros(config.batch_size, total.shape[1]).index_copy_(0, sample_ids, advantages)
+    return sum_over_ranks(step)[others(seed, config.batch_size, total.device)[sample_ids]]
 
 
 def normal_rewards(seed: int, sample_ids: Tensor, group_size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, RolloutOptions
 from vapi_fast.alignment.control import advantages_of
-from vapi_fast.alignment.figures import mean_terms, non_finite
+from vapi_fast.alignment.figures import mean_terms, metrics_of, non_finite
 from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, teacher_forced_hidden
@@ -47,7 +47,7 @@ def accumulate_free_gradients(
     image = torch.arange(len(tokens), device=tokens.device).repeat_interleave(config.group_size)
     rollouts = torch.arange(config.group_size, device=tokens.device)
     condition = condition_of(batch).take(image)
-    advantages = advantages_of(rewards["reward"], config, seed, batch.sample_ids).flatten()
+    advantages = advantages_of(rewards, config, seed, batch.sample_ids).flatten()
     ids = config.batch_size + (batch.sample_ids[:, None] * config.group_size + rollouts).flatten()  # the images' before
     sequences = Sequences(drawn.tokens.flatten(0, 1), ids, advantages, drawn.logprobs.flatten(0, 1))
 
@@ -72,13 +72,15 @@ def accumulate_free_gradients(
             if name in losses.terms:
                 sums[name] += share * losses.terms[name].detach()
     share = len(tokens) / config.batch_size
-    means = mean_terms(sums | {name: share * value.mean() for name, value in rewards.items()})
-    return Gradients(means, non_finite(sums | rewards, len(tokens)), tokens, drawn.tokens, rewards["reward"])
+    metrics = metrics_of(config)
+    means = mean_terms(sums | {name: share * value.mean() for name, value in rewards.items()}, metrics)
+    bad = non_finite(sums | rewards, len(tokens), metrics)
+    return Gradients(means, bad, tokens, drawn.tokens, rewards["reward"])
 
 
 @torch.no_grad()
 def draw(models: Models, config: RolloutOptions, batch: ImageBatch, seed: int) -> Generation:
-    """`config.group_size` sequences for each image's class."""
+    """`config.group_size` sequences for each image's class, guided by `config.rollout_cfg_scale`."""
     generator, condition = whole_copy(models.generator), condition_of(batch)
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=batch.images.is_cuda):
         return sample_groups(
@@ -88,6 +90,7 @@ def draw(models: Models, config: RolloutOptions, batch: ImageBatch, seed: int) -
             group_size=config.group_size,
             seed=seed,
             sample_ids=batch.sample_ids,
+            cfg_scale=config.rollout_cfg_scale,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -101,7 +104,10 @@ def split(count: int, size: int) -> list[slice]:
 def sequence_loss(
     models: Models, config: AlignConfig, sequences: Sequences, condition: Condition, seed: int, clock: Clock
 ) -> Losses:
-    """Clipped policy loss of sampled sequences, each in its own context, and the KL term."""
+    """Clipped policy loss of sampled sequences, each in its own context, and the KL term.
+
+    Under guidance the sequences are another distribution's; as in AR-GRPO the ratio is still the model's own to itself.
+    """
     tokens, rollouts = sequences.tokens, sequences.tokens[:, None]
     context = {"seed": seed, "sample_ids": sequences.sample_ids}
     with clock("forward"):

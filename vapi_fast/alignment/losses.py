@@ -11,7 +11,10 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, RewardOptions
 from vapi_fast.alignment.control import advantages_of
+from vapi_fast.alignment.figures import figure_of
+from vapi_fast.alignment.image_text import levels
 from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.reward_terms import LEVELS
 from vapi_fast.alignment.rollout import Rollout, condition_of, roll_out, teacher_forced_hidden, token_logprobs
 from vapi_fast.alignment.user_reward import user_rewards
 from vapi_fast.data.dataset import ImageBatch
@@ -59,7 +62,7 @@ def vapi_loss(
     if judged is None:
         rewards = rewards_of(models, config, rollout.tokens, batch, clock)
         with clock("loss"):
-            judged = Judged(rewards, advantages_of(rewards["reward"], config, seed, batch.sample_ids))
+            judged = Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
     hidden = rollout.hidden
     if config.second_forward:
         with clock("forward"):
@@ -104,21 +107,41 @@ def judge_step(
         parts.append(rewards_of(models, config, rollout.tokens, part, clock))
     rewards = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with clock("loss"):
-        return Judged(rewards, advantages_of(rewards["reward"], config, seed, batch.sample_ids))
+        return Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
 
 
 def rewards_of(
     models: Models, config: RewardOptions, rollouts: Tensor, batch: ImageBatch, clock: Clock
 ) -> dict[str, Tensor]:
-    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`."""
+    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and where the pixels' is in it, `mse` and `lpips`.
+
+    Where `--reward` names some, `reward` is their weighted sum, and each is there under its `figure_of`.
+    """
     if config.reward is None:
         reward = models.reward.score(rollouts, batch.images, clock)
         return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
     with clock("decode"):
-        images = models.codec.decode(rollouts.flatten(0, 1)).float().clamp(-1, 1)
-    with clock("reward"), torch.no_grad():
-        rewards = user_rewards(config.reward, images, batch.labels.repeat_interleave(rollouts.shape[1]))
-    return {"reward": rewards.view(rollouts.shape[:2])}
+        decoded = models.codec.decode(rollouts.flatten(0, 1))
+    found, cosines = {}, {}
+    for term in config.reward_terms:
+        if term.name == "pixel":
+            reward = models.reward.compared(decoded.unflatten(0, rollouts.shape[:2]), batch.images, clock)
+            found |= {figure_of(term): reward.total, "mse": reward.mse, "lpips": reward.lpips}
+            continue
+        with clock("reward"), torch.no_grad():
+            images, labels = decoded.float().clamp(-1, 1), batch.labels.repeat_interleave(rollouts.shape[1])
+            if term.is_users:
+                values = user_rewards(term.name, images, labels)
+            elif term.network is None:
+                logits = models.reward.lpips.features_and_logits(images)[1]
+                values = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+            else:
+                if term.network not in cosines:
+                    cosines[term.network] = models.networks[term.network](images, labels)
+                values = cosines[term.network]
+                values = levels(values) if term.name.endswith(LEVELS) else values
+        found[figure_of(term)] = values.view(rollouts.shape[:2])
+    return {"reward": sum(term.weight * found[figure_of(term)] for term in config.reward_terms)} | found
 
 
 def base_logprobs(

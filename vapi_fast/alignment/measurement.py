@@ -19,6 +19,7 @@ from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
 from vapi_fast.models import Generator
+from vapi_fast.models.tokenizer import resized_images
 from vapi_fast.runtime.distributed import gather_rows, rank, world_size
 from vapi_fast.runtime.errors import NonFiniteError
 from vapi_fast.runtime.progress import progress_bar
@@ -76,11 +77,15 @@ class Evaluator:
         self.device = device
         classes = models.generator.config.condition.count
         options = {"num_classes": classes, "class_index": config.class_index, "held_out": True}
-        data = ImageData(config.eval_data or config.data, config.image_size, **options)
         self.network = feature_network(config, models, device)
+        self.scored_side = config.image_size if config.lpips == "tiny" else PAPER_SIDE
+        data, scored = (
+            ImageData(config.eval_data or config.data, side, **options)
+            for side in (config.image_size, self.scored_side)
+        )
         count = min(len(data), config.eval_samples)
         features, labels, positions = [], [], []
-        for position, batch in shard_of(data, count, config.eval_batch):
+        for position, batch in shard_of(scored, count, config.eval_batch):
             features.append(self.network.features(batch.images.to(device)).pooled.cpu())
             labels.append(batch.labels)
             positions.append(position)
@@ -121,14 +126,17 @@ class Evaluator:
     def samples(
         self, generator: Generator, cfg_scale: float, count: int, name: str, temperature: float
     ) -> Iterator[Tensor]:
-        """This rank's share of `count` sampled images, classes in the proportions of the held-out images."""
+        """This rank's share of `count` sampled images as they are scored, `[n,3,S,S]`, S = `scored_side`.
+
+        Classes are in the proportions of the held-out images.
+        """
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
         with progress_bar(len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
             batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
             for part in ids.split(batches * self.config.eval_batch):
                 for tokens in self.draw(generator, part, cfg_scale, temperature).split(self.config.eval_batch):
-                    yield self.decode(tokens)
+                    yield self.decode(tokens, self.scored_side)
                     progress.update(len(tokens))
 
     @torch.no_grad()
@@ -139,11 +147,11 @@ class Evaluator:
         mine = [batch.images[rows] for batch, rows in zip(self.rewarded, wanted, strict=True)]
         images = gather_rows(torch.cat(mine))[(positions == self.shown[:, None]).int().argmax(1)]
         tokens = [self.models.tokenizer.encode(part.to(self.device)) for part in images.split(DECODED)]
-        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens)).cpu())]
+        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens), self.config.image_size).cpu())]
 
     def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""
-        return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0))
+        return self.decode(self.draw(generator, sample_ids, cfg_scale=1.0), self.config.image_size)
 
     @torch.no_grad()
     def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float, temperature: float = 1.0) -> Tensor:
@@ -155,8 +163,9 @@ class Evaluator:
             return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, temperature=temperature, **options)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        images = torch.cat([self.models.tokenizer.decode(part).clamp(-1, 1) for part in tokens.split(DECODED)])
+    def decode(self, tokens: Tensor, side: int) -> Tensor:
+        decode = self.models.tokenizer.decode
+        images = torch.cat([resized_images(decode(part), side) for part in tokens.split(DECODED)])
         if not images.isfinite().all():
             raise NonFiniteError("the tokenizer decodes samples to values that are not finite: pass another --vq-ckpt")
         return images
@@ -193,7 +202,7 @@ def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Ten
 
 
 def feature_network(config: AlignConfig, models: Models, device: torch.device) -> FeatureNetwork:
-    """The tiny preset scores with its own classifier; every other model with Inception at 256², as papers do."""
+    """The tiny preset scores with its own classifier; every other model with Inception."""
     if config.lpips == "tiny":
         return tiny_network(models.reward.lpips)
-    return inception_network(config.inception_weights, device, side=PAPER_SIDE)
+    return inception_network(config.inception_weights, device)

@@ -12,6 +12,7 @@ import torch
 
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, largest_decoder_map, parameters
+from vapi_fast.alignment.image_text import SOURCES
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
@@ -167,6 +168,7 @@ def held_parts(
         "optimizer": 2 * share,
         "bf16 weights": BF16 * gathered,
         "base model": BF16 * count if config.prior == "kl" else 0,
+        "reward networks": sum(SOURCES[name].bytes for name in config.networks),
         "tokenizer and LPIPS": 2 * FP32 * frozen,  # as loaded, and the form that rewards are computed with
         "images": 2 * FP32 * images,  # of this step and the next
         "workspaces": WORKSPACES,

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.alignment.image_text import ImageTextReward
 from vapi_fast.alignment.reward import PixelReward
 from vapi_fast.models import LPIPS, Generator, VQTokenizer
-from vapi_fast.models.families import check_vocabulary, generator_config, load_generator, random_generator
+from vapi_fast.models.families import (
+    check_vocabulary,
+    generator_config,
+    load_generator,
+    random_generator,
+    require_unconditional,
+)
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Classes
@@ -25,6 +33,7 @@ class Models:
     tokenizer: VQTokenizer
     reward: PixelReward
     base: Generator | None = None
+    networks: Mapping[str, ImageTextReward] = field(default_factory=dict)  # that `--reward` needs, by name
 
     @property
     def codec(self) -> PixelCodec:
@@ -65,6 +74,13 @@ def read_models(config: AlignConfig) -> tuple[Generator, VQTokenizer, LPIPS]:
     tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
     generator = load_generator(config.gpt_ckpt, config.model, grid_size=config.grid_size, averaged=config.ema)
     check_vocabulary(generator, config.gpt_ckpt, tokenizer, config.vq_ckpt)
+    if config.rollout_cfg_scale > 1:
+        require_unconditional(generator, config.gpt_ckpt, "--rollout-cfg-scale", "pass --rollout-cfg-scale 1")
+    if config.label_dropout:
+        require_unconditional(generator, config.gpt_ckpt, "--label-dropout", "pass --label-dropout 0")
+    if config.evaluate and config.cfg_scale > 1:
+        advice = "pass --cfg-scale 1, and there is no second evaluation"
+        require_unconditional(generator, config.gpt_ckpt, "the second evaluation's guidance (--cfg-scale)", advice)
     if config.vgg_weights is None:
         lpips = LPIPS.from_name(config.lpips)
     else:

@@ -27,7 +27,7 @@ CURVES = (  # of a measurement
     *("fid", "inception_score", "precision", "recall"),
     *("reward", "mse", "lpips", "entropy", "cross_entropy"),
 )
-PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics")
+PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics", "transformers")
 
 
 def run_record(outcome: Outcome) -> dict[str, Any]:

@@ -55,12 +55,15 @@ class PixelReward:
 
         clock: times the stages "decode" and "lpips"; the MSE belongs to the second.
         """
-        group_size = tokens.shape[1]
-        chunk = self.codec.chunk_size(images[0, 0].numel())
         with clock("decode"):
             decoded = self.codec.decode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return self.compared(decoded, images, clock)
+
+    def compared(self, decoded: Tensor, images: Tensor, clock: Clock = contextlib.nullcontext) -> Reward:
+        """Rewards `[B,G]` of decoded images `[B,G,3,H,W]`; no gradient."""
+        chunk = self.codec.chunk_size(images[0, 0].numel())
         with clock("lpips"):
-            return self.weighted(*self._distances(decoded, images, chunk=max(1, chunk // group_size)))
+            return self.weighted(*self._distances(decoded, images, chunk=max(1, chunk // decoded.shape[1])))
 
     def distances(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """MSE and LPIPS `[B,G]` of decoded images `[B,G,3,H,W]` from images `[B,3,H,W]`."""

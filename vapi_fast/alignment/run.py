@@ -17,6 +17,7 @@ from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID, sheet_label
 from vapi_fast.alignment.figures import METRICS
+from vapi_fast.alignment.image_text import class_names, load_networks
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -198,6 +199,12 @@ class Run:
                 class_index=config.class_index,
             )
         self.outcome.data = self.data.summary()
+        if config.networks:
+            labels = list(range(classes) if config.synthetic_data else map(int, self.outcome.data["classes"]))
+            of_data = None if config.synthetic_data else self.data.class_names
+            names = class_names(config.class_names, of_data, labels)
+            networks = load_networks(config.networks, config.reward_networks, names, classes, device)
+            self.models = dataclasses.replace(self.models, networks=networks)
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
         self.files = {name: identity(path) for name, path in used.items()}
         self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None

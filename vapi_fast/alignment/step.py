@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.figures import StepResult, mean_terms, non_finite
+from vapi_fast.alignment.figures import StepResult, mean_terms, metrics_of, non_finite
 from vapi_fast.alignment.losses import LOSSES, judge_step
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
@@ -41,8 +41,8 @@ def make_trainer(models: Models, config: AlignConfig, clock: Clock = nullcontext
 class Gradients(NamedTuple):
     """What the backward passes over this rank's images leave, besides the gradients; all on the device."""
 
-    means: Tensor  # float64 [len(METRICS)]: this rank's share of the means over all images
-    bad: Tensor  # bool [len(METRICS), b]: the term is not finite for the image
+    means: Tensor  # float64 [metrics]: this rank's share of the means over all images
+    bad: Tensor  # bool [metrics, b]: the term is not finite for the image
     tokens: Tensor  # int64 [b,T]
     rollouts: Tensor  # int64 [b,G,T]
     rewards: Tensor  # [b,G]; empty where nothing was sampled
@@ -53,6 +53,7 @@ def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch,
     with clock("encode"):
         tokens = models.codec.encode(batch.images)
     judged = judge_step(models, config, batch, tokens, seed, clock) if config.control == "shuffled" else None
+    metrics = metrics_of(config)
     means, bad, rollouts, rewards = [], [], [], []
     for start in range(0, len(tokens), config.micro_batch):
         rows = slice(start, start + config.micro_batch)
@@ -63,8 +64,8 @@ def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch,
         share = len(part.images) / config.batch_size
         with clock("backward"):
             (losses.terms["loss"] * share).backward()
-        means.append(share * mean_terms(losses.terms))
-        bad.append(non_finite(losses.terms, len(part.images)))
+        means.append(share * mean_terms(losses.terms, metrics))
+        bad.append(non_finite(losses.terms, len(part.images), metrics))
         rollouts.append(losses.rollouts)
         rewards.append(losses.terms.get("reward", losses.terms["loss"].new_empty(0)))
     return Gradients(torch.stack(means).sum(0), torch.cat(bad, 1), tokens, torch.cat(rollouts), torch.cat(rewards))
@@ -97,4 +98,4 @@ def align_step(
         trainer.failed.copy_(torch.maximum(trainer.failed, ((figures[-2] > 0) | ~norm.isfinite()).float()))
         step_unless(trainer.optimizer, trainer.failed)
     figures = torch.cat([figures[:-2], norm.detach().double().view(1), figures[-2:]])
-    return StepResult(step, figures, found.bad, batch)
+    return StepResult(step, figures, found.bad, batch, metrics_of(config))

@@ -153,6 +153,27 @@ def read_class_index(path: Path) -> dict[str, int]:
     order of the ids, or a name and its id; of `n01440764 tench, Tinca tinca` the first word is a name too. Raises
     DataError for anything else.
     """
+    index: dict[str, int] = {}
+    for name, number in listed_classes("--class-index", path):
+        if not 0 <= number < 2**31 or index.setdefault(name, number) != number:
+            raise DataError(f"--class-index {path}: {name[:80]!r} has the id {number}, which is taken or none")
+    return index
+
+
+def read_class_names(path: Path) -> dict[int, str]:
+    """What people call the classes, by id, from a file in the forms of `read_class_index`: ImageNet's numbers do not
+    count, and of several names of a class the first does. Raises DataError for another file.
+    """
+    names: dict[int, str] = {}
+    for name, number in listed_classes("--class-names", path):
+        first, _, rest = name.partition(" ")
+        if called := (rest.strip() if SYNSET.fullmatch(first) else name):
+            names.setdefault(number, called)
+    return names
+
+
+def listed_classes(flag: str, path: Path) -> list[tuple[str, int]]:
+    """Names and ids in a file; raises DataError where there are none."""
     expected = "expected names of classes and their ids, as JSON or a name a line"
     try:
         text = read_regular(path).decode("utf-8-sig")
@@ -161,14 +182,10 @@ def read_class_index(path: Path) -> dict[str, int]:
             from_json(json.loads(text, object_pairs_hook=no_key_twice)) if as_json else from_lines(text.splitlines())
         )
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise DataError(f"--class-index {path}: {expected} ({type(error).__name__}: {str(error)[:200]})") from error
-    index: dict[str, int] = {}
-    for name, number in pairs:
-        if not 0 <= number < 2**31 or index.setdefault(name, number) != number:
-            raise DataError(f"--class-index {path}: {name[:80]!r} has the id {number}, which is taken or none")
-    if not index:
-        raise DataError(f"--class-index {path}: holds no names: {expected}")
-    return index
+        raise DataError(f"{flag} {path}: {expected} ({type(error).__name__}: {str(error)[:200]})") from error
+    if not pairs:
+        raise DataError(f"{flag} {path}: holds no names: {expected}")
+    return pairs
 
 
 def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import tiny
@@ -26,16 +25,9 @@ class FeatureNetwork(NamedTuple):
     name: str
 
 
-def inception_network(weights: Path | None, device: torch.device, side: int | None = None) -> FeatureNetwork:
-    """Inception on 8-bit images, resized before (bicubic) to `side` pixels; weights as for `load_inception`."""
-    inception = load_inception(weights).to(device)
-
-    def features(images: Tensor) -> ImageFeatures:
-        if side is not None:
-            images = F.interpolate(images, [side, side], mode="bicubic", antialias=False)
-        return inception.image_features(images)
-
-    return FeatureNetwork(features, "Inception-v3")
+def inception_network(weights: Path | None, device: torch.device) -> FeatureNetwork:
+    """Inception on 8-bit images; weights as for `load_inception`."""
+    return FeatureNetwork(load_inception(weights).to(device).image_features, "Inception-v3")
 
 
 def tiny_network(lpips: LPIPS) -> FeatureNetwork:

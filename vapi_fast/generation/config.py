@@ -16,7 +16,7 @@ from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
 
-CFG_SCHEDULES = ("constant", "power-cosine")
+CFG_SCHEDULES = ("constant", "power-cosine", "rar")
 LARGEST_BATCH = 256
 
 
@@ -117,9 +117,12 @@ class GenerateConfig(DrawOptions, ModelOptions):
     cfg_scale: float = option(1.0, "classifier-free guidance; 1: none", at_least=1)
     cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
     cfg_schedule: str = option(
-        "constant", "or `power-cosine`: guidance rises from 1 to `--cfg-scale`", choices=CFG_SCHEDULES
+        "constant",
+        "or `power-cosine`, as VA-π's evaluation: `--cfg-scale` for the first token, from 1 up to it for the rest; or "
+        "`rar`: from 1 up for all",
+        choices=CFG_SCHEDULES,
     )
-    cfg_power: float = option(1.0, "of the power-cosine; above 1 it rises later", above=0)
+    cfg_power: float = option(1.0, "of `power-cosine` and `rar`; above 1 they rise later", above=0)
     save_size: int | None = option(
         None,
         "pixels per side as written; papers draw 384 and score 256",

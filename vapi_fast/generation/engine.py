@@ -151,6 +151,8 @@ class Engine:
         self.heads, self.eps = config.heads, config.norm_eps
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.guided = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)  # tokens that need both
+        if self.guided:
+            model.require_unconditional("guidance")
         halves = 2 if self.guided else 1
         wide = accumulation_dtype(self.weights.norm)
         self.scales = torch.tensor(scales, dtype=wide, device=device)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
@@ -30,8 +29,9 @@ from vapi_fast.generation.sequences import (
     sample_groups,
 )
 from vapi_fast.models import Generator, VQTokenizer
-from vapi_fast.models.families import check_vocabulary, load_generator
+from vapi_fast.models.families import check_vocabulary, load_generator, require_unconditional
 from vapi_fast.models.frozen import PixelCodec
+from vapi_fast.models.tokenizer import resized_images
 from vapi_fast.runtime.checkpoint import identity, read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
@@ -143,6 +143,8 @@ class Sampler:
         with refusals():
             check_engine(device, 1, config.batch_size, config.kv_dtype)
         generator = load_generator(checkpoint, config.model, grid_size=config.grid_size, averaged=config.ema)
+        if config.cfg_scale > 1:
+            require_unconditional(generator, checkpoint, "--cfg-scale above 1", "pass --cfg-scale 1")
         conditions = read_conditions(config, generator, device)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         check_vocabulary(generator, checkpoint, tokenizer, config.vq_ckpt)
@@ -198,14 +200,10 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images `[n,3,S,S]` in [−1, 1], S = save_size (bicubic, as LlamaGen's evaluation resizes)."""
-        size, images, chunk = self.config.save_size, [], self.codec.chunk
-        for part in fill_up(tokens, chunk).split(chunk):
-            decoded = self.codec.decode(part)
-            if size != decoded.shape[-1]:
-                decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
-            images.append(decoded.clamp(-1, 1))
-        found = torch.cat(images)[: len(tokens)]
+        """Images `[n,3,S,S]` in [−1, 1], S = save_size."""
+        size, chunk = self.config.save_size, self.codec.chunk
+        parts = fill_up(tokens, chunk).split(chunk)
+        found = torch.cat([resized_images(self.codec.decode(part), size) for part in parts])[: len(tokens)]
         if not found.isfinite().all():
             raise NonFiniteError(
                 f"the tokenizer {self.config.vq_ckpt} decodes to values that are not finite: pass another checkpoint"

@@ -76,7 +76,8 @@ def sample_groups(
         return_entropies: also give the entropy of each distribution that a token was drawn from.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range.
+        TypeError, ValueError: an argument of the wrong type, shape or range, or guidance where no condition stands for
+            "none".
     """
     checked = model.checked_condition(condition, condition_mask)
     sample_ids = checked_sample_ids(sample_ids, checked.rows)
@@ -127,9 +128,10 @@ def guidance_scales(
         scale: s ≥ 1; 1 is no guidance. Or all s(t), one for each token; the others then stay default.
         interval: as LlamaGen's cfg_interval: if not negative, s(t) = 1 for t > interval + 1 (it counts from the second
             token). The unconditional half of the batch is then left out.
-        schedule: "constant", s(t) = s; or "power-cosine", s(t) = 1 + (s − 1) · (1 − cos(π · (t / length)^power)) / 2,
-            from 1 up to s, as in MDT (Gao et al., ICCV 2023) and for token sequences in RAR (Yu et al., 2024).
-        power: of the power-cosine; above 1 it rises later.
+        schedule: "constant", s(t) = s; or "rar", s(t) = 1 + (s − 1) · (1 − cos(π · (t / length)^power)) / 2, from 1 up
+            to s, as in MDT (Gao et al., ICCV 2023) and for token sequences in RAR (Yu et al., 2024); or "power-cosine",
+            as VA-π's evaluation: s(0) = s, and then the same rise over (t − 1) / (length − 1).
+        power: of "rar" and "power-cosine"; above 1 they rise later.
 
     Raises:
         ValueError: an argument out of range.
@@ -143,8 +145,10 @@ def guidance_scales(
     if not 0 < power < math.inf:
         raise ValueError(f"cfg_power must be positive and finite, got {power}")
     scales = [float(scale)] * length
-    if schedule == "power-cosine":
-        scales = [1 + (scale - 1) * (1 - math.cos(math.pi * (t / length) ** power)) / 2 for t in range(length)]
+    if schedule != "constant":
+        full = 1 if schedule == "power-cosine" else 0  # tokens before the rise
+        risen = ((t / (length - full)) ** power for t in range(length - full))
+        scales[full:] = [1 + (scale - 1) * (1 - math.cos(math.pi * share)) / 2 for share in risen]
     last = length if interval < 0 else interval + 1
     return [value if t <= last else 1.0 for t, value in enumerate(scales)]
 

@@ -36,13 +36,20 @@ class Entry:
 
 # Values of align's options, by `--recipe`; they win over the model's. The first has all that a model does not decide.
 LEAN: dict[str, Any] = {  # one forward an image without dropout: what the rollouts come of is what is learned from
+    "group_size": 8,
+    "rollouts": "teacher-forced",
+    "rollout_cfg_scale": 1.0,
     "rollout_mode": "train",
     "dropout": 0.0,
     "label_dropout": 0.0,
+    "reward": None,
     "mse_weight": 1.0,
     "lpips_weight": 1.0,
     "method": "vapi",
     "codes": "normalised",
+    "advantage_eps": 1e-8,
+    "advantage_clip": 5.0,
+    "prior": "ce",
     "prior_weight": 0.1,
     "weight_decay": 1e-4,
     "beta2": 0.999,
@@ -55,6 +62,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     | DROPOUT
     | {"method": "ste", "codes": "raw", "lpips_weight": 0.0, "prior_weight": 0.0}
     | {"lr": 1e-5, "weight_decay": 1e-2, "beta2": 0.95},
+    "ar-grpo": LEAN  # run_c2i_train.sh of Kwai-Klear/AR-GRPO, without its MANIQA and Qwen2.5-VL
+    | {"rollouts": "free", "rollout_cfg_scale": 2.0, "reward": "clip:5,clip-levels,hpsv2:5,hpsv2-levels"}
+    | {"advantage_eps": 1e-4, "advantage_clip": 0.0, "prior": "kl"}
+    | {"batch_size": 4, "steps": 400, "lr": 1e-5, "weight_decay": 0.0},
 }
 DEFAULT_RECIPE = "lean"
 

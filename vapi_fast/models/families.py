@@ -40,3 +40,12 @@ def check_vocabulary(
             f"{path} has a vocabulary of {vocabulary} tokens, and {tokenizer_path} a codebook of {codes}: pass the "
             "tokenizer that the generator was trained with"
         )
+
+
+def require_unconditional(generator: Generator, path: str | Path | None, what: str, advice: str) -> None:
+    """Raise CheckpointError where no condition of the generator's stands for "none", which `what` needs."""
+    if not generator.config.has_unconditional:
+        raise CheckpointError(
+            f"{path} was trained without an unconditional class (class_dropout_prob 0: it has a row for each of its "
+            f"{generator.config.condition.count} classes, and none besides), which {what} needs: {advice}"
+        )

@@ -20,7 +20,8 @@ from .transformer import Block, Condition, Generator, Head, RMSNorm
 class ClassEmbedding(nn.Module):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.width)  # last row: unconditional
+        rows = config.num_classes + config.has_unconditional  # the last one is "none"
+        self.embedding_table = nn.Embedding(rows, config.width)
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels).unsqueeze(1)
@@ -71,6 +72,9 @@ class LlamaGen(Generator):
     ) -> LlamaGen:
         """The model `name` with the weights at `path`; vocabulary, classes and kind of condition are the file's.
 
+        The last row of its class embeddings stands for "none", except where they have a row for each of the named
+        size's classes and no more (1000, ImageNet's): such a model was trained with `class_dropout_prob` 0.
+
         Args:
             grid_size: tokens a side (image size / 16), default the named size's; not stored in checkpoints.
             averaged: as of `load_state_dict`.
@@ -101,7 +105,9 @@ class LlamaGen(Generator):
         if "cls_embedding.uncond_embedding" in state:
             changes["caption_tokens"], changes["caption_width"] = state["cls_embedding.uncond_embedding"].shape
         elif "cls_embedding.embedding_table.weight" in state:
-            changes["num_classes"] = state["cls_embedding.embedding_table.weight"].shape[0] - 1
+            rows = state["cls_embedding.embedding_table.weight"].shape[0]
+            changes["has_unconditional"] = rows != config.num_classes
+            changes["num_classes"] = rows - changes["has_unconditional"]
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = cls(replace(config, **changes))
         load_into(model, state, path, hint=f"pass a whole checkpoint of a LlamaGen of size {name}")
@@ -126,7 +132,8 @@ class LlamaGen(Generator):
         return Head(self.output.weight)
 
     def unconditional(self, rows: Tensor) -> Tensor:
-        """Class id num_classes, or the empty caption of the file."""
+        """Class id num_classes, or the empty caption of the file; ValueError where there is no such class."""
+        self.require_unconditional("this")
         if self.config.caption_tokens:
             return self.cls_embedding.uncond_embedding.to(rows.dtype).expand_as(rows)
         return torch.full_like(rows, self.config.num_classes)
@@ -138,7 +145,7 @@ class LlamaGen(Generator):
         if not config.caption_tokens:
             if rows.dtype != torch.int64 or rows.ndim != 1:
                 raise ValueError(f"class ids must be an int64 tensor [B], got {rows.dtype} {list(rows.shape)}")
-            if ((rows < 0) | (rows > config.num_classes)).any():
+            if ((rows < 0) | (rows >= config.num_classes + config.has_unconditional)).any():
                 raise ValueError(f"class ids must lie in 0…{config.num_classes - 1}, got {rows.tolist()[:8]}")
             if mask is not None:
                 raise ValueError("condition_mask is for text-conditioned models, this one takes class ids")

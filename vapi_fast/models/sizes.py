@@ -25,13 +25,17 @@ class Captions(NamedTuple):
 
 @dataclass(frozen=True)
 class GeneratorConfig(ABC):
-    """What all generators have. `grid_size`: tokens along one side of the image."""
+    """What all generators have. `grid_size`: tokens along one side of the image.
+
+    `has_unconditional`: there is a condition that stands for "none", as guidance and dropping of conditions need it.
+    """
 
     layers: int
     heads: int
     width: int
     vocab_size: int = 16384
     grid_size: int = 24
+    has_unconditional: bool = True
 
     norm_eps: ClassVar[float] = 1e-5
 

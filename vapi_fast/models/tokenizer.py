@@ -231,3 +231,10 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"tokens must fill a square grid: T = {length} is not a square number")
         z = embeddings.reshape(batch, side, side, width).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+
+
+def resized_images(decoded: Tensor, side: int) -> Tensor:
+    """Decoded images `[N,3,H,H]` at `side` pixels, in [−1, 1]: bicubic as in LlamaGen's evaluation, then clamped."""
+    if decoded.shape[-1] != side:
+        decoded = F.interpolate(decoded, size=(side, side), mode="bicubic")
+    return decoded.clamp(-1, 1)

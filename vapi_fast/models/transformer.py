@@ -197,6 +197,11 @@ class Generator(nn.Module, ABC):
     def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
         """Both on the generator's device; ValueError or TypeError for what it cannot take."""
 
+    def require_unconditional(self, what: str) -> None:
+        """Raise ValueError where no condition stands for "none": `what` needs it."""
+        if not self.config.has_unconditional:
+            raise ValueError(f"{what} needs an unconditional class, and this model was built without one")
+
     def token_table(self) -> Tensor:
         """What each token of the vocabulary enters as, `[V,D]`."""
         return self.embed_tokens(torch.arange(self.config.vocab_size, device=self.head.weight.device))

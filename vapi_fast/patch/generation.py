@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +44,7 @@ def generate(
         cfg_scale, cfg_interval: classifier-free guidance, none for cfg_scale ≤ 1.
         temperature, top_k, top_p: of the draws, as LlamaGen's.
         sample_logits: False takes the most likely token each time.
-        cfg_type, cfg_power: as VA-π's fork has them: "constant", or "power-cosine", see `power_cosine_scales`.
+        cfg_type, cfg_power: as VA-π's fork has them: "constant", or "power-cosine", see `guidance_scales`.
         seed: of the draws; None takes one from PyTorch's generator, so that `torch.manual_seed` decides it.
 
     Returns:
@@ -63,37 +61,22 @@ def generate(
         )
     if cfg_type not in ("constant", "power-cosine"):
         raise ValueError(f"generate: cfg_type must be 'constant' or 'power-cosine', got {cfg_type!r}")
-    if cfg_scale > 1 and not captions and len(view.cls_embedding.embedding_table.weight) <= view.config.num_classes:
-        raise ValueError("generate: guidance needs an unconditional class, and this model was built without one")
+    if cfg_scale > 1:
+        view.require_unconditional("generate: guidance")
     if not sample_logits:
         temperature, top_k, top_p = 1.0, 1, 1.0
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    scales = guidance_scales(length, max(cfg_scale, 1.0), cfg_interval)
-    if cfg_type == "power-cosine" and cfg_scale > 1:
-        scales = power_cosine_scales(length, max_new_tokens, cfg_scale, cfg_interval, cfg_power)
+    scales = guidance_scales(max_new_tokens, max(cfg_scale, 1.0), cfg_interval, cfg_type, cfg_power)
     tokens = sample_groups(
         view,
         cond if captions else cond.long(),
         group_size=1,
         seed=seed,
-        cfg_scale=scales,
+        cfg_scale=scales + [1.0] * (length - max_new_tokens),  # of those that are drawn for nothing
         temperature=max(temperature, LEAST_TEMPERATURE),
         top_k=top_k,
         top_p=min(max(top_p, LEAST_TOP_P), 1.0),
         condition_mask=None if emb_masks is None else emb_masks.bool(),
     ).tokens
     return tokens[:, 0, :max_new_tokens].int()
-
-
-def power_cosine_scales(length: int, drawn: int, scale: float, interval: int, power: float) -> list[float]:
-    """Guidance by token in VA-π's fork: s for the first, then 1 + (s − 1) · (1 − cos(π · (i / n)^power)) / 2.
-
-    i = 0, 1, … counts from the second token, n = drawn − 1; none for i > interval if that is not negative.
-    """
-    scales = [1.0] * length
-    scales[0] = scale
-    last = drawn - 2 if interval < 0 else min(interval, drawn - 2)
-    for i in range(last + 1):
-        scales[i + 1] = 1 + (scale - 1) * (1 - math.cos(math.pi * (i / (drawn - 1)) ** power)) / 2
-    return scales

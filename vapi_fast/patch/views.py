@@ -73,6 +73,7 @@ def llamagen_view(root: nn.Module) -> LlamaGen:
         vocab_size=root.vocab_size,
         grid_size=math.isqrt(root.block_size),
         num_classes=root.num_classes,
+        has_unconditional=captions or len(root.cls_embedding.embedding_table.weight) > root.num_classes,
         caption_tokens=root.cls_token_num if captions else 0,
         caption_width=root.cls_embedding.uncond_embedding.shape[1] if captions else 0,
     )

@@ -7,6 +7,7 @@ form while decoding, softmax and multinomial. The truth in tests of `vapi_fast.g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,6 +77,8 @@ def generate(
     *,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
+    cfg_schedule: str = "constant",
+    cfg_power: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -84,7 +87,7 @@ def generate(
 ) -> Tensor:
     """Draw one token sequence for each condition with a `LlamaGen`, in the dtype of its weights.
 
-    condition, cfg_scale, cfg_interval, temperature, top_k, top_p and condition_mask are those of
+    condition, temperature, top_k, top_p, condition_mask and what begins with cfg are those of
     `vapi_fast.generation.sample_groups`. draw: from the guided logits `[B,V]` and t to tokens `[B]`, instead of softmax
     and multinomial. Returns int64 tokens `[B,T]`.
     """
@@ -93,12 +96,18 @@ def generate(
     def multinomial(logits: Tensor, t: int) -> Tensor:
         return torch.multinomial(filter_logits(logits / temperature, top_k, top_p).softmax(-1), 1)[:, 0]
 
+    def scale_at(t: int) -> float:
+        if cfg_schedule == "constant" or (cfg_schedule == "power-cosine" and t == 0):
+            return cfg_scale
+        share = t / length if cfg_schedule == "rar" else (t - 1) / (length - 1)
+        return 1 + (cfg_scale - 1) * (0.5 - 0.5 * math.cos(math.pi * share**cfg_power))
+
     def token(logits: Tensor, t: int) -> Tensor:
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = conditional
             if cfg_interval < 0 or t <= cfg_interval + 1:
-                logits = unconditional + (conditional - unconditional) * cfg_scale
+                logits = unconditional + (conditional - unconditional) * scale_at(t)
         return (draw or multinomial)(logits, t)
 
     if guided:
