@@ -134,7 +134,7 @@ def test_bad_rewards_are_refused(tiny_config: Make, tiny_models: Models, tiny_ba
     cases: list[tuple[dict[str, Any], str]] = [
         ({"reward": "no_such_module:f"}, "--reward no_such_module:f: No module named 'no_such_module'"),
         ({"reward": f"{__name__}:nothing"}, "has no attribute 'nothing'"),
-        ({"reward": "brightness"}, "pass module:function"),
+        ({"reward": "brightness"}, "unknown, expected pixel, .* or module:function"),
         ({"reward": f"{__name__}:SEED"}, "not a function"),
         ({"rollouts": "free", "method": "ntp"}, "need --method vapi"),
         ({"rollouts": "free", "noise_prob": 0.5}, "needs --noise-prob 0"),
