@@ -35,6 +35,7 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy"],
         "dev": ["ruff"],
+        "geneval": ["transformers", "open-clip-torch>=3", "scipy"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},
 )

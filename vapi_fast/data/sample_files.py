@@ -232,6 +232,8 @@ def remove_leftovers(out: Path) -> None:
 
 def delete_own(folder: Path, names: re.Pattern[str]) -> None:
     """Delete the regular files with such names; nothing through a link, which leads to what may be another's."""
-    for path in () if folder.is_symlink() and folder.name in (SAMPLES_FOLDER, PARTS_FOLDER, SAMPLES) else folder.glob("*"):
+    for path in (
+        () if folder.is_symlink() and folder.name in (SAMPLES_FOLDER, PARTS_FOLDER, SAMPLES) else folder.glob("*")
+    ):
         if names.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
