@@ -1,4 +1,4 @@
-"""The command line: `vapi-fast align`, `generate`, `evaluate` and `geneval`; their flags are the fields of their configurations.
+"""The command line: `vapi-fast align`, `generate`, `evaluate`, `geneval`; flags are their configurations' fields.
 
 Nothing here imports torch: --help and a mistyped flag answer at once. What runs is in `vapi_fast.commands`.
 """

@@ -26,14 +26,16 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("two", "three", "four")  # of counting
 # COCO's 80 classes in COCO's order, by the names that the prompts have.
-OBJECTS = tuple(
-    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|"
-    "bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|"
-    "snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|"
-    "fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|"
-    "potted plant|bed|dining table|toilet|tv|laptop|computer mouse|tv remote|computer keyboard|cell phone|microwave|oven|"
-    "toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush".split("|")
+NAMES = (
+    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|"
+    "parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|"
+    "handbag|tie|suitcase|frisbee|skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|"
+    "surfboard|tennis racket|bottle|wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|"
+    "broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|potted plant|bed|dining table|toilet|tv|"
+    "laptop|computer mouse|tv remote|computer keyboard|cell phone|microwave|oven|toaster|sink|"
+    "refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush"
 )
+OBJECTS = tuple(NAMES.split("|"))
 COLORLESS = "person"  # is never asked for in a color
 
 METADATA = "metadata.jsonl"
@@ -146,8 +148,8 @@ def fetch_prompts() -> Path:
             torch.hub.download_url_to_file(PROMPTS_URL, os.fspath(place), PROMPTS_SHA256, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise DataError(
-                f"GenEval's prompts: {PROMPTS_URL} cannot be downloaded ({str(error).splitlines()[0]}): fetch that file "
-                f"on a machine that is online and pass it as --prompts FILE, or put it at {place}"
+                f"GenEval's prompts: {PROMPTS_URL} cannot be downloaded ({str(error).splitlines()[0]}): fetch that "
+                f"file on a machine that is online and pass it as --prompts FILE, or put it at {place}"
             ) from error
     return place
 

@@ -11,25 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vapi_fast.data.dataset import DECODE_THREADS
-from vapi_fast.data.geneval import COLORS, OBJECTS, TASKS, Prompt, Sample, read_samples
+from vapi_fast.data.geneval import OBJECTS, TASKS, Prompt, Sample, read_samples
 from vapi_fast.data.image_sets import read_picture
 from vapi_fast.data.pictures import marked, save_sheets
 from vapi_fast.evaluation.config import GenevalConfig
+from vapi_fast.evaluation.geneval_detections import Found, read_detections, to_json
 from vapi_fast.evaluation.geneval_networks import CLIP, CLIP_WEIGHTS, ColorClassifier, Detector, require_networks
-from vapi_fast.evaluation.geneval_rules import Found, Mask, Objects, Verdict, colorless, counting, judge
-from vapi_fast.runtime.checkpoint import read_regular, write_atomically
+from vapi_fast.evaluation.geneval_rules import Objects, Verdict, colorless, counting, judge
+from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.ownership import not_written, owned
 from vapi_fast.runtime.progress import progress_bar
 
 SHEET_EACH = 4  # images of a task that are right, and as many that are wrong
+ROOM = 10**7  # bytes, more than the files take
 NOT_COMPARED = "not the official detector: their figures have not been compared"
 Finder = Callable[[Sequence[Sample], Sequence[np.ndarray]], list[list[Found]]]  # objects of images uint8 [H,W,3]
 
@@ -111,7 +113,7 @@ def evaluate_geneval(config: GenevalConfig) -> GenevalReport | None:
             save(config.output, report, prompts, found)
         except OSError as error:
             print(report)  # it took its time
-            raise not_written(error, config.output, "the scores stand above", 10**7) from error
+            raise not_written(error, config.output, "the scores stand above", ROOM) from error
     return report
 
 
@@ -240,60 +242,3 @@ def shown(found: Sequence[Judged], count: int) -> list[Judged]:
 
 def shortened(text: str, most: int = 34) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def to_json(image: str, objects: Sequence[Found]) -> dict[str, Any]:
-    """A line of `--detections`, without masks: the colors that they were for are there."""
-    return {
-        "image": image,
-        "objects": [
-            {"class": o.name, "score": o.score, "box": list(o.box)} | ({"color": o.color} if o.color else {})
-            for o in objects
-        ],
-    }
-
-
-def read_detections(path: Path) -> dict[str, list[Found]]:
-    """Objects by image, from lines `{"image": "00000/samples/0000.png", "objects": [{class, score, box, color?, mask?}]}`.
-
-    Raises DataError, which says in which line, for anything else. docs/geneval.md describes them.
-    """
-    found: dict[str, list[Found]] = {}
-    try:
-        lines = read_regular(path).splitlines()
-    except OSError as error:
-        raise DataError(f"--detections {path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            if value["image"] in found:
-                raise ValueError(f"{value['image']} is there twice")
-            found[value["image"]] = [from_json(each) for each in value["objects"]]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
-            raise DataError(
-                f"--detections {path}, line {number}: expected an image and its objects, each with class, score and "
-                f"box ({type(error).__name__}: {str(error)[:200]})"
-            ) from error
-    return found
-
-
-def from_json(value: dict[str, Any]) -> Found:
-    """An object; raises ValueError, TypeError or LookupError for what is none."""
-    name, color, mask = value["class"], value.get("color"), value.get("mask")
-    numbers = [float(each) for each in (value["score"], *value["box"])]
-    if not isinstance(name, str) or len(numbers) != 5 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"no class, score and box of four numbers: {value}")
-    score, left, top, right, bottom = numbers
-    if not 0 <= score <= 1 or left > right or top > bottom:
-        raise ValueError(f"a score outside of 0 to 1, or a box whose corners are swapped: {value}")
-    if color is not None and color not in COLORS:
-        raise ValueError(f"the color {color!r}, none of {', '.join(COLORS)}")
-    if mask is not None:
-        height, width = map(int, mask["size"])
-        runs = np.array(mask["counts"], dtype=np.int64)
-        if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
-            raise ValueError(f"a mask whose runs are not {height} × {width} pixels")
-        mask = Mask(height, width, runs)
-    return Found(name, score, (left, top, right, bottom), color, mask)

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vapi_fast.data.geneval import COLORS, OBJECTS
-from vapi_fast.evaluation.geneval_rules import THRESHOLD, Found, Mask
+from vapi_fast.evaluation.geneval_detections import Found, Mask
+from vapi_fast.evaluation.geneval_rules import THRESHOLD
 from vapi_fast.runtime.errors import CheckpointError, ConfigError, one_line
 from vapi_fast.runtime.packages import require
 

@@ -11,41 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from vapi_fast.data.geneval import Clause, Prompt
+from vapi_fast.evaluation.geneval_detections import Found
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a score has to be above
 MOST = 16  # objects of a class that count
 SHRINK = 0.1  # of two boxes' sides, taken off the distance of their centres
 DIRECTION = 0.5  # a component of the direction has to be above
-
-
-class Mask(NamedTuple):
-    """Which pixels are an object's, as COCO has it uncompressed: lengths of runs down the columns, outside first."""
-
-    height: int
-    width: int
-    runs: np.ndarray
-
-    @classmethod
-    def of(cls, pixels: np.ndarray) -> Mask:
-        """From booleans `[H,W]`."""
-        flat = pixels.T.ravel()
-        ends = np.flatnonzero(np.diff(flat, prepend=False)) if flat.size else np.zeros(0, int)
-        return cls(*pixels.shape, np.diff(ends, prepend=0, append=flat.size))
-
-    def pixels(self) -> np.ndarray:
-        """Booleans `[H,W]`."""
-        flat = np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
-        return flat.reshape(self.width, self.height).T
-
-
-class Found(NamedTuple):
-    """An object in an image."""
-
-    name: str
-    score: float
-    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-    color: str | None = None  # where it was asked for
-    mask: Mask | None = None
 
 
 class Verdict(NamedTuple):
