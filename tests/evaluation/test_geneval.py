@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -400,3 +402,25 @@ def run() -> Callable[..., int]:
         return commands.geneval_main(parser.parse_args(list(map(str, arguments))))
 
     return call
+
+
+def test_official_detections_become_a_file_by_the_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With mmdet's function replaced by one that returns what mmdet returns."""
+    page = (Path(__file__).parents[2] / "docs" / "geneval.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    mask = np.zeros((6, 8), bool)
+    mask[2:4, 1:5] = True
+    boxes = [np.zeros((0, 5), np.float32), np.array([[1, 2, 5, 4, 0.5], [0, 0, 1, 1, 0.25]], np.float32)]
+    found = (boxes, [[], [mask, mask]])
+    mmdet = SimpleNamespace(init_detector=lambda *files: files, inference_detector=lambda detector, path: found)
+    monkeypatch.setitem(sys.modules, "mmdet", SimpleNamespace(apis=mmdet))
+    monkeypatch.setitem(sys.modules, "mmdet.apis", mmdet)
+    monkeypatch.chdir(tmp_path)
+    Path("object_names.txt").write_text("dog\ncat\n")
+    Path("00003/samples").mkdir(parents=True)
+    Path("00003/samples/0000.png").touch()
+    exec(snippet, {})
+    ((image, (each,)),) = read_detections(Path("detections.jsonl")).items()
+    assert (image, each[:4]) == ("00003/samples/0000.png", ("cat", 0.5, (1, 2, 5, 4), None))
+    assert (each.mask.pixels() == mask).all()
+    assert each.mask.runs.tolist() == Mask.of(mask).runs.tolist()
