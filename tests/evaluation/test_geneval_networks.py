@@ -261,7 +261,7 @@ def test_a_clip_from_a_file_scores_a_folder(tmp_path: Path, monkeypatch: pytest.
     assert said["color"] == COLORS[int(np.argmax(cosines))]
     assert report.tasks["colors"].score == (said["color"] == "red")
     assert "not the official detector: their figures have not been compared" in str(report)
-    assert "colors by ViT-L-14 openai" in str(report)
+    assert "colours by ViT-L-14 openai" in str(report)
     (tmp_path / "clip.pt").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=r"--clip-weights .*clip\.pt: cannot be read"):
         ColorClassifier.load(tmp_path / "clip.pt", CPU)

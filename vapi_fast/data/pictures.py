@@ -99,7 +99,9 @@ def marked(pixels: np.ndarray, boxes: Sequence[tuple[Sequence[float], str]], mis
         right, bottom = max(left, right), max(top, bottom)
         colour = BOX_COLOURS[labels.index(label) % len(BOX_COLOURS)]
         draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        draw.rectangle((left, top, left + font.getlength(label) + 4, top + CAPTION_SIZE + 2), fill=colour)
+        width = font.getlength(label) + 4
+        left = max(min(left, MAX_CELL - width), 0)
+        draw.rectangle((left, top, left + width, top + CAPTION_SIZE + 2), fill=colour)
         draw.text((left + 2, top), label, fill="white", font=font)
     if missed:
         draw.rectangle((0, MAX_CELL - CAPTION_HEIGHT, MAX_CELL, MAX_CELL), fill=MISSED)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,9 +105,12 @@ def evaluate_geneval(config: GenevalConfig) -> GenevalReport | None:
         find, color, name = finders(config, prompts, samples, device)
         start, stop = (len(samples) * part // world_size() for part in (rank(), rank() + 1))
         mine = judged(prompts, samples[start:stop], find, color, config.batch_size)
-        found = [each for part in gather_objects(list(mine)) for each in part]
+        parts = gather_objects(list(mine))
         if rank() > 0:
             return None
+        found: list[list[Judged]] = [[] for _ in prompts]
+        for each in itertools.chain(*parts):
+            found[each.sample.prompt].append(each)
         report = make_report(prompts, found, name, time.perf_counter() - started)
         try:
             save(config.output, report, prompts, found)
@@ -120,7 +123,7 @@ def evaluate_geneval(config: GenevalConfig) -> GenevalReport | None:
 def finders(
     config: GenevalConfig, prompts: Sequence[Prompt], samples: Sequence[Sample], device: torch.device
 ) -> tuple[Finder, ColorClassifier | None, str]:
-    """Who says what is in the images, who says which colors, if any are asked for, and what they are called."""
+    """Who says what is in the images, who says which colours, if any are asked for, and what they are called."""
     if config.detections is None:
         colors = any(clause.color for prompt in prompts for clause in prompt.include)
         require_networks(True, colors)
@@ -146,7 +149,7 @@ def finders(
 
     if not colors:
         return find, None, name
-    return find, ColorClassifier.load(config.clip_weights, device), f"{name}, colors by {CLIP} {CLIP_WEIGHTS}"
+    return find, ColorClassifier.load(config.clip_weights, device), f"{name}, colours by {CLIP} {CLIP_WEIGHTS}"
 
 
 def judged(
@@ -180,42 +183,41 @@ def name_colors(color: ColorClassifier, prompt: Prompt, objects: Objects, image:
             objects[name][place] = objects[name][place]._replace(color=each)
 
 
-def make_report(prompts: Sequence[Prompt], found: Sequence[Judged], name: str, seconds: float) -> GenevalReport:
-    right: dict[int, list[bool]] = defaultdict(list)
-    for each in found:
-        right[each.sample.prompt].append(each.verdict.correct)
-    by_task = {task: [right[i] for i, prompt in enumerate(prompts) if prompt.tag == task] for task in TASKS}
+def make_report(
+    prompts: Sequence[Prompt], found: Sequence[Sequence[Judged]], name: str, seconds: float
+) -> GenevalReport:
+    """The scores of images, by prompt."""
+    by_task: dict[str, list[list[bool]]] = {task: [] for task in TASKS}
+    for prompt, images in zip(prompts, found, strict=True):
+        by_task[prompt.tag].append([each.verdict.correct for each in images])
     tasks = {task: Score.of(by_prompt) for task, by_prompt in by_task.items() if by_prompt}
     errors = [each.se for each in tasks.values()]
-    known = [each for each in errors if each is not None]
     return GenevalReport(
         tasks=tasks,
         overall=sum(each.score for each in tasks.values()) / len(tasks),
-        overall_se=math.hypot(*known) / len(tasks) if len(known) == len(errors) else None,
+        overall_se=None if None in errors else math.hypot(*errors) / len(tasks),
         detections=name,
         seconds=seconds,
     )
 
 
-def save(output: Path, report: GenevalReport, prompts: Sequence[Prompt], found: Sequence[Judged]) -> None:
+def save(output: Path, report: GenevalReport, prompts: Sequence[Prompt], found: Sequence[Sequence[Judged]]) -> None:
     """The report's files, each whole or absent, the scores last."""
-    of_prompt: dict[int, list[Judged]] = defaultdict(list)
-    for each in found:
-        of_prompt[each.sample.prompt].append(each)
     by_prompt = [
         {
-            "folder": str(Path(of_prompt[number][0].sample.name).parts[0]),
+            "folder": Path(images[0].sample.name).parts[0],
             "tag": prompt.tag,
             "prompt": prompt.text,
-            "score": sum(each.verdict.correct for each in of_prompt[number]) / len(of_prompt[number]),
-            "images": [{"image": each.sample.name} | each.verdict._asdict() for each in of_prompt[number]],
+            "score": sum(each.verdict.correct for each in images) / len(images),
+            "images": [{"image": each.sample.name} | each.verdict._asdict() for each in images],
         }
-        for number, prompt in enumerate(prompts)
+        for prompt, images in zip(prompts, found, strict=True)
     ]
-    lines = "".join(json.dumps(to_json(each.sample.name, each.objects)) + "\n" for each in found)
+    every = list(itertools.chain(*found))
+    lines = "".join(json.dumps(to_json(each.sample.name, each.objects)) + "\n" for each in every)
     scores = json.dumps(dataclasses.asdict(report) | {"prompts": by_prompt}, indent=1) + "\n"
     write_atomically(output / "detections.jsonl", lambda temporary: temporary.write_text(lines, "utf-8"))
-    save_contact_sheet(output / "contact_sheet.png", report, prompts, found)
+    save_contact_sheet(output / "contact_sheet.png", report, prompts, every)
     write_atomically(output / "scores.json", lambda temporary: temporary.write_text(scores, "utf-8"))
 
 
