@@ -23,6 +23,7 @@ from vapi_fast.evaluation.geneval_networks import ClipParts, ColorClassifier, De
 from vapi_fast.runtime.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 DOG, CAT = OBJECTS.index("dog"), OBJECTS.index("cat")
 
 
@@ -63,19 +64,20 @@ class OneObject(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Any:
         self.seen.append(pixel_values)
-        classes = torch.full((len(pixel_values), 1, 81), -30.0)
+        classes = torch.full((len(pixel_values), 1, 81), -30.0, device=pixel_values.device)
         classes[:, :, DOG] = 30.0
         masks = F.avg_pool2d(pixel_values.mean(1, keepdim=True), 4) * 100
         return SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
 
 
-def test_boxes_are_in_the_images_own_pixels() -> None:
+@DEVICES
+def test_boxes_are_in_the_images_own_pixels(device: str) -> None:
     """Whatever the image is resized and padded to; images of a batch may have different sizes."""
     network = OneObject()
     square, wide = np.zeros((64, 64, 3), np.uint8), np.zeros((50, 200, 3), np.uint8)
     square[16:48, 8:24] = 255
     wide[20:30, 100:180] = 255
-    (first,), (second,) = Detector(network, CPU)([square, wide])
+    (first,), (second,) = Detector(network, torch.device(device))([square, wide])
     assert network.seen[0].shape == (2, 3, 800, 1344)  # 800 × 800, and 333 × 1333
     assert network.seen[0][0, :, :, 800:].abs().max() == 0
     assert network.seen[0][0, :, 0, 0].tolist() == pytest.approx([-123.675 / 58.395, -116.28 / 57.12, -103.53 / 57.375])
@@ -175,7 +177,7 @@ class Average(nn.Module):
             color = next(color for color in COLORS if f" {color}" in text)
             direction = torch.tensor(self.RGB.get(color, (0.01, 0.02, 0.01)), dtype=torch.float)
             found.append(-direction if text.startswith(f"a photo of a {color} dog") else 5 * direction)
-        return torch.stack(found)
+        return torch.stack(found).to(tokens.device)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         start = len(self.texts)
@@ -187,9 +189,10 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.tensor(np.asarray(picture.resize((4, 4)))).permute(2, 0, 1) / 255
 
 
-def test_colors_are_those_of_masked_crops() -> None:
+@DEVICES
+def test_colors_are_those_of_masked_crops(device: str) -> None:
     network = Average()
-    classify = ColorClassifier(ClipParts(network, to_tensor, network.tokenize), CPU)
+    classify = ColorClassifier(ClipParts(network, to_tensor, network.tokenize), torch.device(device))
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, :10] = (255, 0, 0)
     image[:, 10:20] = (0, 0, 255)

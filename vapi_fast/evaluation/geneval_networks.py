@@ -37,7 +37,7 @@ class Detector:
     """Objects in images, by a Mask2Former whose labels are OBJECTS."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.network = network.eval().requires_grad_(False).to(device)
+        self.network = network.eval().requires_grad_(False).float().to(device)
         self.device = device
 
     @classmethod
