@@ -37,6 +37,7 @@ setup(
         "text": ["transformers", "ftfy"],
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers", "ftfy"],
         "dev": ["ruff"],
+        "geneval": ["transformers", "open-clip-torch>=3", "scipy"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},
 )
