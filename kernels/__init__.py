@@ -8,19 +8,22 @@ Each function here has the name and the signature of the public operation, which
 here they are taken as right, except that the dtypes a kernel takes are fewer.
 """
 
-from vapi_fast.reference import group_advantages
+# In a checkout's root this folder is also found as `kernels`, which is the name of a package of Hugging Face's: whoever
+# looks for that one must not register the operations a second time.
+if __name__ == "vapi_fast.kernels":
+    from vapi_fast.reference import group_advantages
 
-from .attention import append_to_cache, decode_attention
-from .codebook import codebook_lookup, vq_lookup
-from .dropout import dropout
-from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
-from .group_sample import group_sample, linear_group_sample
-from .losses import linear_cross_entropy, policy_loss
-from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse
-from .rms_norm import rms_norm
-from .rotary_swiglu import rotary_2d, swiglu
-from .straight_through import straight_through_lookup
+    from .attention import append_to_cache, decode_attention
+    from .codebook import codebook_lookup, vq_lookup
+    from .dropout import dropout
+    from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
+    from .group_sample import group_sample, linear_group_sample
+    from .losses import linear_cross_entropy, policy_loss
+    from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
+    from .perceptual import lpips_distance, mse
+    from .rms_norm import rms_norm
+    from .rotary_swiglu import rotary_2d, swiglu
+    from .straight_through import straight_through_lookup
 
 __all__ = [
     "add_group_norm_silu",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,14 @@ def test_the_default_follows_the_device() -> None:
         assert backends.backend_name(on_gpu) == "reference"
     with ops.use_backend("triton"):
         assert backends.backend_name(torch.zeros(1, device="meta")) == "reference"  # no kernel could be launched
+
+
+def test_the_folder_of_a_checkout_is_no_second_package() -> None:
+    """Whoever imports it as `kernels`, as `transformers` does for another package, leaves the operators alone."""
+    code = "import vapi_fast.kernels, kernels, sys; print([n for n in sys.modules if n.startswith('kernels')])"
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout == "['kernels']\n"
 
 
 def test_an_unknown_backend() -> None:
