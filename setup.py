@@ -34,8 +34,10 @@ setup(
     ],
     extras_require={
         "rewards": ["transformers"],
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers"],
+        "text": ["transformers", "ftfy"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scipy", "transformers", "ftfy"],
         "dev": ["ruff"],
+        "geneval": ["transformers", "open-clip-torch>=3", "scipy"],
     },
     entry_points={"console_scripts": ["vapi-fast=vapi_fast.cli:main"]},
 )

@@ -46,6 +46,23 @@ def grey_png(value: int = 0) -> bytes:
     return file.getvalue()
 
 
+def text_encoder(folder: Path, width: int = 16) -> Path:
+    """A small random T5 and a tokenizer of whole words, in `transformers`' layout."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "on", "red", "blue", "cup", "cat", "dogs", "table", "two"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    signs = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **signs).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
+    T5EncoderModel(T5Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
 def classes(root: Path, *names: str, each: int = 2) -> Path:
     """A folder of class folders."""
     for name in names:

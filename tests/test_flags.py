@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import math
 import os
 from dataclasses import Field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vapi_fast import cli, commands, tiny
 from vapi_fast.runtime.errors import ConfigError
@@ -80,12 +82,18 @@ def values(config: type, field: Field[Any]) -> Any:
     return st.sampled_from(PATHS) if kind is Path else st.sampled_from(TEXTS) | st.text(max_size=8)
 
 
+def of_model(config: type) -> dict[str, str]:
+    """The tiny preset's name, where the command has a model."""
+    return {"model": "tiny"} if any(field.name == "model" for field in options(config)) else {}
+
+
 @st.composite
 def command_lines(draw: Any, command: str) -> list[str]:
     config = cli.COMMANDS[command].config
     fields = list(options(config))
     chosen = draw(st.lists(st.sampled_from(fields), max_size=6, unique_by=lambda field: field.name))
-    line = ["--model", draw(st.sampled_from(("tiny", "tiny", "xxl", "b", "TINY", "huge")))]
+    model = draw(st.sampled_from(("tiny", "tiny", "xxl", "b", "TINY", "huge")))
+    line = ["--model", model] if of_model(config) else []
     for field in chosen:
         name = draw(st.sampled_from(flags_of(field)))
         line += [name] if kind_of(config, field) is bool else [f"{name}={draw(values(config, field))}"]
@@ -128,13 +136,18 @@ def with_required(command: str, line: list[str]) -> list[str]:
     """The flag that the parser insists on, in front, where it was not drawn."""
     if command == "align":
         return line
-    name, value = {"generate": ("--out", "out"), "evaluate": ("--samples", str(tiny.FILES.heldout_images))}[command]
+    (field, value), *_ = required_of(command, Path()).items()
+    name = f"--{field}"
     return line if any(each.startswith(f"{name}=") for each in line) else [f"{name}={value}", *line]
 
 
 def required_of(command: str, folder: Path) -> dict[str, Path]:
     """The fields that have no default."""
-    return {"generate": {"out": folder / "out"}, "evaluate": {"samples": tiny.FILES.heldout_images}}.get(command, {})
+    return {
+        "generate": {"out": folder / "out"},
+        "evaluate": {"samples": tiny.FILES.heldout_images},
+        "geneval": {"samples": Path(__file__).parent},
+    }.get(command, {})
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -144,14 +157,15 @@ def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
 ) -> None:
     config = cli.COMMANDS[command].config
     required = required_of(command, tmp_path)
-    config(model="tiny", **required)
+    required |= of_model(config)
+    config(**required)
     tried = 0
     for field in options(config):
         if kind_of(config, field) in (int, float):
             tried += 1
             with pytest.raises(ConfigError, match=f"{flags_of(field)[0]} must be "):
-                config(**({"model": "tiny", field.name: number} | required))
-    assert tried >= (2 if command == "evaluate" else 8)
+                config(**(required | {field.name: number}))
+    assert tried >= {"evaluate": 2, "geneval": 1}.get(command, 8)
 
 
 SIZES = ("num", "save_size", "image_size", "batch_size", "group_size", "eval_samples")  # of tensors
@@ -160,6 +174,7 @@ QUICK = {
     "align": "--model tiny --steps 1 --no-eval --batch-size 2 --micro-batch 2 --group-size 2 --output-dir OUT",
     "generate": "--model tiny --num 2 --out OUT",
     "evaluate": f"--model tiny --samples {tiny.FILES.heldout_images}",
+    "geneval": "--samples geneval --detections found.jsonl --output OUT",
 }
 
 
@@ -190,6 +205,12 @@ def quick_lines(draw: Any, command: str) -> list[str]:
 def test_any_flags_of_a_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command itself, to its end or to its one line."""
     monkeypatch.chdir(tmp_path)
+    image = Path("geneval/00000/samples/0000.png")
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(image)
+    prompt = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    Path("geneval/00000/metadata.jsonl").write_text(json.dumps(prompt))
+    Path("found.jsonl").write_text(json.dumps({"image": "00000/samples/0000.png", "objects": []}))
     seen: dict[int, int] = {}
 
     @hypothesis.settings(max_examples=max(EXAMPLES // 20, 1), deadline=None, database=None, derandomize=True)
@@ -220,4 +241,4 @@ def test_what_decides_the_size_of_a_tensor_has_a_largest_value(command: str, tmp
     assert found
     assert all(most <= 10**7 for most in found.values())
     with pytest.raises(ConfigError, match="--batch-size must be between 1 and 10000000, got 9223372036854775807"):
-        config(**({"model": "tiny", "batch_size": 2**63 - 1} | required_of(command, tmp_path)))
+        config(**({"batch_size": 2**63 - 1} | of_model(config) | required_of(command, tmp_path)))

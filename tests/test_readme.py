@@ -64,6 +64,7 @@ STARTED = {
     "python -m vapi_fast.kernels.check": (" --help", 0, "--arch"),  # in full in kernels/test_check.py
     "pytest benchmarks/ --benchmark-only": (" --collect-only -q", 0, "test_operation[mse forward]"),
     "vapi-fast align": (" --help", 0, "--model"),
+    "vapi-fast geneval --samples DIR": ("", 2, "--samples DIR: no such file or folder"),
     "torchrun … benchmarks/e2e_align.py": (" --help", 0, "--model"),
     "torchrun … --no-python vapi-fast align": (" --help", 0, "--model"),
 }
@@ -158,7 +159,7 @@ def test_tables_of_flags_are_those_of_the_configurations(page: Path) -> None:
     """`python docs/flag_tables.py` writes them."""
     text = page.read_text(encoding="utf-8")
     assert flag_tables.with_tables(text) == text
-    assert text.count("<!-- flags: ") == (1 if page.name == "README.md" else 2)
+    assert text.count("<!-- flags: ") == (1 if page.name == "README.md" else 3)
     assert flag_tables.with_tables(text.replace("| `--batch-size` |", "| stale |")) == text
 
 

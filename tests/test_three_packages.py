@@ -120,6 +120,7 @@ MISSING = {
         "pillow safetensors",
     ),
     "evaluate --model tiny --samples .": (2, "vapi-fast evaluate needs pillow", "pillow"),
+    "geneval --samples .": (2, "vapi-fast geneval needs pillow", "pillow"),
 }
 
 
@@ -149,6 +150,7 @@ for command in {list(MISSING)}:
         "-m vapi_fast.cli align --help",
         "-m vapi_fast.cli generate --help",
         "-m vapi_fast.cli evaluate --help",
+        "-m vapi_fast.cli geneval --help",
         f"{E2E} --help",
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: `vapi-fast align`, `generate` and `evaluate`; their flags are the fields of their configurations.
+"""The command line: `vapi-fast align`, `generate`, `evaluate`, `geneval`; flags are their configurations' fields.
 
 Nothing here imports torch: --help and a mistyped flag answer at once. What runs is in `vapi_fast.commands`.
 """
@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.evaluation.config import EvaluateConfig
+from vapi_fast.evaluation.config import EvaluateConfig, GenevalConfig
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import catalog
 from vapi_fast.runtime.options import add_flags
@@ -25,6 +25,7 @@ COMMANDS = {
     "align": Command(AlignConfig, "align a generator to pixel space"),
     "generate": Command(GenerateConfig, "draw images from a generator"),
     "evaluate": Command(EvaluateConfig, "score images: FID, sFID, Inception Score, precision, recall"),
+    "geneval": Command(GenevalConfig, "score images of captions by GenEval's six tasks"),
 }
 
 

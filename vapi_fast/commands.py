@@ -101,6 +101,21 @@ def evaluate_main(options: argparse.Namespace) -> int:
     return run_command(score, lambda: "interrupted", LOWER_BATCH_SIZE)
 
 
+def geneval_main(options: argparse.Namespace) -> int:
+    """Print GenEval's scores; returns the exit status."""
+
+    def score() -> None:
+        require(ConfigError, "vapi-fast geneval", "PIL")
+        from vapi_fast.evaluation.config import GenevalConfig
+        from vapi_fast.evaluation.geneval import evaluate_geneval
+
+        report = evaluate_geneval(GenevalConfig(**vars(options)))
+        if report is not None:
+            print(report)
+
+    return run_command(score, lambda: "interrupted", LOWER_BATCH_SIZE)
+
+
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding does not
@@ -142,4 +157,5 @@ MAINS: dict[str, Callable[[argparse.Namespace], int]] = {
     "align": align_main,
     "generate": generate_main,
     "evaluate": evaluate_main,
+    "geneval": geneval_main,
 }

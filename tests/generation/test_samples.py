@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vapi_fast import generate, tiny
@@ -172,69 +171,6 @@ def test_save_size_resizes_the_decoded_image(png: Path, tmp_path: Path) -> None:
     assert small.shape == (16, 16, 3)
     halved = large.reshape(16, 2, 16, 2, 3).mean((1, 3))
     assert np.abs(small - halved).mean() < 8 < np.abs(small[::-1] - halved).mean()
-
-
-def test_captions_condition_a_text_model(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = LlamaGen.from_name("tiny", caption_tokens=5, caption_width=16).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    save_generator(tmp_path / "text.pt", model.state_dict())
-    features, mask = torch.randn(2, 5, 16), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    save_file({"features": features.half(), "mask": mask}, tmp_path / "captions.safetensors")
-    np.save(tmp_path / "captions.npy", features.half().numpy())
-    text = {"gpt_ckpt": tmp_path / "text.pt", "class_ids": None, "num": 3, "batch_size": 3, "cfg_scale": 1.0}
-    sampled = {}
-    for suffix in ("safetensors", "npy"):
-        path = tmp_path / f"captions.{suffix}"
-        draw_samples(config(tmp_path / suffix, caption_features=path, **text))
-        manifest = json.loads((tmp_path / suffix / "manifest.json").read_text())
-        assert [image["caption"] for image in manifest["images"]] == [0, 1, 0]
-        assert manifest["files"]["captions"]["name"] == path.name
-        sampled[suffix] = next(open_image_set(tmp_path / suffix, 32).batches(0, 3, 3)).int()
-    rows = features.half().float()[[0, 1, 0]]
-    tokenizer = VQTokenizer.from_checkpoint(tiny.FILES.tokenizer, "tiny")
-    with torch.no_grad():
-        for suffix, condition_mask in (("safetensors", mask[[0, 1, 0]].bool()), ("npy", None)):
-            tokens = generate(model, rows, seed=5, condition_mask=condition_mask)
-            images = (tokenizer.decode(tokens).clamp(-1, 1) * 127.5 + 127.5).round()
-            assert (sampled[suffix] - images).abs().max() <= 1
-    assert not torch.equal(sampled["npy"][0], sampled["safetensors"][0])
-
-    np.save(tmp_path / "narrow.npy", np.zeros((2, 5, 8), np.float32))
-    np.save(tmp_path / "text.npy", np.array(["a", "b"]))
-    (tmp_path / "damaged.npy").write_bytes(b"damaged")
-    save_file({"embeddings": features}, tmp_path / "other.safetensors")
-    for name, message in (
-        ("narrow.npy", r"is \[2, 5, 8\], this checkpoint takes \[N, 5, 16\]"),
-        ("text.npy", "cannot be read"),
-        ("damaged.npy", "cannot be read"),
-        ("other.safetensors", "no tensor `features`, only embeddings"),
-    ):
-        with pytest.raises(ConfigError, match=message) as caught:
-            draw_samples(config(tmp_path / "refused", caption_features=tmp_path / name, **text))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="--caption-features is required"):
-        draw_samples(config(tmp_path / "refused", **text))
-    classes = text | {"gpt_ckpt": tiny.FILES.generator}
-    with pytest.raises(ConfigError, match="conditioned on classes, pass --class-ids"):
-        draw_samples(config(tmp_path / "refused", caption_features=tmp_path / "captions.npy", **classes))
-    assert not (tmp_path / "refused").exists()
-
-
-@pytest.mark.parametrize("value", [1e300, -1e39, math.nan, math.inf])
-def test_captions_that_float32_cannot_hold_are_refused(tmp_path: Path, value: float) -> None:
-    features = np.zeros((3, 5, 16))
-    features[2, 4, 7] = 1e38
-    np.save(tmp_path / "captions.npy", features)
-    assert read_captions(tmp_path / "captions.npy", 5, 16).rows[2, 4, 7] == torch.tensor(1e38)
-    features[2, 4, 7] = value
-    np.save(tmp_path / "captions.npy", features)
-    save_file({"features": torch.from_numpy(features)}, tmp_path / "captions.safetensors")
-    for suffix in ("npy", "safetensors"):
-        with pytest.raises(ConfigError, match="expected finite floating-point numbers"):
-            read_captions(tmp_path / f"captions.{suffix}", 5, 16)
 
 
 def test_captions_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

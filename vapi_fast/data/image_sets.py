@@ -182,11 +182,7 @@ class FolderImages:
 
     def _load(self, index: int) -> np.ndarray:
         path = self.paths[index]
-        try:
-            with Image.open(path, formats=IMAGE_FORMATS) as picture:
-                pixels = np.asarray(rgb(picture))
-        except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            raise DataError(f"cannot read {path}: {error}") from error
+        pixels = read_picture(path)
         self.size = self.size or pixels.shape[:2]
         if pixels.shape[:2] != self.size:
             (height, width), (others_height, others_width) = pixels.shape[:2], self.size
@@ -195,6 +191,15 @@ class FolderImages:
                 "put them into class folders, which are cropped"
             )
         return pixels.transpose(2, 0, 1)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A picture as uint8 `[H,W,3]`; raises DataError for a damaged one."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as picture:
+            return np.asarray(rgb(picture))
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 class LabelledImages:

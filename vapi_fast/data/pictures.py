@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,6 +24,7 @@ SHEET_COLUMNS = 8
 MARGIN, GAP, SHEET_GAP = 16, 6, 32
 LABEL_SIZE, CAPTION_SIZE, CAPTION_HEIGHT = 28, 11, 18
 BACKGROUND, INK = (243, 244, 246), (31, 41, 55)
+MISSED, BOX_COLOURS = (185, 28, 28), ((21, 128, 61), (29, 78, 216), (126, 34, 206), (180, 83, 9))
 
 
 def spread(labels: Tensor, side: int) -> tuple[Tensor, int]:
@@ -78,6 +80,33 @@ def save_sheets(
                 y += CAPTION_HEIGHT
             picture.paste(cell, (x, y))
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+
+
+def marked(pixels: np.ndarray, boxes: Sequence[tuple[Sequence[float], str]], missed: str = "") -> Tensor:
+    """A cell uint8 `[3,MAX_CELL,MAX_CELL]` of an image uint8 `[H,W,3]`, with labelled boxes, and `missed` below them.
+
+    boxes: (left, top, right, bottom) in the image's pixels, and what stands at it. Equal labels have equal colours.
+    """
+    picture = Image.fromarray(pixels)
+    scale = MAX_CELL / max(picture.size)
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    cell = Image.new("RGB", (MAX_CELL, MAX_CELL), BACKGROUND)
+    cell.paste(picture.resize([max(round(side * scale), 1) for side in picture.size], resampling))
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(CAPTION_SIZE)
+    labels = list(dict.fromkeys(label for _, label in boxes))
+    for box, label in boxes:
+        left, top, right, bottom = (min(max(round(side * scale), 0), MAX_CELL - 1) for side in box)
+        right, bottom = max(left, right), max(top, bottom)
+        colour = BOX_COLOURS[labels.index(label) % len(BOX_COLOURS)]
+        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+        width = font.getlength(label) + 4
+        left = max(min(left, MAX_CELL - width), 0)
+        draw.rectangle((left, top, left + width, top + CAPTION_SIZE + 2), fill=colour)
+        draw.text((left + 2, top), label, fill="white", font=font)
+    if missed:
+        draw.rectangle((0, MAX_CELL - CAPTION_HEIGHT, MAX_CELL, MAX_CELL), fill=MISSED)
+        draw.text((4, MAX_CELL - CAPTION_HEIGHT + 2), missed, fill="white", font=font)
+    return torch.from_numpy(np.array(cell)).permute(2, 0, 1)
 
 
 def _enlargement(side: int) -> int:

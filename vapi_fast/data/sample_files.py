@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import zipfile
@@ -18,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, FolderImages, NpzImages
-from vapi_fast.data.splits import pictures_in
+from vapi_fast.data.geneval import METADATA, SAMPLES, Prompt, folder_name, sample_name
+from vapi_fast.data.image_sets import IMAGES_KEY, SAMPLES_FILE, SAMPLES_FOLDER, NpzImages, read_picture
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.errors import DataError
 
@@ -29,8 +30,8 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # its last chunk
 PART = re.compile(r"\d{6,}\.safetensors")
 # What `write_atomically` calls the temporary files of ours.
 LEFTOVER = re.compile(
-    r"\.((manifest\.json|samples\.npz|(contact_sheet|comparison|entropy|\d{6,})\.png|\d{6,}\.safetensors)"
-    r"\.\w+\.tmp\.(json|npz|png|safetensors))"
+    r"\.((manifest\.json|samples\.npz|(contact_sheet|comparison|entropy|\d{4,})\.png|\d{6,}\.safetensors|"
+    r"metadata\.jsonl)\.\w+\.tmp\.(json|npz|png|safetensors|jsonl))"
 )
 MERGE_ROWS = 256  # images held at once while the .npz is written
 
@@ -58,15 +59,17 @@ class PngFiles:
     """`images/000000.png`, …"""
 
     def __init__(self, out: Path, count: int) -> None:
-        self.folder = out / SAMPLES_FOLDER
+        self.out = out
         self.count = count
         self.pool = ThreadPoolExecutor(WRITE_THREADS)
         self.pending: list[Future[None]] = []
 
+    def path(self, index: int) -> Path:
+        """Where a sample lies."""
+        return self.out / SAMPLES_FOLDER / png_name(index)
+
     def missing(self) -> Tensor:
-        there = pictures_in(self.folder) if self.folder.is_dir() else []
-        present = {path.name for path in there if is_whole_png(path)}
-        return torch.tensor([i for i in range(self.count) if png_name(i) not in present], dtype=torch.int64)
+        return torch.tensor([i for i in range(self.count) if not is_whole_png(self.path(i))], dtype=torch.int64)
 
     def add(self, ids: Sequence[int], pixels: Tensor) -> None:
         self.flush()
@@ -82,11 +85,31 @@ class PngFiles:
         self.flush()
 
     def first(self, count: int) -> Tensor:
-        return next(FolderImages(self.folder).batches(0, count, count))
+        pictures = np.stack([read_picture(self.path(index)) for index in range(count)])
+        return torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
 
     def _write(self, index: int, image: np.ndarray) -> None:
         picture = Image.fromarray(image)
-        write_atomically(self.folder / png_name(index), lambda temporary: picture.save(temporary, format="PNG"))
+        write_atomically(self.path(index), lambda temporary: picture.save(temporary, format="PNG"))
+
+
+class GenevalFiles(PngFiles):
+    """GenEval's layout: `00000/metadata.jsonl`, `00000/samples/0000.png`, …; sample i is of prompt i mod N."""
+
+    def __init__(self, out: Path, count: int, prompts: Sequence[Prompt]) -> None:
+        super().__init__(out, count)
+        self.prompts = prompts
+
+    def path(self, index: int) -> Path:
+        number, prompt = divmod(index, len(self.prompts))
+        return self.out / sample_name(prompt, number)
+
+    def finish(self) -> None:
+        super().finish()
+        for number, prompt in enumerate(self.prompts[: self.count]):
+            text = json.dumps(prompt.to_json()) + "\n"
+            path = self.out / folder_name(number) / METADATA
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
 
 
 class NpzFiles:
@@ -177,7 +200,9 @@ def png_name(index: int) -> str:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether the file ends as a PNG does: one that a full disk or a lost machine cut is drawn again."""
+    """Whether there is a file that ends as a PNG does: one that a full disk or a lost machine cut is drawn again."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - len(PNG_END), 0))
         return file.read() == PNG_END
@@ -199,12 +224,16 @@ def damage_named(path: Path) -> Iterator[None]:
 
 def remove_leftovers(out: Path) -> None:
     """Delete the temporary files of a run that was killed while it wrote."""
-    for folder in (out, out / SAMPLES_FOLDER, out / PARTS_FOLDER):
+    prompts = [folder for folder in out.glob("[0-9]*") if not folder.is_symlink()]
+    below = (out / SAMPLES_FOLDER, out / PARTS_FOLDER, *(folder / SAMPLES for folder in prompts))
+    for folder in (out, *prompts, *below):
         delete_own(folder, LEFTOVER)
 
 
 def delete_own(folder: Path, names: re.Pattern[str]) -> None:
     """Delete the regular files with such names; nothing through a link, which leads to what may be another's."""
-    for path in () if folder.is_symlink() and folder.name in (SAMPLES_FOLDER, PARTS_FOLDER) else folder.glob("*"):
+    for path in (
+        () if folder.is_symlink() and folder.name in (SAMPLES_FOLDER, PARTS_FOLDER, SAMPLES) else folder.glob("*")
+    ):
         if names.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)

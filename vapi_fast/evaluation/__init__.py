@@ -7,7 +7,8 @@ __all__, __getattr__ = offers(
     {
         "metrics": ["Scores", "frechet_distance", "inception_score", "precision_recall", "score"],
         "inception": ["load_inception"],
-        "config": ["EvaluateConfig"],
+        "config": ["EvaluateConfig", "GenevalConfig"],
         "scoring": ["evaluate"],
+        "geneval": ["evaluate_geneval"],
     },
 )

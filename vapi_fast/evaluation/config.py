@@ -1,4 +1,4 @@
-"""What `vapi-fast evaluate` does."""
+"""What `vapi-fast evaluate` and `vapi-fast geneval` do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, option
+from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check, check_files, check_output, fill_in, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +63,40 @@ class EvaluateConfig:
     @property
     def is_tiny(self) -> bool:
         return self.model == "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenevalConfig:
+    """One `vapi-fast geneval`: which images, and who says what is in them.
+
+    Raises:
+        ConfigError: a field out of range, or a missing file.
+    """
+
+    samples: Path = option(
+        help="folder in GenEval's layout: `00000/metadata.jsonl`, `00000/samples/0000.png`, …", file="file or folder"
+    )
+    detections: Path | None = option(
+        None, "what is in the images, as JSON lines, in place of the detector", file="file"
+    )
+    detector: str = option(
+        "facebook/mask2former-swin-small-coco-instance",
+        "a Mask2Former on COCO, by its name on the hub, or its folder for machines that are offline",
+    )
+    clip_weights: Path | None = option(
+        None, "OpenAI's CLIP ViT-L/14, for machines that are offline", shown="download", file="file"
+    )
+    batch_size: int = option(8, "images in the detector at once", at_least=1, at_most=MOST)
+    output: Path | None = option(None, "folder of the results, a new one", shown="`SAMPLES/geneval`")
+
+    def __post_init__(self) -> None:
+        fill_in(self, {})
+        check(self)
+        check_files(self)
+        if not self.samples.is_dir():
+            raise ConfigError(f"--samples {self.samples} is a file: pass a folder in GenEval's layout")
+        if self.output is None:
+            object.__setattr__(self, "output", self.samples / "geneval")
+        check_output("output", self.output)
+        if self.output.exists():
+            raise ConfigError(f"--output {self.output} exists: choose another name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vapi_fast.data.text import ENCODER, TextEncoder
+from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.sizes import Classes
 from vapi_fast.runtime.checkpoint import load_file_checked
@@ -36,23 +39,40 @@ class Conditions:
         return numbers[torch.arange(count) % len(numbers)]
 
 
-def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, generator: Generator) -> Conditions:
-    """Class ids (None: all) or a file of caption features, whichever `generator` takes; ConfigError if they misfit."""
+def read_conditions(config: GenerateConfig, generator: Generator, device: torch.device) -> Conditions:
+    """What `config` names: class ids (default: all), caption features, or prompts, which `device` encodes.
+
+    Raises ConfigError where the generator takes another kind, and what reading them raises.
+    """
     taken = generator.config.condition
     if not isinstance(taken, Classes):
-        if captions is None:
+        if config.texts:
+            return encoded(config.texts, config.text_encoder, device, *taken)
+        if config.caption_features is None:
             raise ConfigError(
-                "--caption-features is required: this checkpoint is conditioned on captions, not on classes"
+                "--prompt, --prompts or --caption-features is required: this checkpoint is conditioned on captions, "
+                "not on classes"
             )
-        return read_captions(captions, *taken)
-    if captions is not None:
-        raise ConfigError("--caption-features: this checkpoint is conditioned on classes, pass --class-ids")
-    unknown = [i for i in class_ids or () if not 0 <= i < taken.count]
+        return read_captions(config.caption_features, *taken)
+    if config.texts or config.caption_features is not None:
+        kind = "--caption-features" if config.caption_features else "--prompt" if config.prompt else "--prompts"
+        raise ConfigError(f"{kind}: this checkpoint is conditioned on classes, pass --class-ids")
+    unknown = [i for i in config.class_ids or () if not 0 <= i < taken.count]
     if unknown:
         raise ConfigError(
             f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has 0-{taken.count - 1}"
         )
-    return Conditions(torch.tensor(class_ids or range(taken.count)))
+    return Conditions(torch.tensor(config.class_ids or range(taken.count)))
+
+
+def encoded(texts: Sequence[str], source: str | None, device: torch.device, tokens: int, width: int) -> Conditions:
+    """Features of texts by the encoder `source`, which leaves the device's memory again."""
+    encoder = TextEncoder(source, device)
+    if encoder.width != width:
+        raise ConfigError(
+            f"--text-encoder {source or ENCODER}: its states are {encoder.width} wide, this checkpoint takes {width}"
+        )
+    return Conditions(*encoder.encode(texts, tokens))
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:

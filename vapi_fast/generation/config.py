@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,13 @@ class GenerateConfig(DrawOptions, ModelOptions):
         shown="all",
         kind=str,
     )
+    prompt: str | None = option(None, "text to draw, for a text-conditioned model")
+    prompts: Path | None = option(
+        None, "file of texts in turn: one a line, or lines of JSON with `prompt` as GenEval's", file="file"
+    )
+    text_encoder: str | None = option(
+        None, "T5 that the model was trained with: folder, or name on Hugging Face's hub", shown="google/flan-t5-xl"
+    )
     caption_features: Path | None = option(
         None,
         "text-encoder features `[N, 120, 2048]` (`.npy`, `.safetensors`) for a text-conditioned model, in turn",
@@ -142,14 +151,18 @@ class GenerateConfig(DrawOptions, ModelOptions):
     def __post_init__(self) -> None:
         if self.caption_features is not None and self.num is PRESET:
             raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
+        one_each = self.num is PRESET
         self.prepare("generate")
         if self.save_size is None:
             object.__setattr__(self, "save_size", self.image_size)
         if self.class_ids is not None:
             object.__setattr__(self, "class_ids", parse_class_ids(self.class_ids))
-        if self.class_ids is not None and self.caption_features is not None:
-            raise ConfigError("--class-ids and --caption-features: a model has one kind of condition, pass one of them")
+        kinds = ("class_ids", "caption_features", "prompt", "prompts")
+        if len(given := [flag(kind) for kind in kinds if getattr(self, kind) is not None]) > 1:
+            raise ConfigError(f"{' and '.join(given)}: images are drawn of one kind of condition, pass one of them")
         self.check_required("gpt_ckpt", "vq_ckpt")
+        if self.texts and one_each:
+            object.__setattr__(self, "num", len(self.texts))
         check_output("out", self.out)
         if self.out.suffix == ".npz":
             raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/samples.npz: leave out the .npz")
@@ -159,6 +172,27 @@ class GenerateConfig(DrawOptions, ModelOptions):
     @property
     def tokenizer(self) -> str:
         return catalog.entry(self.model).tokenizer
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, in turn; empty where classes or features are drawn. Raises ConfigError for a file of none."""
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        return () if self.prompt is None else (self.prompt,)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file: a line each, or a JSON object a line with `prompt`; blank lines are passed over."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line for line in lines if line]
+        if lines and all(line.startswith("{") for line in lines):
+            lines = [str(json.loads(line)["prompt"]) for line in lines]
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise ConfigError(f"--prompts {path}: neither lines of text nor of JSON with `prompt` ({error})") from error
+    if not lines:
+        raise ConfigError(f"--prompts {path}: has no prompts")
+    return tuple(lines)
 
 
 def parse_class_ids(text: str | Sequence[int]) -> tuple[int, ...]:

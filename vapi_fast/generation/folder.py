@@ -41,7 +41,8 @@ from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
-FREE_FIELDS = {"out", "batch_size", "compare_ckpt", "entropy_maps", "gpt_ckpt", "vq_ckpt", "caption_features", "ema"}
+FILES = {"gpt_ckpt", "vq_ckpt", "caption_features", "prompts", "ema"}
+FREE_FIELDS = FILES | {"out", "batch_size", "compare_ckpt", "entropy_maps"}
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
@@ -144,7 +145,7 @@ class Sampler:
         generator = load_generator(checkpoint, config.model, grid_size=config.grid_size, averaged=config.ema)
         if config.cfg_scale > 1:
             require_unconditional(generator, checkpoint, "--cfg-scale above 1", "pass --cfg-scale 1")
-        conditions = read_conditions(config.class_ids, config.caption_features, generator)
+        conditions = read_conditions(config, generator, device)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         check_vocabulary(generator, checkpoint, tokenizer, config.vq_ckpt)
         for module in (generator, tokenizer):
@@ -247,7 +248,8 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
 
 def make_manifest(config: GenerateConfig, sampler: Sampler) -> dict[str, Any]:
     """What decides the images, and what each of them is."""
-    used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": config.caption_features}
+    captions = config.caption_features or config.prompts
+    used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": captions}
     files = {key: identity(path) for key, path in used.items() if path is not None}
     if config.ema:
         files["generator"]["weights"] = "averaged"

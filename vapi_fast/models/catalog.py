@@ -134,5 +134,5 @@ def prepare(config: Any, command: str, recipe: str | None = None) -> None:
 
 
 def presets(command: str) -> dict[str, dict[str, Any]]:
-    """A command's defaults by model."""
-    return {name: entry.preset(command) for name, entry in CATALOG.items()}
+    """A command's defaults by model; none of a command that has no model."""
+    return {name: entry.preset(command) for name, entry in CATALOG.items() if hasattr(entry, command)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-PIP_NAMES = {"PIL": "pillow"}  # where pip's name is another than the module's
+PIP_NAMES = {"PIL": "pillow", "open_clip": "open-clip-torch"}  # where pip's name is another than the module's
 OPTIONAL = {"tensorboard": "curves", "matplotlib": "charts", "tqdm": "progress bar"}  # what a run without them lacks
 
 

@@ -1,0 +1,75 @@
+"""What text-conditioned generators see of a caption: the states of a T5 encoder, as LlamaGen's training had them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vapi_fast.data.captions import clean_caption
+from vapi_fast.runtime.errors import CheckpointError, DataError, one_line
+from vapi_fast.runtime.packages import require
+
+ENCODER = "google/flan-t5-xl"
+PURPOSE = "a caption's features"
+BATCH = 32  # captions in the encoder at once
+
+
+class TextEncoder:
+    """The encoder of a T5 and its tokenizer: bf16 on a GPU, as LlamaGen ran it, float32 elsewhere."""
+
+    def __init__(self, source: str | Path | None, device: torch.device) -> None:
+        """source: a folder in `transformers`' layout, or a name of Hugging Face's hub; default flan-t5-xl.
+
+        Raises CheckpointError where it cannot be read, and DataError where a package is missing.
+        """
+        require(DataError, PURPOSE, "transformers", "ftfy")
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        source = source or ENCODER
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = T5EncoderModel.from_pretrained(source, dtype=dtype)
+        except Exception as error:  # whatever the hub's client or a reader of weights or vocabularies raises
+            raise CheckpointError(
+                f"--text-encoder {source}: cannot be read ({one_line(error)[:160]}): put the files of {ENCODER} into a "
+                "folder, and pass --text-encoder FOLDER"
+            ) from error
+        self.model.eval().requires_grad_(False).to(device)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.d_model
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], tokens: int) -> tuple[Tensor, Tensor]:
+        """Features of captions, cleaned first, in the last of `tokens` positions; zeros before them.
+
+        Longer captions are cut off, the end sign last.
+
+        Returns:
+            Features float32 `[N,tokens,width]` and a mask bool `[N,tokens]`, False before a caption, on the CPU.
+
+        Raises:
+            DataError: a caption of which nothing is left.
+        """
+        features = torch.zeros(len(captions), tokens, self.width)
+        mask = torch.zeros(len(captions), tokens, dtype=torch.bool)
+        cleaned = [clean_caption(caption) for caption in captions]
+        for caption, text in zip(captions, cleaned, strict=True):
+            if not text:
+                raise DataError(f"a caption has no words, or none that are left when it is cleaned: {caption[:80]!r}")
+        for first in range(0, len(cleaned), BATCH):
+            words = self.tokenizer(
+                cleaned[first : first + BATCH], padding=True, truncation=True, max_length=tokens, return_tensors="pt"
+            ).to(self.model.device)
+            states = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state
+            for row, used in enumerate(words.attention_mask.sum(1).tolist()):
+                features[first + row, tokens - used :] = states[row, :used].float().cpu()
+                mask[first + row, tokens - used :] = True
+        return features, mask
