@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vapi_fast.data.splits import SYNSET, read_class_names
 from vapi_fast.runtime.checkpoint import load_state_dict
-from vapi_fast.runtime.errors import CheckpointError, ConfigError, one_line
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.packages import loaded
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -102,28 +103,26 @@ def load_networks(
 def load_network(
     name: str, folder: Path | None, classes: Mapping[int, str], num_classes: int, device: torch.device
 ) -> ImageTextReward:
-    from transformers import CLIPModel, CLIPTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
     source, place = SOURCES[name], None if folder is None else folder / name
-    disable_progress_bar()
-    try:
+
+    def read() -> tuple[CLIPModel, Any]:
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         if source.file is not None and (place is None or (place / source.file).is_file()):
             model = from_open_clip(place / source.file if place else downloaded(source))
         else:
             if place is not None and not (place / "config.json").is_file():
                 raise FileNotFoundError(f"there is no config.json{f' or {source.file}' if source.file else ''}")
             model = CLIPModel.from_pretrained(place or source.repository)
-        tokenizer = CLIPTokenizer.from_pretrained(place or source.tokenizer)
-    except Exception as error:  # whatever the hub's client, a reader of weights or one of vocabularies raises
-        files = f"{source.file} of {source.repository} and the tokenizer's files of {source.tokenizer}"
-        if source.file is None:
-            files = f"the files of {source.repository}"
-        where = place or "the hub"
-        raise CheckpointError(
-            f"--reward {name}: cannot be read from {where} ({one_line(error)[:160]}): put {files} into "
-            f"{place or f'DIR/{name}, and pass --reward-networks DIR'}"
-        ) from error
+        return model, CLIPTokenizer.from_pretrained(place or source.tokenizer)
+
+    files = f"{source.file} of {source.repository} and the tokenizer's files of {source.tokenizer}"
+    if source.file is None:
+        files = f"the files of {source.repository}"
+    advice = f"put {files} into {place or f'DIR/{name}, and pass --reward-networks DIR'}"
+    model, tokenizer = loaded(f"--reward {name}", advice, read, where=f" from {place or 'the hub'}")
     model.eval().requires_grad_(False).to(device)
     if device.type == "cuda" and source.file is not None:
         model.half()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vapi_fast.data.captions import clean_caption
-from vapi_fast.runtime.errors import CheckpointError, DataError, one_line
-from vapi_fast.runtime.packages import require
+from vapi_fast.runtime.errors import DataError
+from vapi_fast.runtime.packages import loaded, require
 
 ENCODER = "google/flan-t5-xl"
 PURPOSE = "a caption's features"
@@ -26,20 +27,18 @@ class TextEncoder:
         Raises CheckpointError where it cannot be read, and DataError where a package is missing.
         """
         require(DataError, PURPOSE, "transformers", "ftfy")
-        from transformers import AutoTokenizer, T5EncoderModel
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
         source = source or ENCODER
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = T5EncoderModel.from_pretrained(source, dtype=dtype)
-        except Exception as error:  # whatever the hub's client or a reader of weights or vocabularies raises
-            raise CheckpointError(
-                f"--text-encoder {source}: cannot be read ({one_line(error)[:160]}): put the files of {ENCODER} into a "
-                "folder, and pass --text-encoder FOLDER"
-            ) from error
+
+        def read() -> tuple[Any, Any]:
+            from transformers import AutoTokenizer, T5EncoderModel
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            return AutoTokenizer.from_pretrained(source), T5EncoderModel.from_pretrained(source, dtype=dtype)
+
+        advice = f"put the files of {ENCODER} into a folder, and pass --text-encoder FOLDER"
+        self.tokenizer, self.model = loaded(f"--text-encoder {source}", advice, read)
         self.model.eval().requires_grad_(False).to(device)
 
     @property

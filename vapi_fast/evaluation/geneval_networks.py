@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vapi_fast.data.geneval import COLORS, OBJECTS
 from vapi_fast.evaluation.geneval_detections import Found, Mask
 from vapi_fast.evaluation.geneval_rules import THRESHOLD
-from vapi_fast.runtime.errors import CheckpointError, ConfigError, one_line
-from vapi_fast.runtime.packages import require
+from vapi_fast.runtime.errors import CheckpointError, ConfigError
+from vapi_fast.runtime.packages import loaded, require
 
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels
 MULTIPLE = 32  # that the padded sides are of
@@ -188,24 +188,6 @@ class ColorClassifier:
             embedded = F.normalize(self.clip.network.encode_text(self.clip.tokenize(texts).to(self.device)), dim=1)
             self.known[name] = F.normalize(embedded.unflatten(0, (len(COLORS), -1)).mean(dim=1), dim=1)
         return self.known[name]
-
-
-def loaded(source: str, advice: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever goes wrong in the packages' own code is one line."""
-    try:
-        return read()
-    except Exception as error:
-        # Such as PyTorch of one build and torchvision of another, which both packages import.
-        if isinstance(error, ImportError) or "torchvision::" in str(error):
-            raise ConfigError(
-                f"{source}: a package that reads it cannot be imported ({first_line(error)}): install the torchvision "
-                "that belongs to this PyTorch"
-            ) from error
-        raise CheckpointError(f"{source}: cannot be read ({first_line(error)}): {advice}") from error
-
-
-def first_line(error: Exception) -> str:
-    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def require_networks(detects: bool, colors: bool) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,8 @@ def read_conditions(config: GenerateConfig, generator: Generator, device: torch.
     return Conditions(torch.tensor(config.class_ids or range(taken.count)))
 
 
-def encoded(texts: Sequence[str], source: str | None, device: torch.device, tokens: int, width: int) -> Conditions:
+@lru_cache(maxsize=1)  # two generators that are compared have the same texts
+def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, tokens: int, width: int) -> Conditions:
     """Features of texts by the encoder `source`, which leaves the device's memory again."""
     encoder = TextEncoder(source, device)
     if encoder.width != width:
