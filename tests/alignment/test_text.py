@@ -70,7 +70,7 @@ def batch(tiny_batch: ImageBatch) -> ImageBatch:
 def test_a_step_is_the_published_one(
     tiny_config: Make, models: Models, batch: ImageBatch, recipe: str, changes: dict
 ) -> None:
-    """Of captions that are all shorter than there is room for, too: ours leaves that room out, the reference does not."""
+    """Of captions that are all shorter than there is room for, too: that room is in the reference's forward only."""
     config = tiny_config(recipe=recipe, prior_weight=0.3, micro_batch=3, **changes)
     for part in (batch, batch.take(slice(1, 4)).trimmed()):
         config = dataclasses.replace(config, batch_size=len(part.images))
