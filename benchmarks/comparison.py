@@ -49,6 +49,8 @@ class PublishedRecipe(GradientSource):
             raise ConfigError(f"{name} needs --method vapi: the published recipe is VA-π")
         if config.control:
             raise ConfigError(f"{name} goes without --control: the published recipe's advantages are its rewards'")
+        if config.credit_window:
+            raise ConfigError(f"{name} goes without --credit-window: the published recipe judges whole images")
         if config.dropout:
             raise ConfigError(f"{name} needs --dropout 0: the two paths would draw different masks")
         if config.top_k or config.top_p < 1:

@@ -19,6 +19,7 @@ METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
 CONTROLS = ("random", "shuffled")
+VGG_STRIDE = 16  # pixels of the image to one of the last map of features
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
@@ -98,6 +99,12 @@ class ObjectiveOptions:
         "everything else stays",
         choices=CONTROLS,
         shown="none",
+    )
+    credit_window: int | None = option(
+        None,
+        "judge each token by its own neighbourhood, so many tokens wide (odd), and not all of them by the whole image",
+        at_least=1,
+        shown="the whole image",
     )
     prior: str = option(
         "ce", "`ce`: cross-entropy to the image's tokens; `kl`: divergence from the base model", choices=PRIORS
@@ -206,6 +213,8 @@ class AlignConfig(
             raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
         if self.control == "shuffled" and self.batch_size < 2:
             raise ConfigError("--control shuffled needs --batch-size 2 or more: advantages go to another image")
+        if self.credit_window:
+            self.check_credit()
         if self.eval_every and not self.evaluate:
             raise ConfigError(
                 f"--eval-every {self.eval_every} goes without --no-eval, --random-init and --synthetic-data: they "
@@ -221,6 +230,25 @@ class AlignConfig(
             raise ConfigError("--rollouts free needs --noise-prob 0: its context is its own tokens")
         if self.reward is not None:
             reward_function(self.reward)
+
+    def check_credit(self) -> None:
+        if self.method != "vapi":
+            raise ConfigError(f"--credit-window needs --method vapi: --method {self.method} has no advantages")
+        if self.reward:
+            raise ConfigError("--credit-window goes without --reward: what it gives an image has no part for a token")
+        if self.rollouts == "free":
+            raise ConfigError("--credit-window needs --rollouts teacher-forced: a free token decides all after it too")
+        if self.credit_window % 2 == 0:
+            raise ConfigError(f"--credit-window must be odd, with the token in the middle, got {self.credit_window}")
+        if self.credit_window > self.grid_size:
+            raise ConfigError(
+                f"--credit-window must be at most {self.grid_size}, the tokens of a side, got {self.credit_window}"
+            )
+        if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
+            raise ConfigError(
+                f"--credit-window needs an --image-size that is a multiple of {VGG_STRIDE}, as a pixel of VGG16's last "
+                f"map has to lie over whole tokens, got {self.image_size}"
+            )
 
     def measures_after(self, step: int) -> bool:
         """Whether `eval_every` has the generator measured between two steps, this one and the next."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig, RewardOptions
+from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, teacher_forced_hidden, token_logprobs
@@ -27,7 +27,8 @@ class Losses(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What rollouts are worth: the terms of their rewards, and the advantages that they are learned from, `[b,G]`."""
+    """What rollouts are worth: the terms of their rewards, and the advantages that they are learned from, `[b,G]` or,
+    with `credit_window`, `[b,G,T]`."""
 
     rewards: dict[str, Tensor]
     advantages: Tensor
@@ -96,11 +97,14 @@ def judge_step(
 
 
 def rewards_of(
-    models: Models, config: RewardOptions, rollouts: Tensor, batch: ImageBatch, clock: Clock
+    models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, clock: Clock
 ) -> dict[str, Tensor]:
-    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`."""
+    """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and if that is the pixels', `mse` and `lpips`.
+
+    With `config.credit_window` they are the tokens', `[b,G,T]`, whose means are the rollouts'.
+    """
     if config.reward is None:
-        reward = models.reward.score(rollouts, batch.images, clock)
+        reward = models.reward.score(rollouts, batch.images, clock, by_token=config.credit_window is not None)
         return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
     with clock("decode"):
         images = models.codec.decode(rollouts.flatten(0, 1)).float().clamp(-1, 1)

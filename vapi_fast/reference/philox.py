@@ -10,8 +10,9 @@ the number of ranks, or on the backend. The fourth counter word is one of:
 | `NOISY_PREFIX`  | 2     | rollout 0; word 0: whether position t is replaced; word 1: by which token        |
 | `GUMBEL`        | 3     | second counter word v // 4, output word v % 4: the Gumbel noise of logit v       |
 | `FOLD_SEED`     | 4     | counter (step low, step high, 0); words 0 and 1: the seed of that step           |
-| `CONTROL`       | 5     | position 0; word 0: the made-up reward of rollout g; word 1 of rollout 0: whose  |
-|                 |       | advantages an image gets instead of its own (`vapi_fast.alignment.control`)      |
+| `CONTROL`       | 5     | word 0: the made-up reward of rollout g (position 0) or of its token t; word 1   |
+|                 |       | of position and rollout 0: whose advantages an image gets instead of its own     |
+|                 |       | (`vapi_fast.alignment.control`)                                                  |
 """
 
 from __future__ import annotations
