@@ -224,7 +224,7 @@ class Head(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """What policy_loss has beside the targets: tokens, old and base log-probs `[B, G, T]`, advantages so or `[B, G]`."""
+    """What policy_loss has beside the targets: tokens, advantages (or `[B, G]`), old and base log-probs `[B, G, T]`."""
 
     tokens: Tensor | None = None
     advantages: Tensor | None = None

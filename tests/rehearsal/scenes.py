@@ -144,6 +144,7 @@ SCENES: dict[str, Scene] = {
     "filters": partial(align, top_k=2000, top_p=0.95, temperature=0.9),
     "noise": partial(align, noise_prob=0.5),
     "dropout": partial(align, dropout=0.1),
+    "credit by token": partial(align, credit_window=3),
     "small micro-batches": partial(align, micro_batch=4),
     "free rollouts": partial(align, rollouts="free", batch_size=4),
     "published recipe": partial(align, path="reference", batch_size=4),
