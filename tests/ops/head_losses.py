@@ -30,7 +30,10 @@ def policy_inputs(
     biased: bool = False,
     by_token: bool = False,
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """hidden, weight and perhaps a bias; the other tensors, with advantages `[B, G]` or `by_token` `[B, G, T]`. Tokens repeat in a row: in the group, and as its target."""
+    """hidden, weight and perhaps a bias; the other tensors. Tokens repeat in a row: in the group, and as its target.
+
+    by_token: advantages are `[B, G, T]`, else `[B, G]`.
+    """
     inputs = [torch.randn(batch, length, width), torch.randn(vocab, width) / width**0.5]
     tokens = torch.randint(0, vocab, (batch, group, length))
     tokens[:, -1, ::2] = tokens[:, 0, ::2]

@@ -338,7 +338,7 @@ def test_policy_loss(sizes: dict[str, int], anchored: bool, dtype: torch.dtype) 
 
 
 def test_one_advantage_for_a_rollout_is_the_same_for_each_of_its_tokens(backend: str) -> None:
-    """Bit for bit, terms and gradients; and with another for one token, the policy's term alone is another."""
+    """Bit for bit on Triton, terms and gradients; and with another for one position, its row alone is another."""
     inputs, options = policy_inputs(biased=True)
     options |= anchors(inputs, options["tokens"])
 
@@ -351,12 +351,11 @@ def test_one_advantage_for_a_rollout_is_the_same_for_each_of_its_tokens(backend:
     each = one[..., None].expand(*one.shape, 5)
     terms, expected = found(one)
     same, gradients = found(each)
-    assert torch.equal(same, terms)
-    assert all(map(torch.equal, gradients, expected))
-    changed, gradients = found(each + 3.0 * (torch.arange(5, device=DEVICE) == 2))
-    assert [bool(x) for x in changed == terms] == [False, False, True, True, True, True]
-    rows = [bool((mine == theirs).all()) for mine, theirs in zip(gradients[0][0], expected[0][0], strict=True)]
-    assert rows == [True, True, False, True, True]
+    rounding = 0.0 if backend == "triton" else 1e-6  # a mean's order is its layout's
+    torch.testing.assert_close([same, *gradients], [terms, *expected], rtol=rounding, atol=rounding)
+    changed, (to_hidden, *_) = found(each + 3.0 * (torch.arange(5, device=DEVICE) == 2))
+    assert (changed - terms).abs().gt(1e-3).tolist() == [True, True, False, False, False, False]
+    assert (to_hidden - expected[0]).abs().amax((0, 2)).gt(1e-3).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
