@@ -11,7 +11,7 @@ from vapi_fast import AlignConfig, generate
 from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.step import align_step, make_trainer
 from vapi_fast.data.dataset import ImageData
-from vapi_fast.data.pictures import save_grid
+from vapi_fast.data.pictures import save_sheets
 from vapi_fast.runtime.checkpoint import save_generator
 
 parser = argparse.ArgumentParser()
@@ -25,14 +25,14 @@ config = AlignConfig(model="tiny", steps=options.steps)  # 32 images × 8 rollou
 models = load_models(config, device)
 trainer = make_trainer(models, config)
 classes = torch.arange(9, device=device)
-columns = [("before", models.tokenizer.decode(generate(models.generator, classes, seed=1)))]
+sheets = [("before", models.tokenizer.decode(generate(models.generator, classes, seed=1)))]
 
 data = ImageData(config.data, config.image_size)
 for step, batch in enumerate(data.batches(config.batch_size, config.steps, seed=config.seed)):
     metrics, _ = align_step(trainer, batch.to(device), step).read()
     print(f"step {step + 1}: reward {metrics['reward']:.4f}, mse {metrics['mse']:.4f}, lpips {metrics['lpips']:.4f}")
 
-columns.append(("aligned", models.tokenizer.decode(generate(models.generator, classes, seed=1))))
+sheets.append(("aligned", models.tokenizer.decode(generate(models.generator, classes, seed=1))))
 save_generator(options.out / "aligned.pt", models.generator.state_dict())
-save_grid(options.out / "samples.png", columns)
+save_sheets(options.out / "samples.png", sheets, columns=3)
 print(f"{options.out}: aligned.pt, samples.png")

@@ -33,4 +33,5 @@ def test_align_tiny(tmp_path: Path) -> None:
     moved = torch.stack([(aligned[name] - value).abs().max() for name, value in before.items()])
     assert 0 < moved.max() < 1e-3  # two steps of AdamW at a learning rate of 2e-5
     with Image.open(tmp_path / "results" / "samples.png") as picture:
+        assert picture.width > 2 * 3 * 96  # two sheets of nine samples
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 100

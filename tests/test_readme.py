@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,17 +163,21 @@ def test_tables_of_flags_are_those_of_the_configurations(page: Path) -> None:
 
 
 def test_tables_of_the_tiny_preset() -> None:
-    """As they were measured."""
-    path = ROOT / "benchmarks" / "results" / "ablation" / "tiny.json"
+    path = ROOT / "benchmarks" / "results" / "ablation" / "controls.json"
     records = json.loads(path.read_text(encoding="utf-8"))
     assert ablation.table(records) in README
-    runs = records["MSE + LPIPS + prior (VA-π)"]
-    for name in ("base", "aligned"):
-        figures = [run[name] for run in runs]
-        cells = ablation.row(name, figures).split(" | ")[1:]
-        reward = cells.pop(4).replace("-", "−")
-        shown = [cells[0], cells[1], cells[4], cells[5].rstrip(" |"), reward]
-        assert f"| {name} | {' | '.join(shown)} |" in README.replace("**", "")
+    difference = ablation.difference(records, ablation.VAPI, ablation.RANDOM)
+    for cell in ("-0.012 ± 0.004", "+0.017 ± 0.001", "+30.2"):
+        assert f"| {cell} |" in difference
+    assert "by 0.017 ± 0.001 in reward (30 standard errors over random" in README
+    assert "precision falls by 0.012 ± 0.004" in README
+    best = [[run["aligned"] for run in records[name]] for name in (ablation.TEMPERED, ablation.TEMPERATURE)]
+    reward, fid = (
+        statistics.mean(run[key] for run in best[0]) - statistics.mean(run[key] for run in best[1])
+        for key in ("reward", "fid")
+    )
+    assert (f"{reward:.3f}", f"{fid:.1f}") == ("0.014", "1.8")
+    assert "adds 0.014 of reward, and costs 1.8 of FID" in README
 
 
 MEASURED: dict[str, Any] = {

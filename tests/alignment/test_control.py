@@ -20,7 +20,7 @@ from torch import Tensor
 import vapi_fast
 from vapi_fast import AlignConfig, ops
 from vapi_fast.alignment import free_running, losses, step
-from vapi_fast.alignment.control import SAID, advantages_of, normal_rewards, others
+from vapi_fast.alignment.control import SAID, advantages_of, normal_rewards, others, sheet_label
 from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.step import Gradients, accumulate_gradients
@@ -45,6 +45,13 @@ def test_random_rewards_are_normal_and_independent() -> None:
     assert (ranks - uniform).abs().max() < 1.95 / len(ranks) ** 0.5  # Kolmogorov–Smirnov at 0.1 %
     correlations = torch.corrcoef(values.T) - torch.eye(24)
     assert correlations.abs().max() < 5 / 1024**0.5
+
+
+def test_pictures_say_what_trained_the_generator(tiny_config: Make) -> None:
+    runs = ({}, {"control": "random"}, {"control": "shuffled"}, {"method": "ste"}, {"method": "ntp"})
+    assert [sheet_label(tiny_config(**changes)) for changes in runs] == [
+        *("aligned", "random advantages", "shuffled advantages", "straight-through", "next-token prediction alone")
+    ]
 
 
 @pytest.mark.parametrize("group_size", [2, 8])

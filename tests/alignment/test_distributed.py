@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,28 @@ E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
 SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
 
 
+def become(rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+
+
+def on_ranks(function: Callable[..., None], world_size: int, output: Path) -> None:
+    port = free_port()
+    ranks = [forkserver.Process(target=function, args=(rank, world_size, port, output)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+
+
 def train(rank: int, world_size: int, port: int, output: Path) -> None:
     """One rank of a run; leaves its tokens and rollouts of every step beside the run's results."""
     import vapi_fast
     from vapi_fast.alignment import loop
 
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    become(rank, world_size, port)
     drawn = []
     compute = loop.accumulate_gradients
 
@@ -45,13 +60,7 @@ def train(rank: int, world_size: int, port: int, output: Path) -> None:
 
 def run_on(world_size: int, output: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Tokens and rollouts of every step in the order of the sample ids, and the final weights."""
-    port = free_port()
-    ranks = [forkserver.Process(target=train, args=(rank, world_size, port, output)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(PATIENCE)
-        assert process.exitcode == 0
+    on_ranks(train, world_size, output)
     shares = [torch.load(output / f"drawn-{rank}.pt", weights_only=True) for rank in range(world_size)]
     drawn = [torch.cat(parts) for parts in zip(*shares, strict=True)]
     return [rows[rows[:, 0].argsort()] for rows in drawn], load_state_dict(output / "aligned.pt")
@@ -83,6 +92,44 @@ def assert_same_weights(one: dict[str, Tensor], several: dict[str, Tensor]) -> N
     )
     assert (flat_one - flat_several).norm() < 1e-5 * flat_one.norm()
     assert (flat_one - flat_several).norm() < 1e-3 * (flat_one - flat_start).norm()
+
+
+def show(rank: int, world_size: int, port: int, output: Path) -> None:
+    """Leaves what a rank's pictures show of the held-out images: classes, originals, reconstructions."""
+    from vapi_fast import AlignConfig
+    from vapi_fast.alignment.measurement import Evaluator
+    from vapi_fast.alignment.models import load_models
+    from vapi_fast.runtime.distributed import process_group
+
+    become(rank, world_size, port)
+    config = AlignConfig(model="tiny", output_dir=output / "run", micro_batch=8, eval_samples=90)
+    with process_group() as device:
+        test = Evaluator(config, load_models(config, device), device)
+        sheets = dict(test.originals())
+    torch.save([test.labels[test.shown], sheets["original"], sheets["reconstruction"]], output / f"{rank}.pt")
+
+
+@pytest.mark.usefixtures("image_sets")
+def test_originals_are_of_the_classes_of_the_samples(tmp_path: Path) -> None:
+    """On two ranks, where each holds half of them, as on one."""
+    from vapi_fast.tiny import build
+
+    found = []
+    for world_size in (1, 2):
+        (output := tmp_path / str(world_size)).mkdir()
+        on_ranks(show, world_size, output)
+        found += [torch.load(output / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    classes, originals, reconstructions = found[0]
+    for other in found[1:]:
+        assert torch.equal(other[0], classes)
+        assert torch.equal(other[1], originals)
+        torch.testing.assert_close(other[2], reconstructions)
+    images, labels = build.load_images(FILES.heldout_images)
+    rows = [(images - original).abs().amax((1, 2, 3)).argmin() for original in originals]
+    assert len({int(row) for row in rows}) == len(classes) > 50
+    torch.testing.assert_close(originals, images[rows])
+    assert torch.equal(labels[rows], classes)
+    assert 0 < (reconstructions - originals).square().mean() < 0.1
 
 
 @pytest.mark.usefixtures("image_sets")

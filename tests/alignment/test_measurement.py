@@ -59,7 +59,6 @@ def test_entropy_and_cross_entropy_are_those_of_a_plain_computation(
     cross_entropy = -probabilities.gather(-1, tokens[..., None]).log().mean()
     assert found.entropy == pytest.approx(float(entropy), rel=1e-5)
     assert found.cross_entropy == pytest.approx(float(cross_entropy), rel=1e-5)
-    assert found.cross_entropy > found.entropy  # the preset's base has over-fitted
 
 
 def test_a_temperature_makes_samples_and_rollouts_sharper(tiny_config: Make, tiny_models: Models) -> None:

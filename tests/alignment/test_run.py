@@ -22,8 +22,10 @@ from vapi_fast import AlignConfig
 from vapi_fast.alignment import loop, run
 from vapi_fast.alignment import step as alignment
 from vapi_fast.alignment.figures import StepResult
+from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.step import Trainer, align_step
 from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.data.pictures import GAP, MARGIN, SHEET_GAP
 from vapi_fast.kernels import library
 from vapi_fast.models import LlamaGen
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
@@ -44,6 +46,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert {path.name for path in output.iterdir()} == {
         "run.json",
         "samples.png",
+        "originals.png",
         "reward.png",
         "stages.png",
         "aligned.pt",
@@ -106,8 +109,10 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
 
     moved = weights(output / "aligned.pt") - weights(config.gpt_ckpt)
     assert 0 < moved.abs().max() <= 3.1e-3  # AdamW moves a weight by at most lr a step
-    with Image.open(output / "samples.png") as picture:
-        assert picture.size[0] > 1000
+    for name in ("samples.png", "originals.png"):
+        with Image.open(output / name) as picture:  # nine classes a sheet, of each class a row of seven
+            assert picture.width == 2 * (MARGIN + 7 * (96 + GAP) - GAP) + SHEET_GAP
+            assert picture.height > 2 * MARGIN + 9 * (96 + GAP)
     with Image.open(output / "reward.png") as picture:
         assert picture.size[0] > 400
     events = EventAccumulator(str(output / "tensorboard"))
@@ -148,8 +153,8 @@ def test_a_run_stopped_in_its_first_steps_keeps_the_measurement_before_it(tiny_c
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**evaluated))
     measured = []
-    measure = run.Run.measure
-    monkeypatch.setattr(run.Run, "measure", lambda self, name: (measured.append(name), measure(self, name)))
+    measure = run.Run.measured
+    monkeypatch.setattr(run.Run, "measured", lambda self, name: (measured.append(name), measure(self, name))[1])
     record = vapi_fast.align(tiny_config(**evaluated, resume=True))
     assert measured == ["aligned"]
     assert record["base"]["fid"] > 0
@@ -227,6 +232,10 @@ def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path
     assert rewards[0] != rewards[2]
 
 
+def labels_of(outcome: Outcome) -> dict[str, list[str]]:
+    return {name: [label for label, _ in sheets] for name, sheets in outcome.sheets.items()}
+
+
 @pytest.mark.usefixtures("image_sets")
 def test_a_finished_alignment_is_resumed_for_its_measurement(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,25 +243,33 @@ def test_a_finished_alignment_is_resumed_for_its_measurement(
     """Killed while the aligned generator is measured: nothing is aligned again. Fewer steps than done are refused."""
     options = {"evaluate": True, "eval_samples": 140, "output_dir": tmp_path / "a"}
 
-    def killed(self: run.Run, name: str) -> None:
+    def killed(self: run.Run, name: str) -> dict[str, float]:
         if name == "aligned":
             raise KeyboardInterrupt
-        self.outcome.measured[name] = {"fid": 1.0}
+        return {"fid": 1.0}
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "measure", killed)
+        patch.setattr(run.Run, "measured", killed)
         with pytest.raises(KeyboardInterrupt):
             vapi_fast.align(tiny_config(**options))
     with pytest.raises(ConfigError, match="2 steps are done already; pass --steps 2 or more"):
         vapi_fast.align(tiny_config(**options, resume=True, steps=1))
+    labels, write = [], run.report.write_pictures
     with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "measure", lambda self, name: self.outcome.measured.update({name: {"fid": 2.0}}))
+        patch.setattr(run.Run, "measured", lambda self, name: {"fid": 2.0})
         patch.setattr(run.report, "scores_table", lambda *_: [])
+        patch.setattr(
+            run.report, "write_pictures", lambda found, at: (labels.append(labels_of(found)), write(found, at))
+        )
         record = vapi_fast.align(tiny_config(**options, resume=True))
+        whole = vapi_fast.align(tiny_config(**options | {"output_dir": tmp_path / "b"}))
     assert (record["base"], record["aligned"]) == ({"fid": 1.0}, {"fid": 2.0})
     assert len(record["reward"]) == 2
     assert record["images_per_second"] is None
-    whole = vapi_fast.align(tiny_config(output_dir=tmp_path / "b"))
+    sheets = {"originals.png": ["original", "reconstruction"], "samples.png": ["base", "aligned"]}
+    assert labels == [sheets] * 2
+    for name in sheets:  # the base is drawn anew, before the state is read
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert record["reward"] == whole["reward"]
     assert torch.equal(weights(tmp_path / "a" / "aligned.pt"), weights(tmp_path / "b" / "aligned.pt"))
 

@@ -1,7 +1,8 @@
-"""The picture grid's layout and pixels, the reward curve, the bars of stages, and that none leaves half a file."""
+"""The sheets' layout and pixels, the reward curve, the bars of stages, and that none leaves half a file."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from vapi_fast.alignment.charts import STAGE_COLOURS, _running_mean, save_reward_curve, save_stage_bars
-from vapi_fast.data.pictures import BLOCK_GAP, GAP, MARGIN, save_grid
+from vapi_fast.alignment.run import PICTURES_BYTES
+from vapi_fast.data.pictures import BACKGROUND, GAP, MARGIN, SHEET_GAP, save_sheets, spread
 from vapi_fast.runtime.clock import STAGES
 
-LABELS = ("original", "reconstruction", "base sample", "aligned sample")
+LABELS = ("base", "aligned")
 
 
-def flat(*levels: float, side: int = 32) -> Tensor:
-    """One evenly grey image [3, side, side] for each level in [−1, 1]."""
-    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, side, side)
+def flat(*levels: int, side: int = 32) -> Tensor:
+    """One evenly grey image [3, side, side] in [−1, 1] for each level of 0 … 255."""
+    return (torch.tensor(levels) / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, side, side)
 
 
-def columns(count: int, side: int = 32) -> list[tuple[str, Tensor]]:
-    """Image n of column c is grey of level 4 n + c, in 8-bit counts."""
-    return [
-        (label, flat(*((4 * n + c) / 127.5 - 1 for n in range(count)), side=side)) for c, label in enumerate(LABELS)
-    ]
+def sheets(count: int, side: int = 32) -> list[tuple[str, Tensor]]:
+    """Image n of sheet s is grey of level 2 n + s."""
+    return [(label, flat(*range(s, 2 * count, 2), side=side)) for s, label in enumerate(LABELS)]
 
 
 def read(path: Path) -> np.ndarray:
@@ -40,23 +40,25 @@ def cell_origin(pixels: np.ndarray, rows: int, side: int) -> int:
     return pixels.shape[0] - MARGIN - rows * (side + GAP) + GAP
 
 
-def test_grid_places_every_image_enlarged_under_its_column(tmp_path: Path) -> None:
-    save_grid(tmp_path / "samples.png", columns(3))
-    pixels = read(tmp_path / "samples.png")
-    assert pixels.shape[1] == 2 * MARGIN + 4 * 96 + 3 * GAP  # one block, 32 → 96 pixels
+def test_every_image_is_in_the_same_place_on_every_sheet(tmp_path: Path) -> None:
+    """In rows, enlarged from 32 to 96 pixels, the rest being background, also where the last row ends early."""
+    save_sheets(tmp_path / "samples.png", sheets(8), columns=3)
+    pixels = read(tmp_path / "samples.png").copy()
+    width = 3 * 96 + 2 * GAP
+    assert pixels.shape[1] == 2 * MARGIN + 2 * width + SHEET_GAP
     top = cell_origin(pixels, rows=3, side=96)
-    for n in range(3):
-        for c in range(4):
-            y, x = top + n * (96 + GAP), MARGIN + c * (96 + GAP)
-            cell = pixels[y : y + 96, x : x + 96]
-            assert (cell == 4 * n + c).all()
-            assert (pixels[y : y + 96, x - GAP : x] > 200).all()  # the gap is background
+    for sheet in range(2):
+        for n in range(8):
+            y, x = top + n // 3 * (96 + GAP), MARGIN + sheet * (width + SHEET_GAP) + n % 3 * (96 + GAP)
+            assert (pixels[y : y + 96, x : x + 96] == 2 * n + sheet).all()
+            pixels[y : y + 96, x : x + 96] = BACKGROUND
+    assert (pixels[top:] == BACKGROUND).all()
 
 
-def test_grid_enlarges_without_smoothing_and_keeps_channel_order(tmp_path: Path) -> None:
+def test_small_images_are_enlarged_without_smoothing_and_keep_their_channels(tmp_path: Path) -> None:
     image = torch.full((1, 3, 2, 3), -1.0)
     image[0, 0, 0, 0] = image[0, 1, 0, 2] = image[0, 2, 1, 1] = 1.0  # red top left, green top right, blue below
-    save_grid(tmp_path / "samples.png", [("a", image)])
+    save_sheets(tmp_path / "samples.png", [("a", image)], columns=8)
     pixels = read(tmp_path / "samples.png")
     cell = pixels[cell_origin(pixels, 1, 96) :][:96, MARGIN : MARGIN + 144]  # 2 × 3 → factor 48
     expected = np.zeros((2, 3, 3), dtype=np.uint8)
@@ -64,44 +66,92 @@ def test_grid_enlarges_without_smoothing_and_keeps_channel_order(tmp_path: Path)
     assert (cell == expected.repeat(48, axis=0).repeat(48, axis=1)).all()
 
 
-def test_grid_keeps_large_images_at_their_size_and_clamps_values(tmp_path: Path) -> None:
-    save_grid(tmp_path / "samples.png", [("a", flat(1.7, side=200)), ("b", flat(-3.0, side=200))])
+@pytest.mark.parametrize(("side", "cell"), [(96, 96), (192, 192), (256, 128), (384, 192), (512, 171)])
+def test_larger_images_keep_their_size_or_are_averaged(tmp_path: Path, side: int, cell: int) -> None:
+    image = torch.rand(2, 3, side, side, generator=torch.manual_seed(1)) * 2.4 - 1.2
+    save_sheets(tmp_path / "samples.png", [("", image)], columns=2)
     pixels = read(tmp_path / "samples.png")
-    assert pixels.shape[1] == 2 * MARGIN + 2 * 200 + GAP
-    assert (pixels[-MARGIN - 200 : -MARGIN, MARGIN : MARGIN + 200] == 255).all()
-    assert (pixels[-MARGIN - 200 : -MARGIN, MARGIN + 200 + GAP : -MARGIN] == 0).all()
+    assert pixels.shape == (2 * MARGIN + cell, 2 * MARGIN + 2 * cell + GAP, 3)
+    factor = -(-side // cell)
+    rounded = ((image.clamp(-1, 1) + 1) * 127.5).round()
+    expected = torch.nn.functional.avg_pool2d(rounded, factor, ceil_mode=True).permute(0, 2, 3, 1).numpy()
+    for n in range(2):
+        found = pixels[MARGIN : MARGIN + cell, MARGIN + n * (cell + GAP) :][:, :cell]
+        assert np.abs(found - expected[n]).max() < 0.6  # Pillow rounds a mean of nine a little otherwise
 
 
-@pytest.mark.parametrize("count", [24, 40])
-def test_many_rows_become_blocks_in_a_landscape_picture(tmp_path: Path, count: int) -> None:
-    save_grid(tmp_path / "samples.png", columns(count, side=96))
-    pixels = read(tmp_path / "samples.png")
-    height, width, _ = pixels.shape
-    assert 1.2 < width / height < 1.9
-    block = 4 * (96 + GAP) - GAP + BLOCK_GAP
-    blocks = (width - 2 * MARGIN + BLOCK_GAP) // block
-    rows = -(-count // blocks)
-    assert blocks > 1
-    last_row, last_block = (count - 1) % rows, (count - 1) // rows
-    y = cell_origin(pixels, rows, 96) + last_row * (96 + GAP)
-    x = MARGIN + last_block * block + 3 * (96 + GAP)
-    assert (pixels[y : y + 96, x : x + 96] == 4 * (count - 1) + 3).all()
-
-
-def test_headers_are_written_above_every_column_and_inside_it(tmp_path: Path) -> None:
-    save_grid(tmp_path / "samples.png", columns(2))
+def test_labels_are_written_above_every_sheet_and_inside_it(tmp_path: Path) -> None:
+    """Where there are none, no room is left for them."""
+    long = [(f"{label} generator", images) for label, images in sheets(2)]  # written smaller, or it would not fit
+    save_sheets(tmp_path / "samples.png", long, columns=1)
     pixels = read(tmp_path / "samples.png")
     header = pixels[MARGIN : cell_origin(pixels, 2, 96)].min(axis=2)
-    for c in range(4):
-        x = MARGIN + c * (96 + GAP)
+    for x in (MARGIN, MARGIN + 96 + SHEET_GAP):
         assert (header[:, x : x + 96] < 100).sum() > 40
-    between = [column for c in range(1, 4) for column in range(MARGIN + c * (96 + GAP) - GAP, MARGIN + c * (96 + GAP))]
-    assert (header[:, between] > 200).all()
+        header[:, x : x + 96] = 255
+    assert (header > 200).all()
+    save_sheets(tmp_path / "unlabelled.png", [("", images) for _, images in sheets(2)], columns=1)
+    assert read(tmp_path / "unlabelled.png").shape[0] == 2 * MARGIN + 2 * 96 + GAP
+
+
+def test_captions_stand_above_their_images(tmp_path: Path) -> None:
+    levels = torch.arange(11, dtype=torch.uint8) * 20
+    images = levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    save_sheets(tmp_path / "sheet.png", [("", images)], 8, ["" if i == 3 else f"class {i}" for i in range(11)])
+    picture = read(tmp_path / "sheet.png")
+    assert picture.shape[:2] == (2 * 16 + 2 * (96 + 18 + 6) - 6, 2 * 16 + 8 * 102 - 6)
+    for index in range(11):
+        top, left = 16 + index // 8 * 120 + 18, 16 + index % 8 * 102
+        assert (picture[top : top + 96, left : left + 96] == 20 * index).all()
+        assert (picture[top - 18 : top, left : left + 96].min() < 100) == (index != 3)
+
+
+@pytest.mark.parametrize("side", [32, 95, 97, 192, 256, 384])
+def test_four_sheets_of_noise_are_no_more_than_a_run_makes_room_for(tmp_path: Path, side: int) -> None:
+    """Samples and originals; of every size there are enough to compare, and in as many columns as rows."""
+    ids, columns = spread(torch.arange(1000), side)
+    assert len(ids) == columns**2 >= 16
+    noise = torch.randint(256, (len(ids), 3, side, side), dtype=torch.uint8)
+    save_sheets(tmp_path / "samples.png", [("a", noise), ("b", noise)], columns)
+    assert (tmp_path / "samples.png").stat().st_size < PICTURES_BYTES * 0.4
+
+
+@pytest.mark.parametrize(
+    ("counts", "side", "rows", "columns"),
+    [
+        ([13, 73, 16, 12, 34, 10, 27, 31, 34], 32, 9, 7),  # the tiny preset's: a class a row
+        ([40] * 5, 32, 10, 6),  # two rows a class
+        ([100], 32, 8, 8),
+        ([100, 100], 384, 4, 4),
+        ([3] * 20, 32, 7, 9),  # three classes a row, but for the last
+        ([5] * 64, 32, 8, 8),
+        ([1, 1], 32, 1, 2),
+        ([1], 32, 1, 1),
+    ],
+)
+def test_sheets_show_all_classes_alike_and_in_order(counts: list[int], side: int, rows: int, columns: int) -> None:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 10
+    labels = labels[torch.randperm(len(labels), generator=torch.manual_seed(0))]
+    positions, found = spread(labels, side)
+    assert found == columns
+    assert -(-len(positions) // columns) == rows
+    assert len(positions.unique()) == len(positions)
+    shown = labels[positions]
+    assert shown.tolist() == sorted(shown.tolist())
+    assert (shown[:, None] == labels.unique()).sum(0).unique().numel() == 1
+    for label in shown.unique():  # those that come first
+        mine = positions[shown == label]
+        assert torch.equal(mine, (labels == label).nonzero()[: len(mine), 0])
+
+
+def test_of_many_classes_evenly_spaced_ones_are_shown() -> None:
+    assert spread(torch.arange(1000), 384)[0].tolist() == [i * 1000 // 16 for i in range(16)]
+    assert spread(torch.tensor([5, 2, 5, 5, 5]), 32)[0].tolist() == [1, 0, 2, 3, 4]  # a class that has few
 
 
 def test_pictures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save_grid(tmp_path / f"{name}.png", columns(2))
+        save_sheets(tmp_path / f"{name}.png", sheets(2), columns=2)
         save_reward_curve(tmp_path / f"{name}-reward.png", [-0.5, -0.4, -0.45])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a-reward.png").read_bytes() == (tmp_path / "b-reward.png").read_bytes()
@@ -177,7 +227,7 @@ def test_bad_seconds_raise_one_line(tmp_path: Path, runs: list[tuple[str, dict[s
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("save", ["grid", "curve", "bars"])
+@pytest.mark.parametrize("save", ["sheets", "curve", "bars"])
 def test_failure_while_writing_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str
 ) -> None:
@@ -191,7 +241,7 @@ def test_failure_while_writing_leaves_the_old_file_and_no_other(
     monkeypatch.setattr("PIL.Image.Image.save", fail)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     save_picture, content = {
-        "grid": (save_grid, columns(1)),
+        "sheets": (partial(save_sheets, columns=1), sheets(1)),
         "curve": (save_reward_curve, [-0.5]),
         "bars": (save_stage_bars, [("vapi-fast", {"decode": 1.0})]),
     }[save]
@@ -206,14 +256,16 @@ def test_failure_while_writing_leaves_the_old_file_and_no_other(
     [
         ([], "no images"),
         ([("a", torch.zeros(0, 3, 8, 8))], "no images"),
-        ([("a", torch.zeros(2, 3, 8, 8)), ("b", torch.zeros(1, 3, 8, 8))], r"column 'b' has shape \[1, 3, 8, 8\]"),
-        ([("a", torch.zeros(2, 1, 8, 8))], r"column 'a' has shape \[2, 1, 8, 8\]"),
-        ([("a", torch.full((1, 3, 8, 8), torch.nan))], "column 'a' has values that are not finite"),
+        ([("a", torch.zeros(2, 3, 8, 8)), ("b", torch.zeros(1, 3, 8, 8))], r"sheet 'b' has shape \[1, 3, 8, 8\]"),
+        ([("a", torch.zeros(2, 1, 8, 8))], r"sheet 'a' has shape \[2, 1, 8, 8\]"),
+        ([("a", torch.full((1, 3, 8, 8), torch.nan))], "sheet 'a' has values that are not finite"),
     ],
 )
-def test_bad_columns_raise_one_line(tmp_path: Path, bad: list[tuple[str, Tensor]], message: str) -> None:
+def test_bad_sheets_raise_one_line(tmp_path: Path, bad: list[tuple[str, Tensor]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        save_grid(tmp_path / "samples.png", bad)
+        save_sheets(tmp_path / "samples.png", bad, columns=8)
+    with pytest.raises(ValueError, match="2 captions given for 11 images"):
+        save_sheets(tmp_path / "samples.png", sheets(11), 8, ["a", "b"])
     assert not list(tmp_path.iterdir())
 
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from vapi_fast import generate, tiny
 from vapi_fast.data import sample_files
 from vapi_fast.data.image_sets import open_image_set
+from vapi_fast.data.pictures import GAP, MARGIN, SHEET_GAP
 from vapi_fast.generation import folder as samples
 from vapi_fast.generation.conditions import read_captions
 from vapi_fast.generation.config import GenerateConfig, parse_class_ids
 from vapi_fast.generation.folder import Sampler, batch_that_fits, draw_samples
 from vapi_fast.generation.heatmaps import save_entropy_maps
 from vapi_fast.generation.sequences import bytes_of_sequence
-from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import LlamaGen, VQTokenizer
 from vapi_fast.models.frozen import FrozenTokenizer
 from vapi_fast.runtime.checkpoint import identity, save_generator
@@ -445,17 +445,26 @@ def test_class_ids_are_numbers_and_ranges() -> None:
 
 
 def test_views_are_drawn_where_asked_for(png: Path, tmp_path: Path) -> None:
-    """Pictures beside the samples; the samples stay the same."""
+    """Pictures beside the samples; the samples stay the same, and are one of the compared sheets, ordered by class."""
     other = LlamaGen.from_checkpoint(tiny.FILES.generator, "tiny")
     with torch.no_grad():
         other.output.weight.mul_(3)
     save_generator(tmp_path / "sharper.pt", other.state_dict())
     draw_samples(config(tmp_path / "out", compare_ckpt=tmp_path / "sharper.pt", entropy_maps=True))
     found = contents(tmp_path / "out")
-    comparison, entropy = (Image.open(tmp_path / "out" / name) for name in ("comparison.png", "entropy.png"))
+    entropy = Image.open(tmp_path / "out" / "entropy.png")
+    comparison = np.asarray(Image.open(tmp_path / "out" / "comparison.png").convert("RGB"))[-MARGIN - 2 * 96 - GAP :]
+    step = 96 + GAP
+    for place, i in enumerate((0, 4, 1, 3, 5, 2)):  # of classes 0, 0, 3, 3, 3, 8
+        y, x = place // 3 * step, MARGIN + place % 3 * step
+        before, after = (
+            comparison[y : y + 96 : 3, left : left + 96 : 3].astype(int) for left in (x, x + 3 * step - GAP + SHEET_GAP)
+        )
+        image = np.asarray(Image.open(tmp_path / "out" / "images" / f"{i:06d}.png"))
+        assert np.abs(before - image).max() <= 1
+        assert np.abs(after - image).max() > 100
     assert {name: found[name] for name in contents(png)} == contents(png)
     assert set(found) - set(contents(png)) == {"comparison.png", "entropy.png"}
-    assert comparison.width > 2 * 96
     assert entropy.width > entropy.height
 
 
@@ -472,17 +481,3 @@ def test_the_heat_map_glows_where_entropy_is_high(tmp_path: Path) -> None:
         save_entropy_maps(tmp_path / "map.png", torch.zeros(1, 3, 32, 32), entropies[:, 1:])
     with pytest.raises(ValueError, match="not finite"):
         save_entropy_maps(tmp_path / "map.png", torch.zeros(1, 3, 32, 32), entropies / 0)
-
-
-def test_a_sheet_shows_every_image_in_order(tmp_path: Path) -> None:
-    levels = torch.arange(11, dtype=torch.uint8) * 20
-    save_sheet(
-        tmp_path / "sheet.png", levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), [f"class {i}" for i in range(11)]
-    )
-    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert picture.shape[:2] == (2 * 16 + 2 * (96 + 18 + 6) - 6, 2 * 16 + 8 * 102 - 6)
-    for index in range(11):
-        top, left = 16 + index // 8 * 120 + 18, 16 + index % 8 * 102
-        assert (picture[top : top + 96, left : left + 96] == 20 * index).all()
-    with pytest.raises(ValueError, match="2 captions given for 11 images"):
-        save_sheet(tmp_path / "sheet.png", levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), ["a", "b"])

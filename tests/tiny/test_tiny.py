@@ -83,7 +83,7 @@ def test_generator_predicts_heldout_tokens(heldout: tuple[torch.Tensor, ...]) ->
         tokens = tokenizer.encode(heldout[0])
         hidden = generator(tokens[:, :-1], heldout[1], return_hidden=True)
         cross_entropy = ops.linear_cross_entropy(hidden, generator.output.weight, tokens)
-    assert cross_entropy < 5.0  # uniform: ln 512 = 6.24
+    assert cross_entropy < 3.7  # uniform: ln 512 = 6.24
 
 
 @pytest.mark.skipif(

@@ -23,7 +23,7 @@ VGG_STRIDE = 16  # pixels of the image to one of the last map of features
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
-RESULTS = ("aligned.pt", "samples.png", "reward.png", "stages.png", "fid.png")
+RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class OptimizerOptions:
         "images in one forward on one GPU; lower it when memory runs out, results stay",
         at_least=1,
     )
-    steps: int = option(100, "optimizer steps", at_least=1)
+    steps: int = option(PRESET, "optimizer steps", at_least=1)
     lr: float = option(PRESET, "AdamW's learning rate", at_least=0)
     weight_decay: float = option(1e-4, at_least=0)
     clip_grad_norm: float = option(1.0, above=0)

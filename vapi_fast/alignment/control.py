@@ -19,6 +19,13 @@ SAID = {
 }
 
 
+def sheet_label(config: AlignConfig) -> str:
+    """What stands above the samples of the generator that a run has trained."""
+    if config.control:
+        return f"{config.control} advantages"
+    return {"vapi": "aligned", "ste": "straight-through", "ntp": "next-token prediction alone"}[config.method]
+
+
 def advantages_of(rewards: Tensor, config: AlignConfig, seed: int, sample_ids: Tensor) -> Tensor:
     """Advantages `[b,G]` of rollouts with rewards `[b,G]`, of the images in the slots `sample_ids` of the step.
 

@@ -25,7 +25,7 @@ from vapi_fast.runtime.progress import progress_bar
 
 REWARD_IMAGES = 512  # at most so many held-out images are rolled out
 PAPER_SIDE = 256  # pixels that papers score images at, whatever they were drawn at
-DECODED = 16  # images decoded at once
+DECODED = 16  # images in the tokenizer at once
 BATCHES_A_CAPTURE = 16  # drawn by one engine: on a GPU each casts the weights and captures its step anew
 SEED_STREAM = 1 << 62  # samples for evaluation never share draws with a training step
 
@@ -69,6 +69,8 @@ class Evaluator:
 
     @torch.no_grad()
     def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
+        from vapi_fast.data.pictures import spread  # takes Pillow, which a run without measurements does without
+
         self.config = config
         self.models = models
         self.device = device
@@ -85,7 +87,11 @@ class Evaluator:
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
         self.reference = gather_rows(torch.cat(features))[order].to(device)
         self.labels = gather_rows(torch.cat(labels))[order]
-        self.rewarded = [batch for _, batch in shard_of(data, min(count, REWARD_IMAGES), config.micro_batch)]
+        rewarded = list(shard_of(data, min(count, REWARD_IMAGES), config.micro_batch))
+        self.rewarded = [batch for _, batch in rewarded]
+        self.positions = [position for position, _ in rewarded]
+        # Of these images, the ones that pictures show, and their classes' samples, which have the positions as ids.
+        self.shown, self.columns = spread(self.labels[:REWARD_IMAGES], config.image_size)
 
     @torch.no_grad()
     def measure(self, generator: Generator, name: str, temperature: float | None = None) -> Measurement:
@@ -94,10 +100,9 @@ class Evaluator:
         temperature: of samples and rollouts. None: 1 for samples, as papers draw them, whatever `config.temperature`
         a run learns at, and that one for rollouts.
         """
-        plain, guided = (
-            self.score(generator, scale, name, temperature or 1.0) if scale else None
-            for scale in (1.0, self.config.cfg_scale if self.config.cfg_scale > 1 else None)
-        )
+        scale, drawn_at = self.config.cfg_scale, temperature or 1.0
+        plain = self.score(generator, 1.0, name, drawn_at)
+        guided = self.score(generator, scale, name, drawn_at) if scale > 1 else None
         return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
     def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
@@ -125,6 +130,16 @@ class Evaluator:
                 for tokens in self.draw(generator, part, cfg_scale, temperature).split(self.config.eval_batch):
                     yield self.decode(tokens)
                     progress.update(len(tokens))
+
+    @torch.no_grad()
+    def originals(self) -> list[tuple[str, Tensor]]:
+        """The held-out images that are shown and the tokenizer's reconstructions of them; all ranks call it."""
+        wanted = [torch.isin(position, self.shown) for position in self.positions]
+        positions = gather_rows(torch.cat([each[rows] for each, rows in zip(self.positions, wanted, strict=True)]))
+        mine = [batch.images[rows] for batch, rows in zip(self.rewarded, wanted, strict=True)]
+        images = gather_rows(torch.cat(mine))[(positions == self.shown[:, None]).int().argmax(1)]
+        tokens = [self.models.tokenizer.encode(part.to(self.device)) for part in images.split(DECODED)]
+        return [("original", images), ("reconstruction", self.decode(torch.cat(tokens)).cpu())]
 
     def sample(self, generator: Generator, sample_ids: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] of the given sample ids, without guidance."""

@@ -31,7 +31,8 @@ class Outcome:
     curves: dict[str, list[float]] = field(default_factory=dict)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # those between steps, by the steps so far
-    pictures: list[tuple[str, Tensor]] = field(default_factory=list)  # columns of the picture grid
+    sheets: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)  # labels and images by the picture's file
+    sheet_columns: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     first_step: dict[str, float] = field(default_factory=dict)  # its seconds by stage
     compared: int = 0  # steps at the end that something else ran beside

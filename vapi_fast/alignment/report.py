@@ -1,4 +1,4 @@
-"""What a run leaves behind: `run.json`, the before/after table, the picture grid and the reward curve."""
+"""What a run leaves behind: `run.json`, the before/after table, the pictures and the reward curve."""
 
 from __future__ import annotations
 
@@ -135,11 +135,12 @@ def write_scores(writer: Any, figures: dict[str, Any], step: int) -> None:
 
 
 def write_pictures(outcome: Outcome, output: Path) -> None:
-    """`samples.png` if the run was evaluated, and `reward.png` if its method has a reward, where matplotlib is."""
-    if outcome.pictures:
-        from vapi_fast.data.pictures import save_grid
-
-        save_grid(output / "samples.png", outcome.pictures)
+    """`samples.png` and `originals.png` if the run was evaluated, and `reward.png` if its method has a reward, where
+    matplotlib is."""
+    if outcome.sheets:
+        from vapi_fast.data.pictures import save_sheets
+    for name, sheets in outcome.sheets.items():
+        save_sheets(output / name, sheets, outcome.sheet_columns)
     if outcome.config.method != "ntp" and installed("matplotlib"):
         from vapi_fast.alignment.charts import save_reward_curve
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.control import SAID
+from vapi_fast.alignment.control import SAID, sheet_label
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
@@ -44,7 +44,6 @@ from vapi_fast.runtime.errors import CheckpointError, ConfigError, NonFiniteErro
 from vapi_fast.runtime.options import flag
 from vapi_fast.runtime.ownership import not_written, owned
 
-GRID_IMAGES = 24
 PICTURES_BYTES = 10_000_000  # and what else lies beside the weights
 # Fields that may differ when a run is resumed: all but lr do not touch what the steps compute, and a smaller lr is what
 # a run that met infinities needs.
@@ -228,7 +227,9 @@ class Run:
     def begin(self, base: dict[str, Any] | None) -> int:
         """Measure the generator, if that is not done, or go on from the newest state; returns the steps behind it."""
         if self.evaluator:
-            self.picture("base sample", originals=True)
+            self.outcome.sheet_columns = self.evaluator.columns
+            self.outcome.sheets["originals.png"] = self.evaluator.originals()
+            self.add_samples("base")
         if self.config.resume:
             return self.load_state()
         if self.evaluator:
@@ -251,7 +252,7 @@ class Run:
             if self.config.eval_every and rank() == 0 and (writer := report.curve_writer()):
                 with writer(str(self.config.output_dir / "tensorboard")) as curves:
                     report.write_scores(curves, self.outcome.measured["aligned"], self.config.steps)
-            self.picture("aligned sample")
+            self.add_samples(sheet_label(self.config))
 
     def measure_step(self, step: int) -> None:
         self.outcome.evaluations[str(step)] = self.measured(f"step {step}")
@@ -263,16 +264,10 @@ class Run:
         self.outcome.seconds["evaluation"] += time.perf_counter() - started
         return measurement.as_record()
 
-    def picture(self, title: str, originals: bool = False) -> None:
-        """Add a column to the picture grid: samples at fixed seeds, after the held-out images of the same classes."""
-        images = torch.cat([batch.images for batch in self.evaluator.rewarded])[:GRID_IMAGES].to(self.device)
-        if originals:
-            tokenizer = self.models.tokenizer
-            with torch.no_grad():
-                reconstructions = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
-            self.outcome.pictures += [("original", images.cpu()), ("reconstruction", reconstructions.cpu())]
-        samples = self.evaluator.sample(whole_copy(self.models.generator), torch.arange(len(images)))
-        self.outcome.pictures.append((title, samples.cpu()))
+    def add_samples(self, label: str) -> None:
+        """A sheet of `samples.png`: of the generator as it is now, at seeds and of classes that are the same always."""
+        samples = self.evaluator.sample(whole_copy(self.models.generator), self.evaluator.shown)
+        self.outcome.sheets.setdefault("samples.png", []).append((label, samples.cpu()))
 
     def save_state(self, step: int) -> None:
         """Everything that `--resume` needs after `step` steps; all ranks call it.

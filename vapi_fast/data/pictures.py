@@ -1,4 +1,9 @@
-"""Pictures of a run: a grid of samples side by side."""
+"""Pictures of samples: labelled sheets side by side, an image in the same place on each.
+
+An image's cell is 96 to 192 pixels wide: smaller images are enlarged without smoothing, larger ones averaged down, by a
+whole factor. A sheet of cells has about 800 pixels a side: 64 images of 32 pixels, 36 of 256, 16 of 384. So four
+sheets are below 8 MB, whatever they show.
+"""
 
 from __future__ import annotations
 
@@ -12,78 +17,105 @@ from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import write_atomically
 
-MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor, without smoothing
-MARGIN, GAP, BLOCK_GAP = 16, 6, 24
-LANDSCAPE = 3 / 2
+MIN_CELL, MAX_CELL = 96, 192  # pixels
+SHEET_SIDE = 800  # pixels, without the gaps
+SHEET_COLUMNS = 8
+MARGIN, GAP, SHEET_GAP = 16, 6, 32
+LABEL_SIZE, CAPTION_SIZE, CAPTION_HEIGHT = 28, 11, 18
 BACKGROUND, INK = (243, 244, 246), (31, 41, 55)
 
 
-def save_grid(path: str | Path, columns: Sequence[tuple[str, Tensor]]) -> None:
-    """Write a labelled PNG: one column per (label, images [N, 3, H, W] in [−1, 1]), row n showing image n of each.
+def spread(labels: Tensor, side: int) -> tuple[Tensor, int]:
+    """Which of the images with class ids int64 `[N]` to show on a sheet, in order of class, and in how many columns.
 
-    Many rows are broken into blocks side by side, so that the picture is about 3:2. The file appears whole or not at
-    all. Raises ValueError when there are no images, the shapes differ or a value is not finite.
+    side: pixels of an image, which decide how many there is room for. All classes get the same number, where they have
+    as many; a row is then a class, or a class is some whole rows, or a row some whole classes. Of more classes than
+    there is room for, one image each of some that are evenly spaced.
     """
-    _check_columns(columns)
-    count, _, height, width = columns[0][1].shape
-    factor = max(1, math.ceil(MIN_CELL / min(height, width)))
-    cell_height, cell_width = height * factor, width * factor
-    font = _fitting_font([label for label, _ in columns], cell_width)
-    header = 2 * int(font.size)
-    rows = _rows_per_block(count, len(columns) * (cell_width + GAP), cell_height + GAP, header)
-    blocks = math.ceil(count / rows)
-    block_width = len(columns) * (cell_width + GAP) - GAP
+    cell = math.ceil(side * _enlargement(side) / _reduction(side))  # one of the two is 1
+    room = min(SHEET_COLUMNS, SHEET_SIDE // cell) ** 2
+    classes = labels.unique()
+    shown = min(room, len(classes))
+    each = room // shown
+    classes = classes[torch.arange(shown) * len(classes) // shown]
+    positions = [(labels == label).nonzero()[:each, 0] for label in classes]
+    count = sum(map(len, positions))
+    fitting = [columns for columns in range(room, 0, -1) if each % columns == 0 or columns % each == 0]
+    return torch.cat(positions), min(fitting, key=lambda columns: abs(math.log(columns / math.sqrt(count))))
 
+
+def save_sheets(
+    path: str | Path, sheets: Sequence[tuple[str, Tensor]], columns: int, captions: Sequence[str] = ()
+) -> None:
+    """Write a PNG of one sheet per (label, images `[N,3,H,W]`, uint8 or in [−1, 1]), side by side, rows of `columns`.
+
+    captions: one for each of the N places, written above it. Labels stand above the sheets, where there are any. The
+    file appears whole or not at all. Raises ValueError when there are no images, the shapes differ, a value is not
+    finite, or captions are not as many as images.
+    """
+    _check(sheets, captions)
+    cells = [[_cell(image) for image in images] for _, images in sheets]
+    count, (width, height) = len(cells[0]), cells[0][0].size
+    columns = min(columns, count)
+    step_x, step_y = width + GAP, height + GAP + (CAPTION_HEIGHT if captions else 0)
+    sheet_width = columns * step_x - GAP
+    label_font = _fitting_font([label for label, _ in sheets], sheet_width)
+    header = 2 * int(label_font.size) if any(label for label, _ in sheets) else 0
     size = (
-        2 * MARGIN + blocks * (block_width + BLOCK_GAP) - BLOCK_GAP,
-        2 * MARGIN + header + rows * (cell_height + GAP) - GAP,
+        2 * MARGIN + len(sheets) * (sheet_width + SHEET_GAP) - SHEET_GAP,
+        2 * MARGIN + header + math.ceil(count / columns) * step_y - GAP,
     )
     picture = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    for block in range(blocks):
-        for position, (label, images) in enumerate(columns):
-            left = MARGIN + block * (block_width + BLOCK_GAP) + position * (cell_width + GAP)
-            draw.text((left + cell_width / 2, MARGIN + header / 2 - 2), label, fill=INK, font=font, anchor="mm")
-            for row, image in enumerate(images[block * rows : (block + 1) * rows]):
-                top = MARGIN + header + row * (cell_height + GAP)
-                cell = _to_picture(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
-                picture.paste(cell, (left, top))
+    draw, caption_font = ImageDraw.Draw(picture), ImageFont.load_default(CAPTION_SIZE)
+    for sheet, (label, _) in enumerate(sheets):
+        left = MARGIN + sheet * (sheet_width + SHEET_GAP)
+        draw.text((left + sheet_width / 2, MARGIN + header / 2 - 4), label, fill=INK, font=label_font, anchor="mm")
+        for place, cell in enumerate(cells[sheet]):
+            x, y = left + place % columns * step_x, MARGIN + header + place // columns * step_y
+            if captions:
+                middle = (x + width / 2, y + CAPTION_HEIGHT / 2 - 1)
+                draw.text(middle, captions[place], fill=INK, font=caption_font, anchor="mm")
+                y += CAPTION_HEIGHT
+            picture.paste(cell, (x, y))
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 
-def _rows_per_block(count: int, block_width: int, row_height: int, header: int) -> int:
-    """Rows in each block such that the picture is as near to 3:2 as it can be, whatever the last block leaves empty."""
+def _enlargement(side: int) -> int:
+    return math.ceil(MIN_CELL / side)
 
-    def misfit(rows: int) -> float:
-        blocks = math.ceil(count / rows)
-        aspect = (blocks * (block_width + BLOCK_GAP)) / (rows * row_height + header)
-        return abs(math.log(aspect / LANDSCAPE))
 
-    best = min(range(1, count + 1), key=misfit)
-    return math.ceil(count / math.ceil(count / best))  # the same number of blocks, evenly filled
+def _reduction(side: int) -> int:
+    return math.ceil(side / MAX_CELL)
+
+
+def _cell(image: Tensor) -> Image.Image:
+    if image.dtype != torch.uint8:
+        image = (image.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if min(picture.size) >= MIN_CELL:
+        return picture.reduce(_reduction(max(picture.size)))
+    factor = _enlargement(min(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _fitting_font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
-    size = max(13, width // 14)
+    size = LABEL_SIZE
     while size > 7 and max(ImageFont.load_default(size).getlength(label) for label in labels) > width:
         size -= 1
     return ImageFont.load_default(size)
 
 
-def _to_picture(image: Tensor) -> Image.Image:
-    pixels = (image.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def _check_columns(columns: Sequence[tuple[str, Tensor]]) -> None:
-    if not columns or not len(columns[0][1]):
-        raise ValueError("no images for the picture grid; expected at least one column of images [N, 3, H, W]")
-    shape = columns[0][1].shape
-    for label, images in columns:
+def _check(sheets: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -> None:
+    if not sheets or not len(sheets[0][1]):
+        raise ValueError("no images for the picture; expected at least one sheet of images [N, 3, H, W]")
+    shape = sheets[0][1].shape
+    for label, images in sheets:
         if images.ndim != 4 or images.shape[1] != 3 or images.shape != shape:
             raise ValueError(
-                f"column '{label}' has shape {list(images.shape)}; every column must be [N, 3, H, W] "
+                f"sheet '{label}' has shape {list(images.shape)}; every sheet must be [N, 3, H, W] "
                 f"and alike, the first is {list(shape)}"
             )
         if not images.isfinite().all():
-            raise ValueError(f"column '{label}' has values that are not finite; expected images in [-1, 1]")
+            raise ValueError(f"sheet '{label}' has values that are not finite; expected images in [-1, 1]")
+    if captions and len(captions) != shape[0]:
+        raise ValueError(f"{len(captions)} captions given for {shape[0]} images; give one each")

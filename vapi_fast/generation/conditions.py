@@ -26,11 +26,14 @@ class Conditions:
         picked = ids % len(self.rows)
         return Condition(self.rows[picked].to(device), None if self.mask is None else self.mask[picked].to(device))
 
-    def names(self, count: int) -> list[dict[str, int]]:
-        """The condition of images 0 … count − 1, for the manifest."""
-        captions = self.rows.ndim > 1
-        rows = range(len(self.rows)) if captions else self.rows.tolist()
-        return [{"caption" if captions else "class": rows[i % len(rows)]} for i in range(count)]
+    @property
+    def kind(self) -> str:
+        return "caption" if self.rows.ndim > 1 else "class"
+
+    def numbers(self, count: int) -> Tensor:
+        """Class id, or row of the caption, of images 0 … count − 1: int64 `[count]`."""
+        numbers = torch.arange(len(self.rows)) if self.kind == "caption" else self.rows
+        return numbers[torch.arange(count) % len(numbers)]
 
 
 def read_conditions(class_ids: tuple[int, ...] | None, captions: Path | None, generator: Generator) -> Conditions:

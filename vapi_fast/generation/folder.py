@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
-from vapi_fast.data.pictures import save_grid
+from vapi_fast.data.pictures import SHEET_COLUMNS, save_sheets, spread
 from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
 from vapi_fast.generation.conditions import Conditions, read_conditions
 from vapi_fast.generation.config import LARGEST_BATCH, GenerateConfig
@@ -29,7 +29,6 @@ from vapi_fast.generation.sequences import (
     rows_that_fit,
     sample_groups,
 )
-from vapi_fast.generation.sheets import save_sheet
 from vapi_fast.models import Generator, VQTokenizer
 from vapi_fast.models.families import check_vocabulary, load_generator
 from vapi_fast.models.frozen import PixelCodec
@@ -48,7 +47,6 @@ DECODE_BATCH = 16  # images in the tokenizer at once
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
 DRAW = "token t of image i takes its random bits from seed, i and t alone"
 SHEET_IMAGES = 64
-COMPARED_IMAGES = 24
 ENTROPY_IMAGES = 12
 
 
@@ -85,7 +83,7 @@ def draw_samples(config: GenerateConfig) -> None:
                 save_views(config, sampler, compared)
             del compared  # its memory is for the draws
             gather_objects(None)
-            write_samples(config, sampler, manifest)
+            write_samples(config, sampler)
         except OSError as error:
             images = config.num * (2 if config.format == "npz" else 1) + SHEET_IMAGES
             needed = images * 3 * config.save_size**2
@@ -94,17 +92,16 @@ def draw_samples(config: GenerateConfig) -> None:
             ) from error
 
 
-def write_samples(config: GenerateConfig, sampler: Sampler, manifest: dict[str, Any]) -> None:
+def write_samples(config: GenerateConfig, sampler: Sampler) -> None:
     """The images that are missing, by all ranks, and the contact sheet."""
     files = FORMATS[config.format](config.out, config.num)
     draw_missing(files, sampler)
     gather_objects(None)
     if rank() == 0:
         files.finish()
-        shown = manifest["images"][:SHEET_IMAGES]
-        kind = "caption" if "caption" in shown[0] else "class"
-        captions = [f"{kind} {image[kind]}" for image in shown]
-        save_sheet(config.out / "contact_sheet.png", files.first(len(shown)), captions)
+        conditions, count = sampler.conditions, min(SHEET_IMAGES, config.num)
+        captions = [f"{conditions.kind} {number}" for number in conditions.numbers(count).tolist()]
+        save_sheets(config.out / "contact_sheet.png", [("", files.first(count))], SHEET_COLUMNS, captions)
 
 
 @contextlib.contextmanager
@@ -181,9 +178,8 @@ class Sampler:
         return (self.decode(drawn.tokens[: len(ids), 0]) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
     @refusals()
-    def preview(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first images, in [−1, 1], and the entropy in bits of the distribution each token was drawn from."""
-        ids = torch.arange(count)
+    def preview(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [−1, 1], and the entropy in bits of the distribution each token was drawn from."""
         condition, mask = self.conditions.of(ids, self.device)
         drawn = sample_groups(
             self.generator,
@@ -262,15 +258,15 @@ def make_manifest(config: GenerateConfig, sampler: Sampler) -> dict[str, Any]:
     }
     if settings["class_ids"] is not None:
         settings["class_ids"] = list(settings["class_ids"])
-    place = SAMPLES_FILE if config.format == "npz" else None
+    place, conditions = SAMPLES_FILE if config.format == "npz" else None, sampler.conditions
     return {
         "configuration": settings,
         "files": files,
         "batch_size": sampler.batch_size,  # it rounds products: a restart takes the same
         "draw": DRAW,
         "images": [
-            {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", **condition, "seed": config.seed}
-            for i, condition in enumerate(sampler.conditions.names(config.num))
+            {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", conditions.kind: number, "seed": config.seed}
+            for i, number in enumerate(conditions.numbers(config.num).tolist())
         ],
     }
 
@@ -309,14 +305,13 @@ def check_same(out: Path, before: dict[str, Any], manifest: dict[str, Any]) -> N
 
 
 def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | None) -> None:
-    """The first images beside those of another checkpoint at the same seeds, and their entropies, where asked for."""
+    """Images beside those of another checkpoint at the same seeds, and the first ones' entropies, where asked for."""
     if compared is not None:
-        count = min(COMPARED_IMAGES, config.num)
-        before, _ = sampler.preview(count)
-        after, _ = compared.preview(count)
-        columns = [(config.gpt_ckpt.stem, before.cpu()), (config.compare_ckpt.stem, after.cpu())]
-        save_grid(config.out / "comparison.png", columns)
+        ids, columns = spread(sampler.conditions.numbers(config.num), config.save_size)
+        both = ((config.gpt_ckpt, sampler), (config.compare_ckpt, compared))
+        sheets = [(checkpoint.stem, each.preview(ids)[0].cpu()) for checkpoint, each in both]
+        save_sheets(config.out / "comparison.png", sheets, columns)
     if config.entropy_maps:
         from vapi_fast.generation.heatmaps import save_entropy_maps
 
-        save_entropy_maps(config.out / "entropy.png", *sampler.preview(min(ENTROPY_IMAGES, config.num)))
+        save_entropy_maps(config.out / "entropy.png", *sampler.preview(torch.arange(min(ENTROPY_IMAGES, config.num))))

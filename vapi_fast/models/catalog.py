@@ -43,6 +43,7 @@ PAPER = Entry(
     align={
         "batch_size": 128,
         "micro_batch": 16,
+        "steps": 100,
         "lr": 1e-6,
         "eval_samples": 50_000,
         "eval_batch": 64,
@@ -66,6 +67,7 @@ TINY = Entry(
     align={
         "batch_size": 32,
         "micro_batch": 32,
+        "steps": 30,
         "lr": 2e-5,
         "eval_samples": 2000,
         "eval_batch": 250,

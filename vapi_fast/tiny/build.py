@@ -1,4 +1,4 @@
-"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (about 50 minutes, two cores).
+"""Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (1½ hours on two cores).
 
     python -m vapi_fast.tiny.build [--output-dir DIR] [--only images|perceptual|tokenizer|generator]
 
@@ -217,7 +217,7 @@ def train_tokenizer(output: TinyFiles, steps: int = 3500, batch_size: int = 64, 
     save_half(model, output.tokenizer)
 
 
-def train_generator(output: TinyFiles, steps: int = 1800, batch_size: int = 32) -> None:
+def train_generator(output: TinyFiles, steps: int = 2700, batch_size: int = 32) -> None:
     """Next-token cross-entropy until it gains nothing more on held-out images: a base for alignment to be judged by.
 
     The learning rate falls to zero along a cosine. Images are varied and tokenized anew at every step, with dropout 0.1
