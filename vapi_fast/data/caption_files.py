@@ -22,8 +22,8 @@ from vapi_fast.runtime.errors import DataError
 CAPTION_COLUMNS = ("caption", "text", "caption_original", "prompt", "captions", "txt")
 PATH_COLUMNS = ("file_name", "image_path")  # of Hugging Face's imagefolder, of LlamaGen's lists
 LAYOUTS = (
-    "a save_to_disk folder, *.parquet, WebDataset *.tar with key.txt or key.json, or lists of image paths and captions: "
-    "*.jsonl, or metadata.csv in a folder of images"
+    "a save_to_disk folder, *.parquet, WebDataset *.tar with key.txt or key.json, or lists of image paths and "
+    "captions: *.jsonl, or metadata.csv in a folder of images"
 )
 
 

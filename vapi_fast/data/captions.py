@@ -75,9 +75,9 @@ def clean_caption(caption: str) -> str:
 
 def has_words(caption: str) -> bool:
     """Whether `clean_caption` leaves anything; a plain word stays, so most captions need no cleaning to tell."""
-    if not re.search("[<%&]|click", caption, re.IGNORECASE):
-        if any(word.lower() not in TAKEN for word in PLAIN.findall(caption)):
-            return True
+    may_lose = re.search("[<%&]|click", caption, re.IGNORECASE)
+    if not may_lose and any(word.lower() not in TAKEN for word in PLAIN.findall(caption)):
+        return True
     return bool(caption.strip()) and bool(clean_caption(caption))
 
 

@@ -275,13 +275,8 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
                 f"{each['images']} images{' of ' + each['name'] if each['name'] else ''}" for each in (one, other)
             )
             return f"class {label} had {one}, now it has {other}"
-    one, other = before.get("captions"), now.get("captions")
-    if before["split"] == now["split"] and one != other:
-        what = [
-            f"{'classes' if not each else repr(each['column'])} of {summary['images']} images"
-            for each, summary in ((one, before), (other, now))
-        ]
-        return f"it had {what[0]}, now {what[1]}" if what[0] != what[1] else "the captions are others than they were"
+    if before["split"] == now["split"] and before.get("captions") != now.get("captions"):
+        return f"it had {before['images']} with other captions than the {now['images']} now have"
     return "" if before == now else f"it was split {before['split']}, now it is {now['split']}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,9 +80,9 @@ class CachedFeatures:
             self._keys[text] = digest(clean)
             texts[self._keys[text]] = clean
         everyone = rank(), world_size()
-        # Once more by machine: others may have folders of their own.
+        # Then by machine, as others may have folders of their own.
         own = number_in_environment("LOCAL_RANK", 0), number_in_environment("LOCAL_WORLD_SIZE", 1)
-        for place, places in dict.fromkeys((everyone, own)):
+        for place, places in (everyone, own if world_size() > 1 else everyone):
             missing = self._missing(texts)
             if not any(gather_objects(len(missing))):  # all have looked before the first writes
                 return
@@ -198,15 +199,14 @@ class FolderFeatures:
         if not path.is_file():
             raise DataError(f"{path}: no features of this caption; vapi-fast encode-captions makes them")
         try:
-            read_regular(path)
-            states = np.load(path, allow_pickle=False)
+            states = np.load(BytesIO(read_regular(path)), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: cannot be read as a .npy array ({error}); make it again") from error
         fits = states.ndim == 3 and states.shape[0] == 1 and 1 <= states.shape[1] <= self.tokens
         if not fits or states.shape[2] != self.width or states.dtype.kind != "f":
             raise DataError(
-                f"{path}: is {states.dtype} {list(states.shape)}, this checkpoint takes float32 [1, 1 to {self.tokens}, "
-                f"{self.width}]"
+                f"{path}: is {states.dtype} {list(states.shape)}, this checkpoint takes float32 "
+                f"[1, 1 to {self.tokens}, {self.width}]"
             )
         found = torch.from_numpy(states[0]).float()
         if not found.isfinite().all():
