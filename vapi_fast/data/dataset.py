@@ -47,6 +47,13 @@ class ImageBatch(NamedTuple):
     def take(self, rows: slice | Tensor) -> ImageBatch:
         return self.map(lambda value: value[rows])
 
+    def trimmed(self) -> ImageBatch:
+        """Without the positions of padding that all of its captions have."""
+        if self.mask is None:
+            return self
+        used = int(self.mask.any(0).sum())
+        return self._replace(features=self.features[:, -used:], mask=self.mask[:, -used:])
+
     def to(self, device: torch.device) -> ImageBatch:
         """The same on `device`, from pinned memory without waiting for it."""
         return self.map(lambda value: value.to(device, non_blocking=True))
@@ -294,7 +301,8 @@ def ahead(batches: Iterator[ImageBatch], device: torch.device) -> Iterator[Image
 
     def following() -> ImageBatch | None:
         batch = next(batches, None)
-        return batch.map(Tensor.pin_memory) if batch is not None and gpu else batch
+        batch = batch and batch.trimmed()
+        return batch.map(Tensor.pin_memory) if batch and gpu else batch
 
     # A thread starts on GPU 0, and pinning memory would take some of it.
     start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if gpu else {}
