@@ -14,6 +14,7 @@ from typing import Any
 
 from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
+from vapi_fast.data.config import HUB_ROWS, SHORT_SHARE
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from vapi_fast.data.dataset import ImageStream, check_side, reader
 from vapi_fast.data.features import FeatureSource, digest
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
+
+if TYPE_CHECKING:
+    from vapi_fast.data.caption_files import Caption
 
 
 class CaptionedData(ImageStream):
@@ -52,9 +55,9 @@ class CaptionedData(ImageStream):
         """The caption as the source has it."""
         return self._captions[image_id].text
 
-    def prepare(self, count: int, seed: int) -> None:
-        """Have the features ready that the first `count` images of the stream need; all ranks call it."""
-        self.features.prepare(self._captions[image_id] for image_id in self.planned(count, seed))
+    def foreseen(self, count: int, seed: int) -> list[Caption]:
+        """The captions of the first `count` images of the stream, each once: what `FeatureSource.prepare` takes."""
+        return [self._captions[image_id] for image_id in self._stream(np.arange(min(count, len(self))), seed)]
 
     def summary(self) -> dict[str, Any]:
         """What the set is made of, for `run.json` and to tell it from another."""

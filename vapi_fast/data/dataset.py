@@ -141,10 +141,6 @@ class ImageStream:
             for epoch, offset in zip(epochs, offsets, strict=True)
         ]
 
-    def planned(self, count: int, seed: int) -> list[int]:
-        """Ids of the images that the first `count` entries of the stream have, each once."""
-        return self._stream(np.arange(min(count, len(self))), seed)
-
     def _room(self, count: int) -> tuple[np.ndarray, ...]:
         """What is filled for `count` slots: images and, of other sets, more."""
         return (np.empty((count, 3, self.image_size, self.image_size), dtype=np.float32),)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vapi_fast.data.config import SHORT_SHARE
 from vapi_fast.data.text import ENCODER, TextEncoder, cleaned, identity_of
 from vapi_fast.runtime.checkpoint import read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, number_in_environment, rank, world_size
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vapi_fast.data.caption_files import Caption
 
 SHARD = 512  # captions in a file of the cache: what a crash loses at most, on each rank
-SHORT_SHARE = 0.3  # of LlamaGen's training
 
 
 class FeatureSource(Protocol):

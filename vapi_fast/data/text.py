@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.captions import clean_caption
+from vapi_fast.data.config import CAPTION_BATCH
 from vapi_fast.runtime.checkpoint import identity
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import loaded, require
 
 ENCODER = "google/flan-t5-xl"
 PURPOSE = "a caption's features"
-BATCH = 32  # captions in the encoder at once
 
 
 class TextEncoder:
@@ -67,7 +67,7 @@ class TextEncoder:
         return features, mask
 
     @torch.no_grad()
-    def states(self, texts: Sequence[str], tokens: int, batch_size: int = BATCH) -> Iterator[Tensor]:
+    def states(self, texts: Sequence[str], tokens: int, batch_size: int = CAPTION_BATCH) -> Iterator[Tensor]:
         """Of cleaned captions, in turn: the states of at most `tokens` positions, on the CPU in the encoder's dtype."""
         for first in range(0, len(texts), batch_size):
             part = list(texts[first : first + batch_size])
