@@ -1,4 +1,4 @@
-"""The command line: `vapi-fast align`, `generate`, `evaluate`, `geneval`, `encode-captions`; flags are their configurations' fields.
+"""The command line: `vapi-fast align`, `generate`, `evaluate`, …; flags are the fields of their configurations.
 
 Nothing here imports torch: --help and a mistyped flag answer at once. What runs is in `vapi_fast.commands`.
 """
