@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 from inputs import text_encoder
 
 pytest.importorskip("datasets")
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from captioned import TEXTS, pictures, write
+from captioned import TEXTS, write
 
 from vapi_fast import AlignConfig
 from vapi_fast.alignment.data_sets import open_data
 from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageData
-from vapi_fast.data.features import CachedFeatures
 from vapi_fast.data.text import TextEncoder
 from vapi_fast.models.sizes import Captions, Classes
 from vapi_fast.runtime.errors import ConfigError

@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
+import datasets
 import huggingface_hub
 from captioned import Numbered, write
 from inputs import grey_png
