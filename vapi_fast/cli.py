@@ -1,4 +1,4 @@
-"""The command line: `vapi-fast align`, `generate`, `evaluate`, `geneval`; flags are their configurations' fields.
+"""The command line: `vapi-fast align`, `generate`, `evaluate`, …; flags are the fields of their configurations.
 
 Nothing here imports torch: --help and a mistyped flag answer at once. What runs is in `vapi_fast.commands`.
 """
@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple
 
 from vapi_fast.alignment.config import AlignConfig
+from vapi_fast.data.config import EncodeCaptionsConfig
 from vapi_fast.evaluation.config import EvaluateConfig, GenevalConfig
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import catalog
@@ -26,6 +27,7 @@ COMMANDS = {
     "generate": Command(GenerateConfig, "draw images from a generator"),
     "evaluate": Command(EvaluateConfig, "score images: FID, sFID, Inception Score, precision, recall"),
     "geneval": Command(GenevalConfig, "score images of captions by GenEval's six tasks"),
+    "encode-captions": Command(EncodeCaptionsConfig, "make features of captions, in LlamaGen's own layout"),
 }
 
 

@@ -116,6 +116,21 @@ def geneval_main(options: argparse.Namespace) -> int:
     return run_command(score, lambda: "interrupted", LOWER_BATCH_SIZE)
 
 
+def encode_captions_main(options: argparse.Namespace) -> int:
+    """Write captions' features; returns the exit status."""
+
+    def encode() -> None:
+        require(ConfigError, "vapi-fast encode-captions", "datasets", "PIL", "transformers", "ftfy")
+        from vapi_fast.data.caption_folder import encode_captions
+        from vapi_fast.data.config import EncodeCaptionsConfig
+
+        report = encode_captions(EncodeCaptionsConfig(**vars(options)))
+        if report is not None:
+            print(report)
+
+    return run_command(encode, lambda: "interrupted; the same command goes on where it stopped", LOWER_BATCH_SIZE)
+
+
 def run_command(command: Callable[[], None], interrupted: Callable[[], str], out_of_memory: str) -> int:
     """The exit status of `command`; what can be expected to go wrong becomes one line on standard error."""
     for stream in (sys.stdout, sys.stderr):  # a name may hold what a terminal's encoding does not
@@ -158,4 +173,5 @@ MAINS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate_main,
     "evaluate": evaluate_main,
     "geneval": geneval_main,
+    "encode-captions": encode_captions_main,
 }

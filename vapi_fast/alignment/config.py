@@ -14,6 +14,7 @@ from typing import Any
 
 from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
+from vapi_fast.data.config import HUB_ROWS, SHORT_SHARE
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
@@ -52,9 +53,10 @@ class DataOptions:
 
     data: Path | None = option(
         PRESET,
-        "images: folder of class folders, `save_to_disk` folder, parquet, or WebDataset tars",
+        "images: folder of class folders, `save_to_disk` folder, parquet, WebDataset tars, or `hub:owner/name`; with "
+        "captions for a text-conditioned model: the same but for class folders, or lists of paths (`.jsonl`, `.csv`)",
         shown="required (shipped)",
-        file="file or folder",
+        file="file, folder or hub",
     )
     split: str | None = option(
         None,
@@ -67,6 +69,27 @@ class DataOptions:
         shown="in the order of the names",
         file="file",
     )
+    hub_rows: int = option(HUB_ROWS, "rows of a `hub:` data set, from its start on", at_least=1, at_most=MOST)
+    caption_column: str | None = option(
+        None,
+        "where `--data` has its captions; `NAME:K`: of several of an image the K-th, from 0 on",
+        shown="a usual name; the first of several",
+    )
+    text_encoder: str | None = option(
+        None, "T5 that the model was trained with: folder, or name on Hugging Face's hub", shown="google/flan-t5-xl"
+    )
+    caption_cache: Path | None = option(
+        None, "folder where captions' features are kept, for any number of runs", shown="beside torch.hub's"
+    )
+    caption_features: Path | None = option(
+        None,
+        "captions' features in place of a text encoder, as `encode-captions` and LlamaGen write them",
+        file="file or folder",
+    )
+    short_caption_features: Path | None = option(
+        None, "the same of shorter captions, which a share of the images has instead", file="file or folder"
+    )
+    short_caption_share: float = option(SHORT_SHARE, "that share; 0.3 in LlamaGen's training", at_least=0, at_most=1)
     synthetic_data: bool = option(False, "made-up images instead of `--data`, to time a model; nothing is measured")
 
 

@@ -62,6 +62,8 @@ REST = (
     (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 )
+PLAIN = re.compile(r"(?<!\S)[A-Za-z]+(?!\S)")
+TAKEN = {"worldwide", "free", "shipping", "download", "images", "page", *SUFFIXES.split("|")}  # words that a rule takes
 HYPHENS = 3  # more of them stand for spaces: this-is-my-cute-cat
 
 
@@ -69,6 +71,14 @@ def clean_caption(caption: str) -> str:
     """A caption as LlamaGen's training had it: cleaned twice. Raises DataError where `ftfy` is not installed."""
     require(DataError, PURPOSE, "ftfy")
     return _clean(_clean(caption))
+
+
+def has_words(caption: str) -> bool:
+    """Whether `clean_caption` leaves anything; a plain word stays, so most captions need no cleaning to tell."""
+    may_lose = re.search("[<%&]|click", caption, re.IGNORECASE)
+    if not may_lose and any(word.lower() not in TAKEN for word in PLAIN.findall(caption)):
+        return True
+    return bool(caption.strip()) and bool(clean_caption(caption))
 
 
 def _clean(caption: str) -> str:

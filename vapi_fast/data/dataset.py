@@ -1,4 +1,4 @@
-"""Labelled images on disk, in a seeded order that does not depend on the number of ranks."""
+"""Images on disk, in a seeded order that does not depend on the number of ranks; of `ImageData` with class labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
+
+if TYPE_CHECKING:
+    from vapi_fast.data.image_files import ImageRows
 
 UNREADABLE_LIMIT = 0.01
 DECODE_THREADS = 4
@@ -56,55 +59,21 @@ class ImageBatch(NamedTuple):
         return self.map(lambda value: value.to(device, non_blocking=True))
 
 
-class ImageData:
-    """A labelled image set: decoded, cropped to `image_size`² and served in batches; an image's id is its row.
+class ImageStream:
+    """Images by their rows: decoded, cropped to `image_size`² and served in batches; an image's id is its row."""
 
-    `source` is a local path, read through Hugging Face `datasets`: a folder of class folders (labels follow the sorted
-    folder names, in numeric order where all are numbers), a folder written by `save_to_disk`, a `.parquet` file or a
-    folder of them, a WebDataset `.tar` file or a folder of them (`key.jpg` beside `key.cls`). Where the source has
-    splits, `split` picks one; by default the training images, or with `held_out` those of validation or test.
-    `class_index` is a file with the ids of the classes' names (`vapi_fast.data.splits.read_class_index`).
-    Of parquet and tar files the names say the split; those that say none are training's beside others that do.
-    Parquet rows and tar indices are cached by `datasets`, keyed by the files' paths and modification times.
-
-    Raises `DataError` for a missing or unknown source, no such split, no rows, no image or label column, an absent
-    label, a label outside 0 .. num_classes - 1 (only negative ones when `num_classes` is None), or where `datasets` is
-    not installed.
-    """
-
-    def __init__(
-        self,
-        source: str | Path,
-        image_size: int,
-        *,
-        num_classes: int | None = None,
-        split: str | None = None,
-        held_out: bool = False,
-        class_index: Path | None = None,
-    ) -> None:
-        check_whole_numbers(image_size=image_size)
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
-        self.source = Path(source)
+    def __init__(self, rows: ImageRows, labels: np.ndarray, image_size: int) -> None:
+        """labels: int64 `[rows]`."""
         self.image_size = image_size
-        self._rows = reader().ImageRows(self.source, split, held_out, class_index)
-        self._labels = self._rows.labels(num_classes)
-        self.split: str | None = self._rows.split
-        self.class_names: dict[int, str] | None = self._rows.class_names
-        self._read = np.zeros(len(self), dtype=bool)
+        self.source = rows.source
+        self.split: str | None = rows.split
+        self._rows = rows
+        self._labels = labels
+        self._read = np.zeros(len(rows), dtype=bool)
         self._unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def summary(self) -> dict[str, Any]:
-        """What the set is made of, for `run.json` and to tell it from another: images and their number by class."""
-        ids, counts = np.unique(self._labels, return_counts=True)
-        names = self.class_names or {}
-        classes = {
-            str(i): {"name": names.get(i), "images": n} for i, n in zip(ids.tolist(), counts.tolist(), strict=True)
-        }
-        return {"split": self.split, "images": len(self), "classes": classes}
 
     @property
     def skipped(self) -> list[str]:
@@ -157,8 +126,8 @@ class ImageData:
             for step in range(steps.start, steps.stop + PREFETCH_STEPS):
                 if step < steps.stop:
                     image_ids = self._stream(step * batch_size + slots, seed)
-                    images = np.empty((len(slots), 3, self.image_size, self.image_size), dtype=np.float32)
-                    in_flight.append((images, pool.map(self._decode_into, images, image_ids)))
+                    room = self._room(len(slots))
+                    in_flight.append((room, pool.map(self._decode_into, zip(*room, strict=True), image_ids)))
                 if step >= steps.start + PREFETCH_STEPS:
                     yield self._collect(slots, *in_flight.popleft())
         finally:
@@ -172,7 +141,15 @@ class ImageData:
             for epoch, offset in zip(epochs, offsets, strict=True)
         ]
 
-    def _decode_into(self, out: np.ndarray, image_id: int) -> tuple[int | None, dict[int, str]]:
+    def _room(self, count: int) -> tuple[np.ndarray, ...]:
+        """What is filled for `count` slots: images and, of other sets, more."""
+        return (np.empty((count, 3, self.image_size, self.image_size), dtype=np.float32),)
+
+    def _fill(self, out: tuple[np.ndarray, ...], image_id: int) -> None:
+        """Decode an image into a slot's part of the room; what it raises makes the image unreadable."""
+        out[0][:] = self._decode(image_id)
+
+    def _decode_into(self, out: tuple[np.ndarray, ...], image_id: int) -> tuple[int | None, dict[int, str]]:
         """Fill one slot from the first readable id at or after `image_id`; return that id and the failures before it.
 
         The id is None after a run of failures that is over the limit on its own: more than 1 % of the whole data set.
@@ -180,7 +157,7 @@ class ImageData:
         failures: dict[int, str] = {}
         for candidate in itertools.chain(range(image_id, len(self)), range(image_id)):
             try:
-                out[:] = self._decode(candidate)
+                self._fill(out, candidate)
             except Exception as error:  # a damaged file makes Pillow raise nearly anything, SyntaxError included
                 failures[candidate] = f"{type(error).__name__}: {error}"
                 if len(failures) > UNREADABLE_LIMIT * max(len(self), 100):
@@ -189,7 +166,7 @@ class ImageData:
                 return candidate, failures
         return None, failures
 
-    def _collect(self, slots: np.ndarray, images: np.ndarray, decoded: Iterator) -> ImageBatch:
+    def _collect(self, slots: np.ndarray, room: tuple[np.ndarray, ...], decoded: Iterator) -> ImageBatch:
         image_ids = []
         for image_id, failures in decoded:
             for failed, reason in failures.items():
@@ -199,11 +176,13 @@ class ImageData:
             self._read[[*failures, *([] if image_id is None else [image_id])]] = True
             self._check_unreadable(none_left=image_id is None)
             image_ids.append(image_id)
+        images, *others = map(torch.from_numpy, room)
         return ImageBatch(
-            torch.from_numpy(images),
+            images,
             torch.from_numpy(self._labels[image_ids]),
             torch.from_numpy(slots.astype(np.int64)),
             torch.tensor(image_ids, dtype=torch.int64),
+            *others,
         )
 
     def _check_unreadable(self, none_left: bool) -> None:
@@ -218,6 +197,53 @@ class ImageData:
         return self._rows.pixels(image_id, self.image_size)
 
 
+class ImageData(ImageStream):
+    """A labelled image set: decoded, cropped to `image_size`² and served in batches; an image's id is its row.
+
+    `source` is a local path, read through Hugging Face `datasets`: a folder of class folders (labels follow the sorted
+    folder names, in numeric order where all are numbers), a folder written by `save_to_disk`, a `.parquet` file or a
+    folder of them, a WebDataset `.tar` file or a folder of them (`key.jpg` beside `key.cls`). Where the source has
+    splits, `split` picks one; by default the training images, or with `held_out` those of validation or test.
+    `class_index` is a file with the ids of the classes' names (`vapi_fast.data.splits.read_class_index`).
+    Of parquet and tar files the names say the split; those that say none are training's beside others that do.
+    Parquet rows and tar indices are cached by `datasets`, keyed by the files' paths and modification times.
+
+    Raises `DataError` for a missing or unknown source, no such split, no rows, no image or label column, an absent
+    label, a label outside 0 .. num_classes - 1 (only negative ones when `num_classes` is None), or where `datasets` is
+    not installed.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        image_size: int,
+        *,
+        num_classes: int | None = None,
+        split: str | None = None,
+        held_out: bool = False,
+        class_index: Path | None = None,
+    ) -> None:
+        check_side(image_size)
+        rows = reader().LabelledRows(Path(source), split, held_out, class_index)
+        super().__init__(rows, rows.labels(num_classes), image_size)
+        self.class_names: dict[int, str] | None = rows.class_names
+
+    def summary(self) -> dict[str, Any]:
+        """What the set is made of, for `run.json` and to tell it from another: images and their number by class."""
+        ids, counts = np.unique(self._labels, return_counts=True)
+        names = self.class_names or {}
+        classes = {
+            str(i): {"name": names.get(i), "images": n} for i, n in zip(ids.tolist(), counts.tolist(), strict=True)
+        }
+        return {"split": self.split, "images": len(self), "classes": classes}
+
+
+def check_side(image_size: object) -> None:
+    check_whole_numbers(image_size=image_size)
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+
+
 def check_whole_numbers(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -225,7 +251,11 @@ def check_whole_numbers(**values: object) -> None:
 
 
 def described(summary: dict[str, Any], num_classes: int) -> str:
-    """A summary's images and classes in a line, and a second one where the generator has more classes than they."""
+    """A summary's images and classes, or captions, in a line; a second one where the generator has more classes."""
+    if captions := summary.get("captions"):
+        split = f" of split {summary['split']}" if summary["split"] else ""
+        left_out = f"; {captions['left_out']} without are left out" if captions["left_out"] else ""
+        return f"{summary['images']} images with captions{split}, from {captions['column']!r}{left_out}"
     classes = summary["classes"]
     shown = [f"{entry['name'] or 'class'}={label}" for label, entry in list(classes.items())[:SHOWN_CLASSES]]
     split = f" of split {summary['split']}" if summary["split"] else ""
@@ -248,6 +278,8 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
                 f"{each['images']} images{' of ' + each['name'] if each['name'] else ''}" for each in (one, other)
             )
             return f"class {label} had {one}, now it has {other}"
+    if before["split"] == now["split"] and before.get("captions") != now.get("captions"):
+        return f"it had {before['images']} with other captions than the {now['images']} now have"
     return "" if before == now else f"it was split {before['split']}, now it is {now['split']}"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.captions import clean_caption
+from vapi_fast.data.config import CAPTION_BATCH
+from vapi_fast.runtime.checkpoint import identity
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import loaded, require
 
 ENCODER = "google/flan-t5-xl"
 PURPOSE = "a caption's features"
-BATCH = 32  # captions in the encoder at once
 
 
 class TextEncoder:
@@ -45,7 +48,6 @@ class TextEncoder:
     def width(self) -> int:
         return self.model.config.d_model
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str], tokens: int) -> tuple[Tensor, Tensor]:
         """Features of captions, cleaned first, in the last of `tokens` positions; zeros before them.
 
@@ -59,16 +61,35 @@ class TextEncoder:
         """
         features = torch.zeros(len(captions), tokens, self.width)
         mask = torch.zeros(len(captions), tokens, dtype=torch.bool)
-        cleaned = [clean_caption(caption) for caption in captions]
-        for caption, text in zip(captions, cleaned, strict=True):
-            if not text:
-                raise DataError(f"a caption has no words, or none that are left when it is cleaned: {caption[:80]!r}")
-        for first in range(0, len(cleaned), BATCH):
-            words = self.tokenizer(
-                cleaned[first : first + BATCH], padding=True, truncation=True, max_length=tokens, return_tensors="pt"
-            ).to(self.model.device)
-            states = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state
-            for row, used in enumerate(words.attention_mask.sum(1).tolist()):
-                features[first + row, tokens - used :] = states[row, :used].float().cpu()
-                mask[first + row, tokens - used :] = True
+        for row, states in enumerate(self.states([cleaned(caption) for caption in captions], tokens)):
+            features[row, tokens - len(states) :] = states
+            mask[row, tokens - len(states) :] = True
         return features, mask
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str], tokens: int, batch_size: int = CAPTION_BATCH) -> Iterator[Tensor]:
+        """Of cleaned captions, in turn: the states of at most `tokens` positions, on the CPU in the encoder's dtype."""
+        for first in range(0, len(texts), batch_size):
+            part = list(texts[first : first + batch_size])
+            words = self.tokenizer(part, padding=True, truncation=True, max_length=tokens, return_tensors="pt").to(
+                self.model.device
+            )
+            states = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state.cpu()
+            for row, used in zip(states, words.attention_mask.sum(1).tolist(), strict=True):
+                yield row[:used]
+
+
+def cleaned(caption: str) -> str:
+    """A caption as the encoder is given it; raises DataError where nothing is left of it."""
+    text = clean_caption(caption)
+    if not text:
+        raise DataError(f"a caption has no words, or none that are left when it is cleaned: {caption[:80]!r}")
+    return text
+
+
+def identity_of(source: str | Path | None) -> str:
+    """What tells an encoder from another: of a folder what its files hold, of the hub's its name."""
+    if not os.path.isdir(source or ENCODER):
+        return str(source or ENCODER)
+    files = sorted(path for path in Path(source or ENCODER).iterdir() if path.is_file() and path.name[0] != ".")
+    return json.dumps([[path.name, identity(path)["blake2b"]] for path in files])

@@ -54,7 +54,7 @@ def option(
         shown: the default in tables and --help, where the value itself would say less.
         flags: names of the flag, if not the field's own.
         kind: what the flag's text is made into, if not the field's type.
-        file: a path that must exist: "file" or "file or folder".
+        file: a path that must exist: "file", "file or folder", or "file, folder or hub" of what can be fetched, too.
     """
     return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -171,7 +171,7 @@ def check_files(config: Any) -> None:
     """Raise ConfigError for the first field that must name a file and names none."""
     for field in dataclasses.fields(config):
         path, expected = getattr(config, field.name), field.metadata["file"]
-        if path is None or not expected:
+        if path is None or not expected or (on_hub(path) and "hub" in expected):
             continue
         try:
             there = path.stat()
@@ -185,6 +185,11 @@ def check_files(config: Any) -> None:
             raise ConfigError(f"{flag(field.name)} {path}: no such file or folder")
         if not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
             raise ConfigError(f"{flag(field.name)} {path}: neither a file nor a folder")
+
+
+def on_hub(path: Path) -> bool:
+    """Whether it is `hub:owner/name`, a data set of Hugging Face's hub."""
+    return str(path).startswith("hub:")
 
 
 def check_output(name: str, path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Images and their captions as rows of a table; captions alone where that is all there is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+
+from vapi_fast.data.captions import has_words
+from vapi_fast.data.image_files import TAR_CAPTIONS, ImageRows, Kind, files_of, open_source, texts_of
+from vapi_fast.runtime.checkpoint import read_regular
+from vapi_fast.runtime.errors import DataError
+
+CAPTION_COLUMNS = ("caption", "text", "caption_original", "prompt", "captions", "txt")
+PATH_COLUMNS = ("file_name", "image_path")  # of Hugging Face's imagefolder, of LlamaGen's lists
+LAYOUTS = (
+    "a save_to_disk folder, *.parquet, WebDataset *.tar with key.txt or key.json, or lists of image paths and "
+    "captions: *.jsonl, or metadata.csv in a folder of images"
+)
+
+
+class Caption(NamedTuple):
+    """An image's caption, and where its features lie in LlamaGen's layout: `<stem>/<line>.npy`."""
+
+    text: str
+    stem: str
+    line: int
+
+
+class Captions:
+    """The captions of a source, those of which cleaning leaves nothing left out, and the rows that have them.
+
+    Of several captions of an image the first with words is taken, or with `column` `NAME:K` the K-th, from 0 on.
+    Raises DataError for a source that cannot be read, or has no captions.
+    """
+
+    def __init__(self, source: Path, split: str | None, held_out: bool, column: str | None) -> None:
+        name, entry = parted(column)
+        names = CAPTION_COLUMNS if name is None else (name,)
+        kind = Kind(names, LAYOUTS, partial(listed, names=names), captions=True)
+        self.split, rows = open_source(source, split, held_out, kind)
+        self.column = next((each for each in (*names, TAR_CAPTIONS) if each in rows.column_names), None)
+        if self.column is None:
+            found = ", ".join(each for each in rows.column_names)
+            raise DataError(
+                f"{source} has no captions: looked for {' or '.join(names)} among {found}; name the column with "
+                "--caption-column"
+            )
+        values = rows.select_columns(self.column).with_format("arrow")[:][self.column]
+        if not is_text(values.type):
+            raise DataError(f"column {self.column!r} of {source} is {values.type}, expected text or lists of text")
+        has_places = "line" in rows.column_names
+        stems, lines = (rows["stem"], rows["line"]) if has_places else ([stem_of(source)] * len(rows), range(len(rows)))
+        kept: list[int] = []
+        self.captions: list[Caption] = []
+        for row, (texts, stem, line) in enumerate(zip(each_of(values), stems, lines, strict=True)):
+            if text := chosen(texts, entry):
+                kept.append(row)
+                self.captions.append(Caption(text, stem, line))
+        self.left_out = len(rows) - len(kept)
+        if not kept:
+            which = f"{self.column}:{entry}" if entry is not None else self.column
+            raise DataError(
+                f"none of the {len(rows)} images in {source} has a caption in {which!r} of which cleaning leaves a "
+                "word; name another column with --caption-column"
+            )
+        self.rows = rows.select(kept) if self.left_out else rows
+
+
+class CaptionedRows(ImageRows):
+    """The images that have captions, and these; as `Captions`, and a DataError where no image is named."""
+
+    def __init__(self, source: Path, split: str | None, held_out: bool, column: str | None) -> None:
+        found = Captions(source, split, held_out, column)
+        if "line" in found.rows.column_names and "image" not in found.rows.column_names:
+            raise DataError(f"{source} names no images: expected {' or '.join(PATH_COLUMNS)} beside the captions")
+        super().__init__(source, found.split, found.rows)
+        self.captions, self.column, self.left_out = found.captions, found.column, found.left_out
+
+
+def parted(column: str | None) -> tuple[str | None, int | None]:
+    """`text:1` is entry 1 of the lists in column `text`."""
+    name, colon, entry = (column or "").rpartition(":")
+    return (name, int(entry)) if colon and name and entry.isdecimal() else (column, None)
+
+
+def stem_of(path: Path) -> str:
+    """What LlamaGen calls the features' folder of a list: its name up to the first dot."""
+    return path.absolute().name.split(".")[0]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def each_of(values: pa.ChunkedArray) -> Iterator[list[str]]:
+    """Chunk by chunk: all of them are many Python objects."""
+    for chunk in values.chunks:
+        yield from map(texts_of, chunk.to_pylist())
+
+
+def chosen(texts: list[str], entry: int | None) -> str | None:
+    """The caption that is taken of an image's; None where none of them has words."""
+    return next(filter(has_words, texts if entry is None else texts[entry : entry + 1]), None)
+
+
+def listed(
+    source: Path, split: str | None, held_out: bool, names: tuple[str, ...]
+) -> tuple[str | None, datasets.Dataset]:
+    """Lists of image paths and captions: `.jsonl` and `.csv` files, in a folder's split folders those of metadata."""
+    for suffix, pattern in ((".jsonl", "*"), (".csv", "metadata"), (".jsonl", "*/metadata"), (".csv", "*/metadata")):
+        split_found, paths = files_of(source, suffix, split, held_out, pattern)
+        if paths:
+            return split_found, read_lists(paths, names)
+    raise DataError(f"{source} has no captions (expected {LAYOUTS})")
+
+
+def read_lists(paths: list[Path], names: tuple[str, ...]) -> datasets.Dataset:
+    """Columns `image` (where paths are named), the captions under their name, `stem` and `line`."""
+    columns: dict[str, list[Any]] = {"image": [], "captions": [], "stem": [], "line": []}
+    name = key = None
+    for path in paths:
+        for line, entry in entries(path):
+            name = name or next((each for each in names if each in entry), None)
+            key = key or next((each for each in PATH_COLUMNS if each in entry), None)
+            image = entry.get(key)
+            columns["image"].append(os.path.join(path.parent, image) if isinstance(image, str) and image else None)
+            columns["captions"].append(texts_of(entry.get(name)))
+            columns["stem"].append(stem_of(path))
+            columns["line"].append(line)
+            known = entry.keys()
+    if not columns["line"]:
+        raise DataError(f"{paths[0]} has no lines")
+    if name is None:
+        raise DataError(
+            f"{paths[0]} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, known))}; name the "
+            "column with --caption-column"
+        )
+    text = datasets.Value("string")
+    features = {"image": text, "captions": [text], "stem": text, "line": datasets.Value("int64")}
+    if key is None:
+        del columns["image"], features["image"]
+    columns[name], features[name] = columns.pop("captions"), features.pop("captions")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a list, numbered from 0 as LlamaGen numbers its features; blank ones count and are passed over."""
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+        if path.suffix == ".csv":
+            yield from enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+            return
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("expected an object")
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}: line {number + 1} is no JSON object with a path and a caption ({error})"
+            ) from error
+        yield number, entry

@@ -1,0 +1,87 @@
+"""Data sets of Hugging Face's hub: the first rows of one are fetched once, and are files from then on."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vapi_fast.data.dataset import reader
+from vapi_fast.data.splits import choose_split
+from vapi_fast.runtime.checkpoint import write_atomically
+from vapi_fast.runtime.distributed import rank
+from vapi_fast.runtime.errors import DataError, Error, one_line
+from vapi_fast.runtime.options import on_hub
+from vapi_fast.runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+    import datasets
+
+ROWS_A_FILE = 1000  # what a crash loses at most
+COMPLETE = "complete"
+
+
+def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> tuple[Path, str | None]:
+    """What to read and which split of it: of `hub:owner/name` a folder of parquet with its first `rows` rows.
+
+    A stream has no random access: the rows lie below torch.hub's folder, fetched once a machine, and what is drawn from
+    them in which order is as for any file. Another number of rows is another set. Raises DataError where they cannot
+    be fetched.
+    """
+    if not on_hub(source):
+        return source, split
+    name = str(source).removeprefix("hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DataError(f"--data {source}: expected hub:owner/name, a data set of Hugging Face's hub")
+    which = re.sub(r"\W", "-", split or ("held-out" if held_out else "training"))
+    folder = Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / name.replace("/", "--") / f"{which}-{rows}"
+    if (folder / COMPLETE).exists():
+        return folder, None
+    reader()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait until all is there
+        if not (folder / COMPLETE).exists():
+            try:
+                fetch(name, split, held_out, rows, folder)
+            except (Error, MemoryError):
+                raise
+            except Exception as error:  # whatever the hub's client or a reader of its files raises
+                raise DataError(
+                    f"--data {source}: cannot be fetched ({one_line(error)[:300] or type(error).__name__}); the same "
+                    "command goes on where it stopped"
+                ) from error
+    return folder, None
+
+
+def fetch(name: str, split: str | None, held_out: bool, rows: int, folder: Path) -> None:
+    """Write the first rows as parquet files, those that are not there; images stay encoded."""
+    import datasets
+
+    splits = datasets.load_dataset(name, streaming=True)
+    chosen = choose_split(list(splits), split, held_out, Path(f"hub:{name}"))
+    stream = splits[chosen]
+    if stream.features is None:
+        stream = stream._resolve_features()
+    for column, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    done = len(list(folder.glob("[!.]*.parquet"))) * ROWS_A_FILE
+    coming = iter(stream.skip(done).take(max(rows - done, 0)))
+    with progress_bar(rows, desc=f"hub:{name}", unit="row", initial=done, disable=rank() > 0) as progress:
+        for number in itertools.count(done // ROWS_A_FILE):
+            part = list(itertools.islice(coming, ROWS_A_FILE))
+            if not part:
+                break
+            table = datasets.Dataset.from_list(part, features=stream.features)
+            write_table(folder / f"{chosen}-{number:05d}.parquet", table)
+            progress.update(len(part))
+    write_atomically(folder / COMPLETE, lambda temporary: temporary.write_text(f"{name} {chosen}\n", "utf-8"))
+
+
+def write_table(path: Path, table: datasets.Dataset) -> None:
+    write_atomically(path, lambda temporary: table.to_parquet(temporary))
