@@ -13,12 +13,13 @@ import pytest
 import torch
 from inputs import SIDE, VOCABULARY, clip
 from PIL import Image
-from test_scoring import FlatNetwork
 
 from vapi_fast.data.geneval import Clause, Prompt
 from vapi_fast.data.image_sets import open_image_set
-from vapi_fast.evaluation import networks
+from vapi_fast.evaluation import scoring
 from vapi_fast.evaluation.clip import Clip
+from vapi_fast.evaluation.metrics import ImageFeatures
+from vapi_fast.evaluation.networks import FeatureNetwork
 from vapi_fast.evaluation.scoring import EvaluateConfig, Report, evaluate
 from vapi_fast.runtime.errors import CheckpointError, ConfigError
 
@@ -44,7 +45,8 @@ def pixels() -> np.ndarray:
 @pytest.fixture
 def folder(pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The images as `generate --prompts` leaves them."""
-    monkeypatch.setattr(networks, "load_inception", lambda _: FlatNetwork())
+    colours = FeatureNetwork(lambda images: ImageFeatures(*[images.mean((2, 3))] * 3), "mean colours")
+    monkeypatch.setattr(scoring, "feature_network", lambda *_: colours)
     listed = []
     (tmp_path / "out" / "images").mkdir(parents=True)
     for index, (each, caption) in enumerate(zip(pixels, CAPTIONS, strict=True)):
