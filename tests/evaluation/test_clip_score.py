@@ -88,7 +88,7 @@ def test_the_score_is_the_mean_of_cosines(network: Path, folder: Path, pixels: n
     """With a standard error over captions, of which two have two images."""
     report = scored(network, folder)
     expected = cosines(network, pixels, CAPTIONS)
-    assert expected.std() > 2
+    assert expected.std() > 0.5
     assert report.clip_score == pytest.approx(expected.mean(), rel=1e-4)
     off = expected - expected.mean()
     groups = [[0, 2], [1], [3, 5], [4], [6]]
@@ -110,7 +110,7 @@ def test_captions_come_from_the_samples_or_a_file(
     (tmp_path / "other.txt").write_text("\n".join(other))
     found = scored(network, folder, prompts=tmp_path / "other.txt").clip_score
     assert found == pytest.approx(cosines(network, pixels, other).mean(), rel=1e-4)
-    assert abs(found - expected) > 0.1
+    assert abs(found - expected) > 0.01
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in CAPTIONS))
     (folder / "manifest.json").unlink()
     found = scored(network, folder / "images", prompts=tmp_path / "captions.jsonl").clip_score
@@ -141,6 +141,7 @@ def test_other_sizes_are_the_middle_square_resized(network: Path, pixels: np.nda
     assert (found * expected).sum(-1).min() > 0.9999
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_pictures_of_any_size_are_a_reference_in_a_folder(tmp_path: Path) -> None:
     """As COCO's are: the folder above theirs is given, and each is cropped."""
     (tmp_path / "coco" / "val2014").mkdir(parents=True)

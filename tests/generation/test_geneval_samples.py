@@ -236,6 +236,7 @@ for line in sys.argv[1:]:
 """
 
 
+@pytest.mark.usefixtures("image_sets")
 def test_two_ranks_give_the_same_files_and_scores_as_one(files: Path, drawn: Path, tmp_path: Path) -> None:
     from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 
