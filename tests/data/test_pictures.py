@@ -171,16 +171,12 @@ def test_sheets_show_all_classes_alike_and_in_order(counts: list[int], side: int
     ],
 )
 def test_rows_of_one_class_each(counts: list[int], side: int, each: int, columns: int) -> None:
-    labels = torch.arange(max(counts)).repeat_interleave(len(counts)) * 0 + torch.arange(len(counts)).repeat(
-        max(counts)
-    )
-    labels = labels[(torch.arange(max(counts))[:, None] < torch.tensor(counts)).flatten()]
+    labels = torch.tensor([label for k in range(max(counts)) for label, count in enumerate(counts) if k < count])
     positions, found = spread(labels, side, rows=True)
     assert found == columns
     shown = labels[positions]
-    assert len(positions) == each * min(
-        len(counts), {32: 64, 256: 36, 384: 16}[side] // (each if len(counts) > 1 else 1)
-    )
+    room = {32: 64, 256: 36, 384: 16}[side]
+    assert len(positions) == each * min(len(counts), room // each)
     assert shown.unique(return_counts=True)[1].unique().tolist() == [each]
     assert len(counts) == 1 or all(len(row.unique()) == 1 for row in shown.split(columns))
     assert spread(torch.arange(30), side, rows=True)[1] == spread(torch.arange(30), side)[1]  # one image each
