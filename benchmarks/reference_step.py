@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from vapi_fast import ops, reference
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.models import Models, frozen_copy
+from vapi_fast.alignment.rollout import condition_of
 from vapi_fast.data.dataset import ImageBatch
-from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, Condition, Dropout, LlamaGen, VQTokenizer
 from vapi_fast.runtime.clock import Clock
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
@@ -91,7 +92,8 @@ def published_step(
             tokens = own_tokens if tokens is None else tokens
             inputs = context(models, config, batch, tokens, seed)
         with clock("forward"), torch.no_grad():
-            logits = forward(models.generator, inputs, batch.labels)
+            condition = models.generator.checked_condition(*condition_of(batch))
+            logits = forward(models.generator, inputs, condition)
         with clock("sample"):
             own_drawn = draw(logits, group_size, config.temperature)
             drawn = own_drawn if drawn is None else drawn
@@ -105,14 +107,14 @@ def published_step(
             limit = config.advantage_clip or math.inf
             rows = {
                 "inputs": inputs.repeat_interleave(group_size, 0),
-                "labels": batch.labels.repeat_interleave(group_size, 0),
                 "targets": tokens.repeat_interleave(group_size, 0),
                 "sample_ids": batch.sample_ids.repeat_interleave(group_size, 0),
                 "drawn": drawn.flatten(0, 1),
                 "old_logprobs": old_logprobs.flatten(0, 1),
                 "advantages": advantages.clamp(-limit, limit).flatten(),
             }
-        return train(models, config, rows, seed if shared_masks else None, clock) | grouped
+            condition = condition.take(torch.arange(len(tokens), device=tokens.device).repeat_interleave(group_size))
+        return train(models, config, rows, condition, seed if shared_masks else None, clock) | grouped
 
 
 @contextmanager
@@ -172,27 +174,34 @@ class SharedDropout(Dropout):
 
 
 def forward(
-    generator: LlamaGen, inputs: Tensor, labels: Tensor, dropout: RowDropout | SharedDropout | None = None
+    generator: LlamaGen, inputs: Tensor, condition: Condition, dropout: RowDropout | SharedDropout | None = None
 ) -> Tensor:
     """Float32 logits `[N,T,V]` by LlamaGen's own forward, operation by operation; in bf16 on a GPU, as released."""
     dtype = torch.bfloat16 if inputs.is_cuda else torch.float32
+    rows, mask = condition
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=inputs.is_cuda):
         if dropout:
-            labels = dropout.condition(labels, generator.unconditional(labels))
-        h = torch.cat([generator.cls_embedding(labels), generator.tok_embeddings(inputs)], dim=1).to(dtype)
+            rows = dropout.condition(rows, generator.unconditional(rows))
+        h = torch.cat([generator.cls_embedding(rows), generator.tok_embeddings(inputs)], dim=1).to(dtype)
         h = dropout.states(h, 0) if dropout else h
         rotary = generator.rotary[: h.shape[1]]
+        if mask is not None:  # of keys, to which each position adds itself
+            keys = F.pad(mask, (0, h.shape[1] - mask.shape[1]), value=True)[:, None, None]
+            square = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
+            mask = keys & square.tril() | torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
         for i, layer in enumerate(generator.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             n = rms_norm(h, layer.attention_norm.weight)
             q, k, v = attention.wqkv(n).unflatten(-1, (3, attention.heads, -1)).unbind(2)
             q, k = reference.rotary_2d(q, rotary), reference.rotary_2d(k, rotary)
-            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+            by_head = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*by_head, attn_mask=mask, is_causal=mask is None)
             out = attention.wo(out.transpose(1, 2).flatten(2))
             h = h + (dropout.states(out, 2 * i + 1) if dropout else out)
             n = rms_norm(h, layer.ffn_norm.weight)
             out = feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n))
             h = h + (dropout.states(out, 2 * i + 2) if dropout else out)
+        h = h[:, generator.config.prefix_len - 1 :]
         return generator.output(rms_norm(h, generator.norm.weight)).float()
 
 
@@ -234,7 +243,12 @@ def score(
 
 
 def train(
-    models: PublishedModels, config: AlignConfig, rows: dict[str, Tensor], seed: int | None, clock: Clock
+    models: PublishedModels,
+    config: AlignConfig,
+    rows: dict[str, Tensor],
+    condition: Condition,
+    seed: int | None,
+    clock: Clock,
 ) -> dict[str, Tensor]:
     """Forward and backward over all N sequences, eight at a time; the means of loss and clipped share.
 
@@ -245,13 +259,14 @@ def train(
     totals = {name: torch.zeros((), device=rows["drawn"].device) for name in ("loss", "clipped")}
     for start in range(0, count, CHUNK):
         part = {name: value[start : start + CHUNK] for name, value in rows.items()}
+        drawn_from = condition.take(slice(start, start + CHUNK))
         with clock("forward"):
             dropout = None
             if any(shares):
                 dropout = RowDropout(*shares) if seed is None else SharedDropout(*shares, seed, part["sample_ids"])
-            logits = forward(models.generator, part["inputs"], part["labels"], dropout)
+            logits = forward(models.generator, part["inputs"], drawn_from, dropout)
             with torch.no_grad():
-                base_logits = forward(models.base, part["inputs"], part["labels"])
+                base_logits = forward(models.base, part["inputs"], drawn_from)
         with clock("loss"):
             share = len(part["drawn"]) / count
             loss, clipped = sequence_loss(config, part, logits, base_logits)

@@ -19,8 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vapi_fast.alignment.costs import config_costs, has_second_forward, model_flop_utilisation, stage_table
+from vapi_fast.alignment.costs import (
+    caption_cost,
+    config_costs,
+    has_second_forward,
+    model_flop_utilisation,
+    stage_table,
+)
 from vapi_fast.models import LLAMAGEN_CONFIGS, catalog
+from vapi_fast.models.families import generator_config
+from vapi_fast.models.sizes import Captions
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
 
@@ -81,6 +89,14 @@ def table(
         lines.append(f"model FLOP utilisation (transformer alone, over the whole step): {share:.1%}")
     if budget:
         lines.append("budget: DESIGN.md's, that of loss with sample")
+    captions = generator_config(config["model"]).condition
+    if isinstance(captions, Captions) and config.get("steps"):
+        each = caption_cost(captions) * (1 / processes)
+        encoding = each * (config["batch_size"] * config["steps"])
+        lines.append(
+            f"captions, encoded once before the steps, if all are {captions.tokens} tokens long: "
+            f"{encoding.flops / 1e12:.0f} TFLOP, {encoding.floor(ceilings):.1f} s"
+        )
     return "\n".join(lines)
 
 

@@ -47,7 +47,7 @@ def dropout_kernel(
         sample_id = tl.load(sample_ids_ptr + sample_id, mask=inside, other=0)
     columns = (D + HALVES - 1) // HALVES
     column = tl.arange(0, BLOCK_COLUMNS)
-    counter = (row % length)[:, None] * columns + column[None, :]
+    counter = (length - 1 - row % length)[:, None] * columns + column[None, :]
     word0, word1, word2, word3 = random_words(tl.load(seed_ptr), counter, site, sample_id[:, None], DROPOUT)
     for half in tl.static_range(HALVES):
         word = word0 if half < 2 else (word1 if half < 4 else (word2 if half < 6 else word3))

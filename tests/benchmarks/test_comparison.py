@@ -187,7 +187,7 @@ def test_what_the_other_side_holds(tiny_config: Make, tiny_models: Models, tiny_
     compared.measured = measured
     sizes = {name: held_bytes([value]) for name, value in compared.published._asdict().items()}
     gradients = 4 * sum(parameter.numel() for parameter in tiny_models.generator.parameters())
-    image = ImageBatch(*(value[:1] for value in tiny_batch))
+    image = tiny_batch.take(slice(1))
     for prior in ("ce", "kl"):
         tiny_models.generator.zero_grad()
         compared.gradients(tiny_models, tiny_config(prior=prior), image, 1, StageClock())

@@ -20,7 +20,7 @@ def naive_mask(shape: tuple[int, int, int], p: float, seed: int, site: int, ids:
     for b in range(batch):
         for t in range(length):
             for d in range(width):
-                words = philox((t * columns + d % columns, site, ids[b], DROPOUT), seed_key(seed))
+                words = philox(((length - 1 - t) * columns + d % columns, site, ids[b], DROPOUT), seed_key(seed))
                 half = d // columns
                 dropped[b, t, d] = (words[half // 2] >> 16 * (half % 2)) % 2**16 / 2**16 < p
     return dropped
@@ -55,7 +55,9 @@ def test_an_element_s_fate_depends_on_neither_batch_nor_backend() -> None:
     for backend in ("reference", "triton"):
         with ops.use_backend(backend):
             one = ops.dropout(x[2:3], 0.3, seed=torch.tensor(1, device=DEVICE), site=2, sample_ids=ids[2:3])
+            later = ops.dropout(x[:, 4:], 0.3, seed=1, site=2, sample_ids=ids)
         assert torch.equal(one == 0, whole[2:3] == 0)
+        assert torch.equal(later == 0, whole[:, 4:] == 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -82,7 +82,7 @@ class RolloutOptions(DrawOptions):
     rollout_cfg_scale: float = option(
         PRESET, "guidance of `--rollouts free`, which are learned from without", at_least=1
     )
-    noise_prob: float = option(0.0, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
+    noise_prob: float = option(PRESET, "share ξ of context tokens replaced by random ones", at_least=0, at_most=1)
     rollout_mode: str = option(
         PRESET,
         "`train`: rollouts and loss come of one forward, dropout and all; `eval`: rollouts of a forward without "

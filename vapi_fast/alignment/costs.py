@@ -16,6 +16,7 @@ from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.families import generator_config, random_generator
 from vapi_fast.models.lpips import LPIPS_CONFIGS, LPIPSConfig
+from vapi_fast.models.sizes import Captions
 from vapi_fast.models.tokenizer import VQTokenizerConfig
 from vapi_fast.runtime.ceilings import Ceilings
 
@@ -103,6 +104,16 @@ def step_costs(
         through = costs["decode"] + maps * decodings
         costs["backward"] += Cost(through.flops, 2 * through.bytes) + costs.pop("loss")
     return costs
+
+
+ENCODER = {"layers": 24, "hidden_width": 5120}  # of flan-t5-xl, with gated feed-forward, as wide as its states
+
+
+def caption_cost(captions: Captions) -> Cost:
+    """One caption of full length through flan-t5-xl's encoder, which a run does once, before it loads the generator."""
+    tokens, width = captions
+    weights = 4 * width**2 + 3 * width * ENCODER["hidden_width"]
+    return Cost(ENCODER["layers"] * (2 * tokens * weights + 4 * tokens**2 * width))
 
 
 def has_second_forward(config: Mapping[str, Any]) -> bool:

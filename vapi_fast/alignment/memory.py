@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, la
 from vapi_fast.alignment.image_text import SOURCES
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.models.sizes import Captions
 from vapi_fast.runtime.errors import ConfigError
 
 USABLE = 0.95  # of the free memory; the allocator's rounding and gaps take the rest
@@ -160,7 +162,7 @@ def held_parts(
         blocks = count - 2 * generator.vocab_size * generator.width
         gathered = count - blocks + 2 * blocks // generator.layers
     frozen = frozen_parameters(config.tokenizer, config.lpips)
-    images = config.batch_size // world_size * 3 * config.image_size**2
+    images = config.batch_size // world_size * (3 * config.image_size**2 + caption_numbers(generator))
     return {
         "weights": share,
         # Until the last micro-batch of a step, each process sums up whole gradients.
@@ -173,6 +175,11 @@ def held_parts(
         "images": 2 * FP32 * images,  # of this step and the next
         "workspaces": WORKSPACES,
     }
+
+
+def caption_numbers(generator: GeneratorConfig) -> int:
+    """Features of an image's caption. Their encoder has left the GPU before the generator comes to it."""
+    return math.prod(generator.condition) if isinstance(generator.condition, Captions) else 0
 
 
 @functools.cache

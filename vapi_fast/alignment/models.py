@@ -21,7 +21,6 @@ from vapi_fast.models.families import (
 )
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.lpips import LPIPS_CONFIGS
-from vapi_fast.models.sizes import Classes
 from vapi_fast.runtime.errors import CheckpointError
 
 
@@ -49,10 +48,10 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
     generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
     for module in (tokenizer, lpips):
         module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    if not isinstance(generator.config.condition, Classes):
+    if type(generator.config.condition) is not type(generator_config(config.model).condition):
         raise CheckpointError(
-            f"{config.gpt_ckpt} is a text-conditioned generator, and the image data has class labels only: pass a "
-            "class-conditional checkpoint"
+            f"{config.gpt_ckpt} is conditioned on captions, --model {config.model} on classes: pass --model t2i-xl and "
+            "captioned images, or a class-conditional checkpoint"
         )
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None

@@ -28,8 +28,8 @@ class Rollout(NamedTuple):
 
 
 def condition_of(batch: ImageBatch) -> Condition:
-    """What the images were drawn from: their classes."""
-    return Condition(batch.labels)
+    """What the images were drawn from: their classes, or their captions."""
+    return Condition(batch.labels) if batch.features is None else Condition(batch.features, batch.mask)
 
 
 def teacher_forced_hidden(

@@ -6,7 +6,7 @@ import itertools
 import numbers
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -30,16 +30,30 @@ class ImageBatch(NamedTuple):
     """One rank's part of a step: `b = batch_size / world_size` images."""
 
     images: Tensor  # float32 [b, 3, H, W] in [-1, 1]
-    labels: Tensor  # int64 [b]
+    labels: Tensor  # int64 [b]: class ids
     sample_ids: Tensor  # int64 [b]: slot of the image in its step, 0 .. batch_size - 1 over all ranks
     image_ids: Tensor  # int64 [b]: row of the image in the data set
+    # Of captions, whose labels are the images' rows:
+    features: Tensor | None = None  # float [b, tokens, width], behind zeros where the caption is shorter
+    mask: Tensor | None = None  # bool [b, tokens], False at those zeros
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ImageBatch:
+        """The batch with every tensor that is there replaced."""
+        return ImageBatch(*(None if value is None else function(value) for value in self))
 
     def take(self, rows: slice | Tensor) -> ImageBatch:
-        return ImageBatch(*(value[rows] for value in self))
+        return self.map(lambda value: value[rows])
+
+    def trimmed(self) -> ImageBatch:
+        """Without the positions of padding that all of its captions have."""
+        if self.mask is None:
+            return self
+        used = int(self.mask.any(0).sum())
+        return self._replace(features=self.features[:, -used:], mask=self.mask[:, -used:])
 
     def to(self, device: torch.device) -> ImageBatch:
         """The same on `device`, from pinned memory without waiting for it."""
-        return ImageBatch(*(value.to(device, non_blocking=True) for value in self))
+        return self.map(lambda value: value.to(device, non_blocking=True))
 
 
 class ImageData:
@@ -251,7 +265,8 @@ def ahead(batches: Iterator[ImageBatch], device: torch.device) -> Iterator[Image
 
     def following() -> ImageBatch | None:
         batch = next(batches, None)
-        return ImageBatch(*(value.pin_memory() for value in batch)) if batch is not None and gpu else batch
+        batch = batch and batch.trimmed()
+        return batch.map(Tensor.pin_memory) if batch and gpu else batch
 
     # A thread starts on GPU 0, and pinning memory would take some of it.
     start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if gpu else {}

@@ -1,4 +1,4 @@
-"""Made-up labelled images, to time a model where there are no data."""
+"""Made-up images with classes or captions, to time a model where there are no data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class SyntheticData:
 
     skipped: tuple[str, ...] = ()
 
-    def __init__(self, image_size: int, num_classes: int) -> None:
+    def __init__(self, image_size: int, num_classes: int = 0, *, caption: tuple[int, int] = (0, 0)) -> None:
+        """caption: positions of a caption and their width, in place of classes."""
         self.image_size = image_size
         self.num_classes = num_classes
+        self.caption = caption
 
     def __len__(self) -> int:
         return EPOCH
@@ -40,9 +42,13 @@ class SyntheticData:
             yield self.batch(slots, (seed + step * batch_size + slots) % EPOCH)
 
     def batch(self, slots: torch.Tensor, image_ids: torch.Tensor) -> ImageBatch:
-        noise = torch.stack(
-            [torch.randn(3, COARSE, COARSE, generator=torch.Generator().manual_seed(i)) for i in image_ids.tolist()]
-        )
+        draws = [torch.Generator().manual_seed(i) for i in image_ids.tolist()]
+        noise = torch.stack([torch.randn(3, COARSE, COARSE, generator=draw) for draw in draws])
         size = [self.image_size, self.image_size]
         images = F.interpolate(noise, size, mode="bicubic", align_corners=False).clamp(-1, 1)
-        return ImageBatch(images, image_ids % self.num_classes, slots, image_ids)
+        if self.num_classes:
+            return ImageBatch(images, image_ids % self.num_classes, slots, image_ids)
+        tokens, width = self.caption
+        features = torch.stack([torch.randn(tokens, width, generator=draw) for draw in draws])
+        mask = torch.arange(tokens) >= (image_ids % tokens)[:, None]  # of all lengths
+        return ImageBatch(images, image_ids, slots, image_ids, features * mask[..., None], mask)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
@@ -89,20 +90,27 @@ class LlamaGen(Generator):
                 raise CheckpointError(f"{path}: no weight named {key}: not a LlamaGen generator's checkpoint")
         layers = 1 + max((int(found[1]) for found in map(LAYER.match, state) if found), default=-1)
         width = state["tok_embeddings.weight"].shape[1]
+        captions = "cls_embedding.uncond_embedding" in state
+        fitting = [
+            size
+            for size, c in LLAMAGEN_CONFIGS.items()
+            if (c.layers, c.width) == (layers, width) and captions == (c.caption_tokens > 0)
+        ]
+        advice = f"pass --model {fitting[0]}" if fitting else "no known size fits it"
         if (layers, width) != (config.layers, config.width):
-            fitting = [n for n, c in LLAMAGEN_CONFIGS.items() if (c.layers, c.width) == (layers, width)]
-            advice = f"pass --model {fitting[0]}" if fitting else "no known size fits it"
             raise CheckpointError(
                 f"{path}: holds {layers} layers of width {width}, but --model {name} has {config.layers} of width "
                 f"{config.width}: {advice}"
             )
+        if config.caption_tokens and not captions:
+            raise CheckpointError(f"{path}: is conditioned on classes, --model {name} on captions: {advice}")
         changes = {"vocab_size": state["tok_embeddings.weight"].shape[0]}
         if grid_size is not None:
             changes["grid_size"] = grid_size
         for key in ("cls_embedding.uncond_embedding", "cls_embedding.embedding_table.weight"):
             if key in state and state[key].ndim != 2:
                 raise CheckpointError(f"{path}: {key} is {list(state[key].shape)}, expected a table")
-        if "cls_embedding.uncond_embedding" in state:
+        if captions:
             changes["caption_tokens"], changes["caption_width"] = state["cls_embedding.uncond_embedding"].shape
         elif "cls_embedding.embedding_table.weight" in state:
             rows = state["cls_embedding.embedding_table.weight"].shape[0]
@@ -135,7 +143,7 @@ class LlamaGen(Generator):
         """Class id num_classes, or the empty caption of the file; ValueError where there is no such class."""
         self.require_unconditional("this")
         if self.config.caption_tokens:
-            return self.cls_embedding.uncond_embedding.to(rows.dtype).expand_as(rows)
+            return self.cls_embedding.uncond_embedding[-rows.shape[1] :].to(rows.dtype).expand_as(rows)
         return torch.full_like(rows, self.config.num_classes)
 
     def checked_condition(self, rows: Tensor, mask: Tensor | None) -> Condition:
@@ -150,12 +158,15 @@ class LlamaGen(Generator):
             if mask is not None:
                 raise ValueError("condition_mask is for text-conditioned models, this one takes class ids")
             return Condition(rows.to(device))
-        expected = (config.caption_tokens, config.caption_width)
-        if rows.ndim != 3 or rows.shape[1:] != expected or not rows.is_floating_point():
+        tokens, width = config.condition
+        counts = range(1, tokens + 1) if mask is not None else (tokens,)
+        if rows.ndim != 3 or rows.shape[1] not in counts or rows.shape[2] != width or not rows.is_floating_point():
             raise ValueError(
-                f"caption features must be floating [B, {expected[0]}, {expected[1]}] for this model, got "
-                f"{rows.dtype} {list(rows.shape)}"
+                f"caption features must be floating [B, {tokens}, {width}] for this model, got {rows.dtype} "
+                f"{list(rows.shape)}"
             )
         if mask is not None and (mask.dtype != torch.bool or mask.shape != rows.shape[:2]):
             raise ValueError(f"condition_mask must be bool {list(rows.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        if before := tokens - rows.shape[1]:  # left out where all captions are shorter
+            rows, mask = F.pad(rows, (0, 0, before, 0)), F.pad(mask, (before, 0))
         return Condition(rows.to(device), None if mask is None else mask.to(device))

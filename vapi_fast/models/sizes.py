@@ -88,6 +88,7 @@ LLAMAGEN_CONFIGS = {
     "xxl": LlamaGenConfig(layers=48, heads=24, width=1536),
     "xxxl": LlamaGenConfig(layers=48, heads=40, width=2560),
     "3b": LlamaGenConfig(layers=24, heads=32, width=3200),
+    "t2i-xl": LlamaGenConfig(layers=36, heads=20, width=1280, grid_size=16, caption_tokens=120),
     "tiny": LlamaGenConfig(layers=6, heads=6, width=192, vocab_size=512, grid_size=8, num_classes=9),
 }
 

@@ -25,7 +25,11 @@ from .recompute import norm_linear, rotated_heads, swiglu_linear
 
 
 class Condition(NamedTuple):
-    """What images are drawn from, a row each, on one device."""
+    """What images are drawn from, a row each, on one device.
+
+    Of captions, which lie behind their padding, the last positions alone are the same condition where the mask hides
+    all others.
+    """
 
     rows: Tensor  # as `GeneratorConfig.condition` says: class ids int64 [B], or caption features [B, prefix_len, ·]
     mask: Tensor | None = None  # bool [B, prefix_len], False at positions without content; None: there are none
@@ -226,6 +230,7 @@ class Generator(nn.Module, ABC):
             tokens: int64 `[B,S]`, S ≥ 0; None for the prefill of a cache.
             condition: `Condition.rows`; None when the cache holds it already.
             condition_mask: bool `[B,prefix_len]`, False at positions of the condition without content.
+                Without a cache both may be cut on the left to the longest condition.
             cache: keys and values of earlier positions; the inputs continue where it ends.
             dropout: what is left out, of inputs that begin with the condition.
             return_hidden: skip the head.
@@ -233,17 +238,18 @@ class Generator(nn.Module, ABC):
         Returns:
             float32 logits `[B,S+1,V]` (`[B,S,V]` without condition), or the states that the head takes, `[B,·,D]`.
         """
-        parts = []
+        parts, skipped = [], 0
         if condition is not None:
             if dropout is not None and dropout.label_share:
                 condition = dropout.condition(condition, self.unconditional(condition))
             parts.append(self.embed_condition(condition))
+            skipped = self.config.prefix_len - parts[0].shape[1]
         if tokens is not None:
             parts.append(self.embed_tokens(tokens))
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if torch.is_autocast_enabled(h.device.type):  # all blocks then keep this dtype, in sums and norms too
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        start = cache.length if cache is not None else 0
+        start = cache.length if cache is not None else skipped
         end = start + h.shape[1]
         if end > self.rotary.shape[0]:
             raise ValueError(
@@ -252,7 +258,7 @@ class Generator(nn.Module, ABC):
             )
         if condition_mask is None and 0 < start < end - 1:  # SDPA's own causal mask would start at the first key
             condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
-        mask = None if condition_mask is None else attention_mask(condition_mask, start, end)
+        mask = None if condition_mask is None else attention_mask(condition_mask, start - skipped, end - skipped)
         if dropout is not None:
             h = dropout.states(h, 0)
         for i, layer in enumerate(self.layers):
@@ -260,7 +266,7 @@ class Generator(nn.Module, ABC):
         if cache is not None:
             cache.length = end
         if condition is not None:
-            h = h[:, self.config.prefix_len - 1 :]
+            h = h[:, self.config.prefix_len - skipped - 1 :]
         h = self.readout(self.norm(h))
         return h if return_hidden else self.head.logits(h).float()
 

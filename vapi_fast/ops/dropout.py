@@ -11,9 +11,10 @@ from .checks import ArgumentChecks
 def dropout(x: Tensor, p: float, *, seed: int | Tensor, site: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Zeros in a share p of the elements, the others times 1 / (1 − p): `F.dropout` with masks of a seed.
 
-    An element's fate is a function of (seed, site, sample id, its position in the sample) alone: it depends on neither
-    the batch nor the backend. The share is p rounded up to a multiple of 2⁻¹⁶ (0.1 is 0.10001). Nothing is kept for
-    the gradient on the Triton backend, which draws the mask again.
+    An element's fate is a function of (seed, site, sample id, its position counted from the sample's last) alone: it
+    depends on neither the batch, nor padding before the sample, nor the backend. The share is p rounded up to a
+    multiple of 2⁻¹⁶ (0.1 is 0.10001). Nothing is kept for the gradient on the Triton backend, which draws the mask
+    again.
 
     Args:
         x: floating `[B, T, D]`.

@@ -26,10 +26,13 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor, site: int = 0, sample_id
 def dropout_mask(
     shape: torch.Size, p: float, *, seed: int | Tensor, site: int, sample_ids: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Bool `[B,T,D]`, True where an element is dropped: eight of a row share a counter, D/8 columns apart."""
+    """Bool `[B,T,D]`, True where an element is dropped: eight of a row share a counter, D/8 columns apart.
+
+    Positions count from the last one back, so that a sample keeps its masks where padding before it is left out.
+    """
     batch, length, width = shape
     columns = -(-width // HALVES)
-    counter = torch.arange(length * columns, device=device).view(length, columns)
+    counter = torch.arange(length * columns, device=device).view(length, columns).flip(0)
     ids = default_sample_ids(batch, sample_ids, device)[:, None, None]
     words = philox((counter, site & MASK, ids, DROPOUT), seed_key(seed))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
