@@ -50,7 +50,7 @@ def test_generate_and_evaluate(run: Run, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("generate", "evaluate", "geneval"):
+    for name in ("generate", "evaluate", "geneval", "encode-captions"):
         parser = argparse.ArgumentParser()
         cli.add_command_flags(parser, name)
         flags = {action.dest for action in parser._actions} - {"help"}
@@ -60,7 +60,7 @@ def test_every_field_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_leaves_the_flags_alone() -> None:
     """torchrun's parser takes what abbreviates one of its own options, even after the script's name."""
     torchrun = get_args_parser()
-    for name in ("generate", "evaluate", "geneval"):
+    for name in ("generate", "evaluate", "geneval", "encode-captions"):
         parser = argparse.ArgumentParser()
         cli.add_command_flags(parser, name)
         for action in parser._actions:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inputs import text_encoder
 from PIL import Image
 
 from vapi_fast import cli, commands, tiny
@@ -133,12 +134,12 @@ def test_any_flags(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def with_required(command: str, line: list[str]) -> list[str]:
-    """The flag that the parser insists on, in front, where it was not drawn."""
+    """The flags that the parser insists on, in front, where they were not drawn."""
     if command == "align":
         return line
-    (field, value), *_ = required_of(command, Path()).items()
-    name = f"--{field}"
-    return line if any(each.startswith(f"{name}=") for each in line) else [f"{name}={value}", *line]
+    required = {f"--{field}": value for field, value in required_of(command, Path()).items()}
+    missing = [name for name in required if not any(each.startswith(f"{name}=") for each in line)]
+    return [*(f"{name}={required[name]}" for name in missing), *line]
 
 
 def required_of(command: str, folder: Path) -> dict[str, Path]:
@@ -147,6 +148,7 @@ def required_of(command: str, folder: Path) -> dict[str, Path]:
         "generate": {"out": folder / "out"},
         "evaluate": {"samples": tiny.FILES.heldout_images},
         "geneval": {"samples": Path(__file__).parent},
+        "encode-captions": {"data": tiny.FILES.train_images, "out": folder / "out"},
     }.get(command, {})
 
 
@@ -165,7 +167,7 @@ def test_a_number_that_makes_no_sense_is_refused_wherever_it_stands(
             tried += 1
             with pytest.raises(ConfigError, match=f"{flags_of(field)[0]} must be "):
                 config(**(required | {field.name: number}))
-    assert tried >= {"evaluate": 2, "geneval": 1}.get(command, 8)
+    assert tried >= {"evaluate": 2, "geneval": 1, "encode-captions": 3}.get(command, 8)
 
 
 SIZES = ("num", "save_size", "image_size", "batch_size", "group_size", "eval_samples")  # of tensors
@@ -175,6 +177,7 @@ QUICK = {
     "generate": "--model tiny --num 2 --out OUT",
     "evaluate": f"--model tiny --samples {tiny.FILES.heldout_images}",
     "geneval": "--samples geneval --detections found.jsonl --output OUT",
+    "encode-captions": "--data captions.jsonl --text-encoder encoder --out OUT",
 }
 
 
@@ -195,7 +198,7 @@ def quick_lines(draw: Any, command: str) -> list[str]:
             line.append(
                 f"{name}={draw(st.sampled_from(('1', '2', '3', '8', '32') if field.name in FEW else any_number))}"
             )
-        elif field.name not in ("out", "output_dir", "output"):
+        elif field.name not in ("out", "output_dir", "output", "text_encoder"):
             line.append(f"{name}={draw(values(config, field))}")
     return line
 
@@ -211,6 +214,8 @@ def test_any_flags_of_a_run(command: str, tmp_path: Path, monkeypatch: pytest.Mo
     prompt = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
     Path("geneval/00000/metadata.jsonl").write_text(json.dumps(prompt))
     Path("found.jsonl").write_text(json.dumps({"image": "00000/samples/0000.png", "objects": []}))
+    Path("captions.jsonl").write_text(json.dumps({"text": ["a red cup", "a cat"]}))
+    text_encoder(Path("encoder"))
     seen: dict[int, int] = {}
 
     @hypothesis.settings(max_examples=max(EXAMPLES // 20, 1), deadline=None, database=None, derandomize=True)
@@ -221,7 +226,7 @@ def test_any_flags_of_a_run(command: str, tmp_path: Path, monkeypatch: pytest.Mo
         cli.add_command_flags(parser, command)
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
             try:
-                code = getattr(commands, f"{command}_main")(parser.parse_args(line))
+                code = commands.MAINS[command](parser.parse_args(line))
             except SystemExit as ended:
                 code = int(ended.code)
         seen[code] = seen.get(code, 0) + 1

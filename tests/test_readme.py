@@ -63,6 +63,7 @@ STARTED = {
     "python benchmarks/ablation.py --table controls": (" --help", 0, "noise,steps,group"),
     "python -m vapi_fast.kernels.check": (" --help", 0, "--arch"),  # in full in kernels/test_check.py
     "pytest benchmarks/ --benchmark-only": (" --collect-only -q", 0, "test_operation[mse forward]"),
+    "vapi-fast encode-captions": (" --help", 0, "--caption-column"),
     "vapi-fast align": (" --help", 0, "--model"),
     "vapi-fast geneval --samples DIR": ("", 2, "--samples DIR: no such file or folder"),
     "torchrun … benchmarks/e2e_align.py": (" --help", 0, "--model"),

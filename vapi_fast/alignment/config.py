@@ -151,8 +151,8 @@ class RewardOptions:
     reward: str | None = option(
         PRESET,
         "with weights, such as `clip:5,clip-levels,pixel:2`: `pixel`, `classifier` (tiny), `clip`, `clip-levels`, "
-        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to "
-        "rewards `[N]`",
+        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, or "
+        "a list of captions, to rewards `[N]`",
         shown="pixel",
     )
     reward_networks: Path | None = option(

@@ -2,13 +2,13 @@
 
 Facts from `reward_utils/{clip_score,hpsv2}.py` and `img_gen_grpo_rewards.py` of Kwai-Klear/AR-GRPO: images are cut down
 to 8 bits (not rounded), resized bicubically to the network's size (for CLIP by Pillow, for HPSv2.1 as tensors), and
-held against "a photo of {class name}". HPSv2.1 is a CLIP ViT-H/14 in open_clip's names, fine-tuned on what people
-prefer; its score is the cosine too.
+held against "a photo of {class name}", or against the caption. HPSv2.1 is a CLIP ViT-H/14 in open_clip's names,
+fine-tuned on what people prefer; its score is the cosine too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,17 +45,21 @@ SOURCES = {
 
 
 class ImageTextReward:
-    """Cosines of images and the texts of their classes, float32."""
+    """Cosines of images and the texts of their labels, float32; a text is read when the first image has it."""
 
-    def __init__(self, clip: Clip, texts: Tensor) -> None:
-        """texts: embeddings of unit length `[classes, D]`, as `Clip.texts` gives them."""
+    def __init__(self, clip: Clip, text_of: Callable[[int], str]) -> None:
         self.clip = clip
-        self.texts = texts
+        self.text_of = text_of
+        self.read: dict[int, Tensor] = {}  # embeddings of unit length `[D]`
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`[N]` of images `[N,3,H,W]` in [−1, 1] with class ids `[N]`."""
-        return (self.clip.images(in_8_bits(images)) * self.texts[labels]).sum(-1)
+        """`[N]` of images `[N,3,H,W]` in [−1, 1] with labels `[N]`: class ids, or rows of captions."""
+        labels = labels.tolist()
+        if new := sorted({*labels} - self.read.keys()):
+            self.read |= zip(new, self.clip.texts([self.text_of(label) for label in new]), strict=True)
+        texts = torch.stack([self.read[label] for label in labels])
+        return (self.clip.images(in_8_bits(images)) * texts).sum(-1)
 
 
 def in_8_bits(images: Tensor) -> Tensor:
@@ -70,19 +74,19 @@ def levels(cosines: Tensor) -> Tensor:
 
 
 def load_networks(
-    names: list[str], folder: Path | None, classes: Mapping[int, str], num_classes: int, device: torch.device
+    names: list[str], folder: Path | None, text_of: Callable[[int], str], device: torch.device
 ) -> dict[str, ImageTextReward]:
-    """The networks of these names, which know the classes by theirs.
+    """The networks of these names, which hold an image against the text of its label.
 
     folder: has a sub-folder for each network, by its name; None: they come from Hugging Face's hub or its cache.
 
     Raises CheckpointError for a network that is missing or damaged, with the file and where it belongs.
     """
-    return {name: load_network(name, folder, classes, num_classes, device) for name in names}
+    return {name: load_network(name, folder, text_of, device) for name in names}
 
 
 def load_network(
-    name: str, folder: Path | None, classes: Mapping[int, str], num_classes: int, device: torch.device
+    name: str, folder: Path | None, text_of: Callable[[int], str], device: torch.device
 ) -> ImageTextReward:
     source, place = SOURCES[name], None if folder is None else folder / name
 
@@ -104,10 +108,7 @@ def load_network(
     clip = Clip(*loaded(f"--reward {name}", advice, read, where=read_from), device, as_pillow=source.file is None)
     if device.type == "cuda" and source.file is not None:
         clip.model.half()
-    texts = torch.full((num_classes, clip.model.config.projection_dim), torch.nan, device=device)
-    ids = sorted(classes)
-    texts[ids] = clip.texts([PROMPT.format(classes[label]) for label in ids])
-    return ImageTextReward(clip, texts)
+    return ImageTextReward(clip, text_of)
 
 
 def downloaded(source: Source) -> Path:
@@ -192,6 +193,12 @@ def renamed(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if joined:
         return [(f"{before}.self_attn.{x}_proj.{kind}", part) for x, part in zip("qkv", value.chunk(3), strict=True)]
     return [(key, value)]
+
+
+def class_texts(path: Path | None, of_data: Mapping[int, str] | None, labels: list[int]) -> Callable[[int], str]:
+    """The texts of the classes `labels`, by `class_names`."""
+    names = class_names(path, of_data, labels)
+    return lambda label: PROMPT.format(names[label])
 
 
 def class_names(path: Path | None, of_data: Mapping[int, str] | None, labels: list[int]) -> dict[int, str]:

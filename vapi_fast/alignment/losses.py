@@ -133,7 +133,8 @@ def rewards_of(
         with clock("reward"), torch.no_grad():
             images, labels = decoded.float().clamp(-1, 1), batch.labels.repeat_interleave(rollouts.shape[1])
             if term.is_users:
-                values = user_rewards(term.name, images, labels)
+                read = models.caption_of
+                values = user_rewards(term.name, images, labels if read is None else [*map(read, labels.tolist())])
             elif term.network is None:
                 logits = models.reward.lpips.features_and_logits(images)[1]
                 values = logits.softmax(-1).gather(1, labels[:, None])[:, 0]
