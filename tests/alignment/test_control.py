@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import PublishedRecipe
+from processes import PATIENCE, forkserver, free_port
 from torch import Tensor
 
 import vapi_fast
@@ -198,17 +197,13 @@ def train_rank(rank: int, port: int, output: Path) -> None:
 
 
 def test_shuffled_runs_do_not_depend_on_ranks(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vapi_fast.alignment.run"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [context.Process(target=train_rank, args=(rank, port, tmp_path / "two")) for rank in range(2)]
+    port = free_port()
+    ranks = [forkserver.Process(target=train_rank, args=(rank, port, tmp_path / "two")) for rank in range(2)]
     for process in ranks:
         process.start()
     train(tmp_path / "one")
     for process in ranks:
-        process.join(180)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     shares = [torch.load(tmp_path / "two" / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     sharded = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*shares, strict=True)]

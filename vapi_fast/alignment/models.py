@@ -21,6 +21,7 @@ from vapi_fast.models.families import (
 )
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.models.sizes import Captions
 from vapi_fast.runtime.errors import CheckpointError
 
 
@@ -49,10 +50,16 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
     generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
     for module in (tokenizer, lpips):
         module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    if type(generator.config.condition) is not type(generator_config(config.model).condition):
+    taken, expected = generator.config.condition, generator_config(config.model).condition
+    if type(taken) is not type(expected):
         raise CheckpointError(
             f"{config.gpt_ckpt} is conditioned on captions, --model {config.model} on classes: pass --model t2i-xl and "
             "captioned images, or a class-conditional checkpoint"
+        )
+    if isinstance(taken, Captions) and taken != expected:
+        raise CheckpointError(
+            f"{config.gpt_ckpt} takes captions of {taken.tokens} × {taken.width} numbers, and --model {config.model} "
+            f"those of {expected.tokens} × {expected.width}: pass a checkpoint of LlamaGen's text model"
         )
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
