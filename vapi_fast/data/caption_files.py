@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vapi_fast.data.captions import has_words
 from vapi_fast.data.image_files import TAR_CAPTIONS, ImageRows, Kind, files_of, open_source, texts_of
@@ -47,14 +48,7 @@ class Captions:
         names = CAPTION_COLUMNS if name is None else (name,)
         kind = Kind(names, LAYOUTS, partial(listed, names=names), captions=True)
         self.split, rows = open_source(source, split, held_out, kind)
-        self.column = next((each for each in (*names, TAR_CAPTIONS) if each in rows.column_names), None)
-        if self.column is None:
-            found = ", ".join(each for each in rows.column_names)
-            raise DataError(
-                f"{source} has no captions: looked for {' or '.join(names)} among {found}; name the column with "
-                "--caption-column"
-            )
-        values = rows.select_columns(self.column).with_format("arrow")[:][self.column]
+        self.column, values = text_column(rows, names, source)
         if not is_text(values.type):
             raise DataError(f"column {self.column!r} of {source} is {values.type}, expected text or lists of text")
         has_places = "line" in rows.column_names
@@ -95,6 +89,26 @@ def parted(column: str | None) -> tuple[str | None, int | None]:
 def stem_of(path: Path) -> str:
     """What LlamaGen calls the features' folder of a list: its name up to the first dot."""
     return path.absolute().name.split(".")[0]
+
+
+def text_column(rows: datasets.Dataset, names: tuple[str, ...], source: Path) -> tuple[str, pa.ChunkedArray]:
+    """The first known column; of a WebDataset from the hub, which has its JSON in one, the first known key of that."""
+    for name in (*names, TAR_CAPTIONS, "json"):
+        if name in rows.column_names:
+            values = rows.select_columns(name).with_format("arrow")[:][name]
+            if name != "json" or name in names:
+                return name, values
+            for key in names:
+                if pa.types.is_struct(values.type) and values.type.get_field_index(key) >= 0:
+                    return f"json.{key}", pc.struct_field(values, key)
+    raise no_captions(source, names, rows.column_names)
+
+
+def no_captions(source: Path, names: tuple[str, ...], there: Iterable[str]) -> DataError:
+    return DataError(
+        f"{source} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, there))}; name the column "
+        "with --caption-column"
+    )
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -142,10 +156,7 @@ def read_lists(paths: list[Path], names: tuple[str, ...]) -> datasets.Dataset:
     if not columns["line"]:
         raise DataError(f"{paths[0]} has no lines")
     if name is None:
-        raise DataError(
-            f"{paths[0]} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, known))}; name the "
-            "column with --caption-column"
-        )
+        raise no_captions(paths[0], names, known)
     text = datasets.Value("string")
     features = {"image": text, "captions": [text], "stem": text, "line": datasets.Value("int64")}
     if key is None:
