@@ -106,8 +106,8 @@ def text_column(rows: datasets.Dataset, names: tuple[str, ...], source: Path) ->
 
 def no_captions(source: Path, names: tuple[str, ...], there: Iterable[str]) -> DataError:
     return DataError(
-        f"{source} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, there))}; name the column "
-        "with --caption-column"
+        f"{source} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, there))}; name the "
+        "column with --caption-column"
     )
 
 
