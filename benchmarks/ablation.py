@@ -87,7 +87,9 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
     if table == "noise":
         return {f"ξ {share:g}": {"noise_prob": share} for share in (0.0, 0.25, 0.5, 0.75, 0.95)} | CONTROLS
     if table == "group":
-        return {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)} | CONTROLS
+        sizes = {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)}
+        by_token = {f"{name}, by token": sizes[name] | {"credit_window": 3} for name in ("G 2", "G 4", "G 8")}
+        return sizes | by_token | CONTROLS
     found: dict[str, Changes] = {}
     controls = {RANDOM: CONTROLS[RANDOM], PRIOR: {"method": "ntp"}}
     lines = {f"lr {lr:g}, {name}": {"lr": lr} | changes for name, changes in controls.items()}

@@ -51,6 +51,8 @@ class PublishedRecipe(GradientSource):
             raise ConfigError(f"{name} goes without --control: the published recipe's advantages are its rewards'")
         if config.rollout_mode == "train" and (config.dropout or config.label_dropout):
             raise ConfigError(f"{name} needs --rollout-mode eval: the published recipe draws rollouts without dropout")
+        if config.credit_window:
+            raise ConfigError(f"{name} goes without --credit-window: the published recipe judges whole images")
         if config.top_k or config.top_p < 1:
             raise ConfigError(f"{name} needs --top-k 0 and --top-p 1: the published recipe has no filters")
         if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:

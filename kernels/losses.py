@@ -7,7 +7,8 @@ n rows (B·T) of V logits, which cuBLAS has written in fp32; their gradient goes
 | head_loss      | n·V·(4 + 2), in fp32 4 + 4, without a gradient 4           | 6 + 1 exponential  |
 | scale_gradient | each gradient read (hidden's dtype, fp32) and written once | 1                  |
 
-Both are bound by memory bandwidth; the whole operation is bound by its three matrix products, those of `head`.
+Both are bound by memory bandwidth; the whole operation is bound by its three matrix products, those of `head`. Of
+its rollouts a row reads up to 20·G bytes more: tokens, log-probs, and advantages of its own or of all the image's rows.
 Predicted for an H100 of 798 TFLOP/s and 3.0 TB/s, bf16, n = 9216, V = 16384, D = 1536: products 1.74 ms, and 0.3 for
 their tails and for writing fp32 logits; head_loss 0.30 (0.9 GB); four chunks' ∇weight read and written, 0.2 (0.7 GB);
 scale_gradient 0.09 (0.26 GB): 2.65 ms. Memory: logits 151 MB, ∇weight 101 MB, ∇hidden 28 MB, the bf16 copy of an fp32
@@ -64,7 +65,7 @@ def exponential_remainder(d):
     return tl.where(tl.abs(d) < 0.5, d * d / 2 * series, tl.exp(d) - 1 - d)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "T", "G"])
+@triton.jit(do_not_specialize=["first_row", "rows", "T", "G", "A"])
 def head_loss_kernel(
     logits_ptr,
     bias_ptr,
@@ -80,6 +81,7 @@ def head_loss_kernel(
     T,
     V,
     G,
+    A,
     stride_gradient,
     clip_range,
     clip_low,
@@ -97,9 +99,9 @@ def head_loss_kernel(
 
     logits fp32 `[rows of the chunk, V]`, without their bias `[V]`, if they have one; gradient the same, stride_gradient
     from row to row: each of its rows may start where the row's logits do, in elements that are no wider. targets
-    `[rows]`, tokens, old and base `[B, G, T]`, advantages `[B, G]`; without tokens (None), prior_weight · cross-entropy
-    is all of the loss. terms `[6, rows]`: loss, policy, prior, KL, ratio, clip fraction, the means over the group;
-    without tokens the first alone.
+    `[rows]`, tokens, old and base `[B, G, T]`, advantages `[B, G, A]` with A = T, or 1 for all of a rollout's tokens;
+    without tokens (None), prior_weight · cross-entropy is all of the loss. terms `[6, rows]`: loss, policy, prior, KL,
+    ratio, clip fraction, the means over the group; without tokens the first alone.
 
     A token outside 0…V−1 is looked up nowhere and has a NaN log-prob: so have the loss and the gradients.
     """
@@ -115,7 +117,7 @@ def head_loss_kernel(
         image = (row // T).to(tl.int64)
         sampled = (image * G + slot) * T + row % T
         token = tl.where(rollout, tl.load(tokens_ptr + sampled, mask=rollout, other=-1), token)
-        advantage = tl.load(advantages_ptr + image * G + slot, mask=rollout, other=0.0)
+        advantage = tl.load(advantages_ptr + (image * G + slot) * A + row % A, mask=rollout, other=0.0)
         if old_ptr is not None:
             old = tl.load(old_ptr + sampled, mask=rollout, other=0.0)
         if base_ptr is not None:
@@ -222,7 +224,7 @@ class Head(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """What policy_loss has beside the targets: tokens, old and base log-probs `[B, G, T]`, advantages `[B, G]`."""
+    """What policy_loss has beside the targets: tokens, advantages (or `[B, G]`), old and base log-probs `[B, G, T]`."""
 
     tokens: Tensor | None = None
     advantages: Tensor | None = None
@@ -252,6 +254,7 @@ def head_loss(
     gradients = empty_gradients(head, needs)
     to_hidden, to_weight, to_bias = gradients
     group_size = 0 if rollouts.tokens is None else rollouts.tokens.shape[1]
+    advantages = 1 if rollouts.advantages is None else rollouts.advantages.shape[2:].numel()  # of a rollout
     terms = states.new_empty(1 if rollouts.tokens is None else 6, rows, dtype=torch.float32)
     sides = [targets.contiguous(), *map(contiguous, rollouts)]
 
@@ -272,7 +275,7 @@ def head_loss(
     for first, logits in logits_chunks(states, weight):
         # The gradient of a row starts where the row's logits do: over half of them if it is of 16 bits.
         gradient = logits.view(states.dtype)
-        sizes = (first, rows, targets.shape[1], vocab_size, group_size, gradient.stride(0))
+        sizes = (first, rows, targets.shape[1], vocab_size, group_size, advantages, gradient.stride(0))
         grid = (len(logits),)
         launch(head_loss_kernel, grid, logits, bias, gradient, *sides, terms, *sizes, *numbers, **constants)
         gradient = gradient[:, :vocab_size]

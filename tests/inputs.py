@@ -63,6 +63,34 @@ def text_encoder(folder: Path, width: int = 16) -> Path:
     return folder
 
 
+SIDE, PATCH, HEAD, CLIP_WORDS = 24, 8, 64, 20  # of small CLIPs
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz&"]
+VOCABULARY = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+
+
+def clip(folder: Path) -> Path:
+    """A small random CLIP and its tokenizer of letters, in `transformers`' layout."""
+    import transformers
+
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(VOCABULARY)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    size = {"hidden_size": 2 * HEAD, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": len(VOCABULARY) - 2, "eos_token_id": len(VOCABULARY) - 1}
+    text = size | special | {"vocab_size": len(VOCABULARY), "max_position_embeddings": CLIP_WORDS}
+    vision = size | {"image_size": SIDE, "patch_size": PATCH}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    louder(model).save_pretrained(folder)
+    return folder
+
+
+def louder(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that tell images apart."""
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / (parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 3))
+    return model.eval()
+
+
 def classes(root: Path, *names: str, each: int = 2) -> Path:
     """A folder of class folders."""
     for name in names:

@@ -248,7 +248,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 TEXTS = [
-    json.dumps({"configuration": {"num": 3}, "files": {}, "batch_size": 2, "images": [{}] * 3}).encode(),
+    json.dumps({"configuration": {"num": 3}, "files": {}, "batch_size": 2, "images": [{"file": "a.png"}] * 3}).encode(),
     json.dumps({"crc32": 1, "state": {"step": 1, "world_size": 1, "stepped": True, "extra": {}, "files": {}}}).encode(),
     json.dumps({"weight_map": {"norm.weight": "a.bin"}}).encode(),
     json.dumps({"n01440764": 0, "cat": 1}).encode(),

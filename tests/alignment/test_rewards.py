@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import CLIP_WORDS, HEAD, PATCH, SIDE, VOCABULARY, clip, louder
 from PIL import Image
 from torch import Tensor, nn
 
 from vapi_fast import AlignConfig, align, ops
-from vapi_fast.alignment import image_text
 from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.figures import metrics_of
-from vapi_fast.alignment.image_text import class_names, levels, load_networks, network_pixels
+from vapi_fast.alignment.image_text import class_names, in_8_bits, levels, load_networks
 from vapi_fast.alignment.losses import rewards_of
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.reward_terms import reward_terms
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.data.splits import read_class_names
+from vapi_fast.evaluation import clip as networks_of_clip
+from vapi_fast.evaluation.clip import network_pixels
 from vapi_fast.runtime.errors import CheckpointError, ConfigError, DataError
 
 Make = Callable[..., AlignConfig]
 CPU = torch.device("cpu")
 NAMES = {0: "tench", 1: "a red fox", 2: "sea lion"}
-SIDE, PATCH, HEAD, WORDS = 24, 8, 64, 20  # of the small networks
-LETTERS = [*"abcdefghijklmnopqrstuvwxyz&"]
-VOCABULARY = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+TEXTS = {label: f"a photo of {name}" for label, name in NAMES.items()}.__getitem__
 
 
 def darkness(images: Tensor, labels: Tensor) -> Tensor:
@@ -99,25 +99,10 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("networks")
-    (root / "clip").mkdir()
-    (root / "clip" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(VOCABULARY)}))
-    (root / "clip" / "merges.txt").write_text("#version: 0.2\n")
+    clip(root / "clip")
     transformers.CLIPTokenizer.from_pretrained(root / "clip").save_pretrained(root / "hpsv2")
-    size = {"hidden_size": 2 * HEAD, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"bos_token_id": len(VOCABULARY) - 2, "eos_token_id": len(VOCABULARY) - 1}
-    text = size | special | {"vocab_size": len(VOCABULARY), "max_position_embeddings": WORDS}
-    vision = size | {"image_size": SIDE, "patch_size": PATCH}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    louder(model).save_pretrained(root / "clip")
     torch.save({"state_dict": louder(OpenClip()).state_dict()}, root / "hpsv2" / "HPS_v2.1_compressed.pt")
     return root
-
-
-def louder(model: nn.Module) -> nn.Module:
-    """Weights that tell images apart."""
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn_like(parameter) / (parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 3))
-    return model.eval()
 
 
 class OpenClipBlock(nn.Module):
@@ -168,7 +153,7 @@ class OpenClip(nn.Module):
 
     def __init__(self, width: int = 2 * HEAD, out: int = 24) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.zeros(WORDS, width))
+        self.positional_embedding = nn.Parameter(torch.zeros(CLIP_WORDS, width))
         self.text_projection = nn.Parameter(torch.zeros(width, out))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.visual = OpenClipVision(3 * HEAD, out)
@@ -189,7 +174,7 @@ def pictures(count: int, side: int) -> Tensor:
     return F.interpolate(noise, (side, side), mode="bicubic").clamp(-1, 1)
 
 
-def in_8_bits(images: Tensor) -> list[Image.Image]:
+def pictures_of(images: Tensor) -> list[Image.Image]:
     """As torchvision's `to_pil_image` makes pictures of images in [0, 1]."""
     pixels = ((images + 1) / 2).mul(255).byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(each) for each in pixels]
@@ -200,15 +185,15 @@ def in_8_bits(images: Tensor) -> list[Image.Image]:
 def test_pixels_are_those_of_the_authors_preprocessing(side: int, as_pillow: bool) -> None:
     """Pillow's resizing, but for its weights of 22 bits; or that of the same pixels as tensors."""
     images = pictures(5, side)
-    pixels = in_8_bits(images)
+    pixels = pictures_of(images)
     if as_pillow:
         pixels = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pixels]
     expected = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
     if not as_pillow:
         expected = F.interpolate(expected, (SIDE, SIDE), mode="bicubic", antialias=True)
         assert side == SIDE or expected.max() > 255.5
-    found = network_pixels(images, SIDE, as_pillow) * torch.tensor(image_text.STD).view(3, 1, 1)
-    found = (found + torch.tensor(image_text.MEAN).view(3, 1, 1)) * 255
+    found = network_pixels(in_8_bits(images), SIDE, as_pillow) * torch.tensor(networks_of_clip.STD).view(3, 1, 1)
+    found = (found + torch.tensor(networks_of_clip.MEAN).view(3, 1, 1)) * 255
     difference = (found - expected).abs()
     assert difference.max() < 1.01
     assert difference.mean() < 1e-3
@@ -217,34 +202,34 @@ def test_pixels_are_those_of_the_authors_preprocessing(side: int, as_pillow: boo
 def test_clip_is_the_cosine_that_transformers_gives(networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    monkeypatch.setattr(image_text, "BATCH", 2)
-    reward = load_networks(["clip"], networks, NAMES, 5, CPU)["clip"]
+    monkeypatch.setattr(networks_of_clip, "BATCH", 2)
+    reward = load_networks(["clip"], networks, TEXTS, CPU)["clip"]
     images, labels = pictures(5, 32), torch.tensor([2, 0, 1, 1, 2])
     model = transformers.CLIPModel.from_pretrained(networks / "clip")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(networks / "clip")
     words = tokenizer([f"a photo of {NAMES[label]}" for label in labels.tolist()], padding=True, return_tensors="pt")
     with torch.no_grad():
-        given = model(pixel_values=network_pixels(images, SIDE, True), **words)
+        given = model(pixel_values=network_pixels(in_8_bits(images), SIDE, True), **words)
     expected = given.logits_per_image.diagonal() / model.logit_scale.exp()
     found = reward(images, labels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.std() > 0.02
     assert (found - reward(images, labels.flip(0))).abs().max() > 0.02  # the classes decide
-    assert reward.texts[3:].isnan().all()  # classes without images have no name
+    assert reward.read.keys() == {0, 1, 2}  # each text once
 
 
 def test_hpsv2_is_read_from_open_clip_s_file(networks: Path) -> None:
     """The same embeddings by PyTorch's attention under open_clip's names."""
     import transformers
 
-    reward = load_networks(["hpsv2"], networks, NAMES, 3, CPU)["hpsv2"]
+    reward = load_networks(["hpsv2"], networks, TEXTS, CPU)["hpsv2"]
     public = OpenClip().eval()
     public.load_state_dict(torch.load(networks / "hpsv2" / "HPS_v2.1_compressed.pt")["state_dict"])
     images, labels = pictures(4, 32), torch.tensor([0, 2, 1, 0])
     tokenizer = transformers.CLIPTokenizer.from_pretrained(networks / "hpsv2")
     words = tokenizer([f"a photo of {NAMES[label]}" for label in labels.tolist()], padding=True, return_tensors="pt")
     with torch.no_grad():
-        seen, read = public.visual(network_pixels(images, SIDE, False)), public.encode_text(words.input_ids)
+        seen, read = public.visual(network_pixels(in_8_bits(images), SIDE, False)), public.encode_text(words.input_ids)
     torch.testing.assert_close(reward(images, labels), F.cosine_similarity(seen, read), rtol=1e-4, atol=1e-5)
 
 
@@ -257,29 +242,29 @@ def test_levels_are_ar_grpo_s() -> None:
 def test_a_network_that_is_missing_or_damaged(networks: Path, tmp_path: Path) -> None:
     for name, files in (("clip", "openai/clip-vit-base-patch32"), ("hpsv2", "HPS_v2.1_compressed.pt of xswu/HPSv2")):
         with pytest.raises(CheckpointError) as refused:
-            load_networks([name], tmp_path, NAMES, 3, CPU)
+            load_networks([name], tmp_path, TEXTS, CPU)
         assert f"--reward {name}: cannot be read from {tmp_path / name} (there is no config.json" in str(refused.value)
         assert files in str(refused.value)
         assert str(refused.value).endswith(f"into {tmp_path / name}")
     (tmp_path / "hpsv2").mkdir()
     torch.save({"positional_embedding": torch.ones(2, 2)}, tmp_path / "hpsv2" / "HPS_v2.1_compressed.pt")
     with pytest.raises(CheckpointError, match="--reward hpsv2: cannot be read from"):
-        load_networks(["hpsv2"], tmp_path, NAMES, 3, CPU)
+        load_networks(["hpsv2"], tmp_path, TEXTS, CPU)
     state = OpenClip().state_dict() | {"visual.extra": torch.ones(1)}
     torch.save(state, tmp_path / "hpsv2" / "HPS_v2.1_compressed.pt")
     with pytest.raises(CheckpointError, match=r"no CLIP of open_clip's: visual\.extra"):
-        load_networks(["hpsv2"], tmp_path, NAMES, 3, CPU)
+        load_networks(["hpsv2"], tmp_path, TEXTS, CPU)
 
 
 def test_the_hub_is_asked_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
 
-    def offline(repository: str) -> None:
+    def offline(repository: str, **_: object) -> None:
         raise OSError(f"no way to {repository}\nfrom here")
 
     monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", offline)
     with pytest.raises(CheckpointError) as refused:
-        load_networks(["clip"], None, NAMES, 3, CPU)
+        load_networks(["clip"], None, TEXTS, CPU)
     assert "cannot be read from the hub (no way to openai/clip-vit-base-patch32 from here)" in str(refused.value)
     assert "into DIR/clip, and pass --reward-networks DIR" in str(refused.value)
 

@@ -20,9 +20,10 @@ from vapi_fast.data.geneval import (
     Prompt,
     fetch_prompts,
     make_prompts,
-    read_prompts,
+    parse_prompt,
     read_samples,
 )
+from vapi_fast.data.prompts import read_prompts
 from vapi_fast.data.sample_files import GenevalFiles, remove_leftovers
 from vapi_fast.runtime.errors import DataError
 
@@ -45,7 +46,7 @@ def write_prompts(path: Path, prompts: list[Prompt]) -> Path:
 
 def test_a_line_is_a_prompt_and_back(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(LINES) + "\n\n")
-    assert read_prompts(tmp_path / "a.jsonl") == [TWO, LEFT, RED]
+    assert read_prompts(tmp_path / "a.jsonl", parse_prompt) == (TWO, LEFT, RED)
     assert [json.dumps(each.to_json()) for each in (TWO, LEFT, RED)] == LINES
 
 
@@ -53,7 +54,7 @@ def test_prompts_are_made_by_the_rules(tmp_path: Path) -> None:
     prompts = make_prompts(60, seed=3)
     assert prompts == make_prompts(60, seed=3) != make_prompts(60, seed=4)
     assert len(set(prompts)) == len(prompts)
-    assert read_prompts(write_prompts(tmp_path / "a.jsonl", prompts)) == prompts
+    assert list(read_prompts(write_prompts(tmp_path / "a.jsonl", prompts), parse_prompt)) == prompts
     tasks = Counter(each.tag for each in prompts)
     assert list(tasks) == list(TASKS)
     assert tasks["single_object"] == len(OBJECTS) == 80
@@ -111,28 +112,28 @@ def test_what_is_no_prompt_is_named_with_its_line(line: object, message: str, tm
     path = tmp_path / "bad.jsonl"
     path.write_text(LINES[0] + "\n\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
     with pytest.raises(DataError, match=rf"bad\.jsonl, line 3: no prompt of GenEval's: .*({message})"):
-        read_prompts(path)
+        read_prompts(path, parse_prompt)
 
 
 def test_a_file_without_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
-    with pytest.raises(DataError, match="holds no prompts; expected GenEval's evaluation_metadata"):
-        read_prompts(tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl: has no prompts, expected one a line"):
+        read_prompts(tmp_path / "empty.jsonl", parse_prompt)
     with pytest.raises(DataError, match="cannot be read"):
-        read_prompts(tmp_path)
+        read_prompts(tmp_path, parse_prompt)
 
 
 def test_the_prompts_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = write_prompts(tmp_path / "served.jsonl", [TWO, RED])
     monkeypatch.setattr(geneval, "PROMPTS_URL", served.as_uri())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(DataError, match=r"cannot be downloaded \(invalid hash.* pass it as --prompts FILE"):
+    with pytest.raises(DataError, match=r"cannot be downloaded \(invalid hash.* pass it as --prompts FILE --format"):
         fetch_prompts()
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
     monkeypatch.setattr(geneval, "PROMPTS_SHA256", hashlib.sha256(served.read_bytes()).hexdigest())
-    assert read_prompts(fetch_prompts()) == [TWO, RED]
+    assert read_prompts(fetch_prompts(), parse_prompt) == (TWO, RED)
     served.unlink()
-    assert read_prompts(fetch_prompts()) == [TWO, RED]
+    assert read_prompts(fetch_prompts(), parse_prompt) == (TWO, RED)
 
 
 def test_samples_are_written_in_genevals_layout(tmp_path: Path) -> None:
@@ -150,7 +151,8 @@ def test_samples_are_written_in_genevals_layout(tmp_path: Path) -> None:
     files.add([2, 3, 4], pixels[2:])
     files.finish()
     assert files.missing().tolist() == []
-    assert torch.equal(files.first(4), pixels[:4])
+    assert torch.equal(files.read([3, 0, 4]), pixels[[3, 0, 4]])
+    assert [files.name(index) for index in (0, 3)] == ["00000/samples/0000.png", "00001/samples/0001.png"]
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
         "00000/metadata.jsonl",
         *(f"00000/samples/000{number}.png" for number in range(3)),

@@ -106,6 +106,20 @@ def test_captions_stand_above_their_images(tmp_path: Path) -> None:
         assert (picture[top - 18 : top, left : left + 96].min() < 100) == (index != 3)
 
 
+def test_one_caption_stands_above_neighbours_that_share_it_and_long_ones_are_cut(tmp_path: Path) -> None:
+    images = torch.full((6, 3, 32, 32), 128, dtype=torch.uint8)
+    shared, cut = "a photo of two dogs and a cat", "a photo of a dog left of the\nother one, and so on " * 9
+    save_sheets(tmp_path / "sheet.png", [("", images)], 3, [shared, shared, "b", *[cut] * 3])
+    picture = read(tmp_path / "sheet.png")
+    first, second = (picture[16 + row * 120 :][:18].min(axis=2) for row in range(2))
+    dark = [np.flatnonzero((row < 128).any(0)) for row in (first[:, : 16 + 198], first[:, 16 + 204 :], second)]
+    assert dark[0].min() > 16 + 10
+    assert abs((dark[0].min() + dark[0].max()) / 2 - (16 + 198 / 2)) < 3  # once, in the middle of both
+    assert abs((dark[1].min() + dark[1].max()) / 2 - 48) < 3
+    assert 16 <= dark[2].min() < 30
+    assert 270 < dark[2].max() < 16 + 3 * 102 - 6
+
+
 @pytest.mark.parametrize("side", [32, 95, 97, 192, 256, 384])
 def test_four_sheets_of_noise_are_no_more_than_a_run_makes_room_for(tmp_path: Path, side: int) -> None:
     """Samples and originals; of every size there are enough to compare, and in as many columns as rows."""
@@ -142,6 +156,30 @@ def test_sheets_show_all_classes_alike_and_in_order(counts: list[int], side: int
     for label in shown.unique():  # those that come first
         mine = positions[shown == label]
         assert torch.equal(mine, (labels == label).nonzero()[: len(mine), 0])
+
+
+@pytest.mark.parametrize(
+    ("counts", "side", "each", "columns"),
+    [
+        ([4] * 553, 32, 4, 4),  # GenEval's, on 16 rows
+        ([4] * 553, 256, 4, 4),  # 9 rows
+        ([4] * 553, 384, 4, 4),
+        ([12] * 3, 32, 8, 8),  # whole rows alone
+        ([20] * 2, 32, 16, 8),
+        ([11], 32, 11, 8),  # all of one
+        ([3, 2, 3], 32, 2, 2),
+    ],
+)
+def test_rows_of_one_class_each(counts: list[int], side: int, each: int, columns: int) -> None:
+    labels = torch.tensor([label for k in range(max(counts)) for label, count in enumerate(counts) if k < count])
+    positions, found = spread(labels, side, rows=True)
+    assert found == columns
+    shown = labels[positions]
+    room = {32: 64, 256: 36, 384: 16}[side]
+    assert len(positions) == each * min(len(counts), room // each)
+    assert shown.unique(return_counts=True)[1].unique().tolist() == [each]
+    assert len(counts) == 1 or all(len(row.unique()) == 1 for row in shown.split(columns))
+    assert spread(torch.arange(30), side, rows=True)[1] == spread(torch.arange(30), side)[1]  # one image each
 
 
 def test_of_many_classes_evenly_spaced_ones_are_shown() -> None:

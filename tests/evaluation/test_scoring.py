@@ -84,7 +84,8 @@ def test_every_form_holds_the_same_images(npz: Path, pixels: np.ndarray, tmp_pat
         for path in (labelled / ("a" if index < 3 else "b"), flat, generated / "images"):
             Image.fromarray(image).save(path / f"{index:06d}.png")
     (flat / ".000003.png.x.tmp.png").write_bytes(b"half")  # left by a writer that was killed
-    (generated / "manifest.json").write_text(json.dumps({"images": [{}] * 7}))
+    listed = [{"file": f"images/{index:06d}.png"} for index in range(7)]
+    (generated / "manifest.json").write_text(json.dumps({"images": listed}))
     (generated / "contact_sheet.png").write_bytes(b"no sample")
     np.savez_compressed(tmp_path / "packed.npz", pixels[:7], np.arange(7))  # arr_1: labels, as ADM's files have
     expected = torch.from_numpy(pixels[:7]).permute(0, 3, 1, 2)
@@ -256,7 +257,7 @@ def test_a_folder_that_cannot_be_scored_is_one_line(tmp_path: Path, pixels: np.n
     (tmp_path / "c.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"cannot read .*c.png"):
         evaluate(EvaluateConfig(model="tiny", samples=tmp_path))
-    (tmp_path / "manifest.json").write_text(json.dumps({"images": [{}] * 9}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"images": [{"file": "images/0.png"}] * 9}))
     with pytest.raises(DataError, match="holds 0 of 9 samples: run the same vapi-fast generate again"):
         evaluate(EvaluateConfig(model="tiny", samples=tmp_path))
     np.savez(tmp_path / "large.npz", np.zeros((5, 64, 64, 3), np.uint8))

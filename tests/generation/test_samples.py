@@ -318,7 +318,7 @@ def test_a_part_damaged_before_the_merge_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples.FORMATS["npz"], "finish", lambda self: None)
-    monkeypatch.setattr(samples.FORMATS["npz"], "first", lambda self, count: torch.zeros(count, 3, 8, 8).byte())
+    monkeypatch.setattr(samples.FORMATS["npz"], "read", lambda self, ids: torch.zeros(len(ids), 3, 8, 8).byte())
     draw_samples(config(tmp_path / "out", format="npz", num=2, batch_size=2))
     (tmp_path / "out/parts/000000.safetensors").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"parts/000000.safetensors is damaged .*: delete it"):

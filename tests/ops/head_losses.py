@@ -21,15 +21,29 @@ def policy_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **op
 
 
 def policy_inputs(
-    batch: int = 2, group: int = 3, length: int = 5, vocab: int = 37, width: int = 24, *, biased: bool = False
+    batch: int = 2,
+    group: int = 3,
+    length: int = 5,
+    vocab: int = 37,
+    width: int = 24,
+    *,
+    biased: bool = False,
+    by_token: bool = False,
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """hidden, weight and perhaps a bias; the other tensors. Tokens repeat in a row: in the group, and as its target."""
+    """hidden, weight and perhaps a bias; the other tensors. Tokens repeat in a row: in the group, and as its target.
+
+    by_token: advantages are `[B, G, T]`, else `[B, G]`.
+    """
     inputs = [torch.randn(batch, length, width), torch.randn(vocab, width) / width**0.5]
     tokens = torch.randint(0, vocab, (batch, group, length))
     tokens[:, -1, ::2] = tokens[:, 0, ::2]
     targets = torch.randint(0, vocab, (batch, length))
     targets[:, ::3] = tokens[:, 0, ::3]
-    options = {"tokens": tokens, "advantages": torch.randn(batch, group), "targets": targets}
+    options = {
+        "tokens": tokens,
+        "advantages": torch.randn(batch, group, *[length][: int(by_token)]),
+        "targets": targets,
+    }
     if biased:
         inputs.append(torch.randn(vocab))
     return inputs, {name: x.to(DEVICE) for name, x in options.items()}

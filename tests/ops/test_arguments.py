@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, Sizes, Source, changed, tensors
+from cases import CASES, Case, Sizes, Source, changed, policy, tensors
 from test_registration import OPERATIONS
 from torch import Tensor
 
@@ -67,8 +67,13 @@ def whole_cache(s: Sizes, new: Source) -> Arguments:
     return {"qkv": qkv, "table": table, "k_cache": keys, "v_cache": values, "position": 0}
 
 
+def by_token(s: Sizes, new: Source) -> Arguments:
+    return policy(s, new) | {"advantages": new.normal(s.images, s.group, s.tokens)}
+
+
 CALLS = [
     *CASES,
+    Case("policy_loss", by_token),
     Case("append_to_cache", whole_cache),
     Case("rms_norm", lambda s, new: {"x": new.normal(s.width)} | {"weight": new.normal(s.width)}),
 ]

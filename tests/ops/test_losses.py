@@ -25,7 +25,9 @@ def seeded() -> None:
 # ---- the formulas
 
 
-def exact_inputs(batch: int = 2, group: int = 3, length: int = 5, vocab: int = 17, width: int = 4) -> dict[str, Tensor]:
+def exact_inputs(
+    batch: int = 2, group: int = 3, length: int = 5, vocab: int = 17, width: int = 4, *, by_token: bool = False
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     draw = {"dtype": torch.float64, "generator": generator}
     inputs = {
@@ -33,7 +35,7 @@ def exact_inputs(batch: int = 2, group: int = 3, length: int = 5, vocab: int = 1
         "weight": torch.randn(vocab, width, **draw),
         "bias": torch.randn(vocab, **draw),
         "tokens": torch.randint(0, vocab, (batch, group, length), generator=generator),
-        "advantages": torch.randn(batch, group, **draw),
+        "advantages": torch.randn(batch, group, *[length][: int(by_token)], **draw),
         "targets": torch.randint(0, vocab, (batch, length), generator=generator),
     }
     logprobs = logits_of(inputs).log_softmax(-1)
@@ -52,6 +54,7 @@ def naive_policy_loss(
 ) -> list[float]:
     logits = logits_of(inputs)
     batch, group, length = inputs["tokens"].shape
+    advantages = inputs["advantages"].view(batch, group, -1).expand(batch, group, length)
     policy, kl, prior, ratios = [], [], [], []
     for b in range(batch):
         for t in range(length):
@@ -61,7 +64,7 @@ def naive_policy_loss(
             for g in range(group):
                 new = math.log(row[inputs["tokens"][b, g, t]] / sum(row))
                 ratio = math.exp(new - float(inputs["old_logprobs"][b, g, t]))
-                advantage = float(inputs["advantages"][b, g])
+                advantage = float(advantages[b, g, t])
                 clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
                 policy.append(max(-advantage * ratio, -advantage * clipped))
                 d = float(inputs["base_logprobs"][b, g, t]) - new
@@ -73,7 +76,17 @@ def naive_policy_loss(
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"group": 1}, {"length": 1}, {"batch": 1, "length": 63, "vocab": 65}, {"length": 65, "width": 1}]
+    "sizes",
+    [
+        {},
+        {"group": 1},
+        {"length": 1},
+        {"batch": 1, "length": 63, "vocab": 65},
+        {"length": 65, "width": 1},
+        {"by_token": True},
+        {"by_token": True, "group": 1},
+        {"by_token": True, "length": 63, "width": 1},
+    ],
 )
 @pytest.mark.parametrize(
     ("clip_range", "prior_weight", "kl_weight", "temperature"),
@@ -93,10 +106,11 @@ def test_policy_loss_against_loops(
     assert terms.tolist() == pytest.approx(naive_policy_loss(inputs, **options), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize(("prior_weight", "kl_weight"), [(0.1, 0.0), (0.0, 0.4), (0.3, 0.4), (0.0, 0.0)])
-def test_policy_loss_gradients(prior_weight: float, kl_weight: float, temperature: float) -> None:
-    inputs = exact_inputs()
+def test_policy_loss_gradients(prior_weight: float, kl_weight: float, temperature: float, by_token: bool) -> None:
+    inputs = exact_inputs(by_token=by_token)
     head = [inputs.pop(name).requires_grad_() for name in ("hidden", "weight", "bias")]
     options = inputs | {"prior_weight": prior_weight, "kl_weight": kl_weight, "temperature": temperature}
     assert torch.autograd.gradcheck(lambda *head: policy_loss(*head, **options).loss, head)
@@ -179,6 +193,24 @@ def test_group_advantages_against_torch_std(group: int) -> None:
     torch.testing.assert_close(ops.group_advantages(rewards.float()), expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_advantages_of_tokens_share_the_scale_of_their_image(group: int) -> None:
+    """At positions where the rollouts differ a hundredth as much, advantages are a hundredth too."""
+    rewards = torch.randn(7, group, 10, dtype=torch.float64)
+    rewards[..., 5:] /= 100
+    scale = rewards.var(1).mean(-1).sqrt()[:, None, None]
+    expected = (rewards - rewards.mean(1, keepdim=True)) / (scale + 1e-8)
+    found = ops.group_advantages(rewards, clip=100.0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.var(1).mean(-1), torch.ones(7, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert found[..., 5:].abs().max() < 0.1
+    torch.testing.assert_close(ops.group_advantages(rewards), expected.clamp(-5, 5))
+    single = ops.group_advantages(rewards.float().transpose(1, 2).contiguous().transpose(1, 2))
+    torch.testing.assert_close(single, expected.clamp(-5, 5).float(), rtol=1e-5, atol=1e-5)
+    alone = rewards[..., :1].float()
+    assert torch.equal(ops.group_advantages(alone), ops.group_advantages(alone[..., 0])[..., None])
+
+
 def test_group_advantages_are_clipped_on_both_sides() -> None:
     rewards = torch.zeros(2, 64)
     rewards[0, 0], rewards[1, 0] = 1.0, -1.0  # (1 − 1/64) / (1/8) = 7.875 standard deviations away
@@ -190,6 +222,8 @@ def test_group_advantages_of_equal_rewards_and_of_one_rollout_are_zero() -> None
     equal = torch.linspace(-3, -0.1, 50)[:, None].expand(50, 7)
     assert ops.group_advantages(equal).abs().max() < 1e-5
     assert ops.group_advantages(torch.randn(4, 1)).tolist() == [[0.0]] * 4
+    assert not ops.group_advantages(equal[:, :, None] * torch.linspace(0.1, 3, 64)).any()
+    assert not ops.group_advantages(torch.randn(4, 1, 9)).any()
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -197,6 +231,9 @@ def test_a_nan_reward_spoils_its_group_alone(group: int) -> None:
     rewards = torch.randn(3, group)
     rewards[1, 0] = math.nan
     assert ops.group_advantages(rewards).isnan().any(-1).tolist() == [False, True, False]
+    of_tokens = torch.randn(3, group, 5)
+    of_tokens[1, 0, 2] = math.nan
+    assert ops.group_advantages(of_tokens).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -215,6 +252,12 @@ def test_cross_entropy_is_that_of_the_logits(length: int, biased: bool) -> None:
     ("error", "message", "changes"),
     [
         (ValueError, r"advantages must be floating \[B, G\] with B=2, G=3, got float64 \[3, 2\]", {"advantages": "t"}),
+        (
+            ValueError,
+            r"advantages must be floating \[B, G, T\] with B=2, G=3, T=5, got float64 \[2, 3, 4\]",
+            {"advantages": torch.zeros(2, 3, 4).double()},
+        ),
+        (ValueError, r"advantages must be .* got float32 \[2, 3, 5, 1\]", {"advantages": torch.zeros(2, 3, 5, 1)}),
         (ValueError, r"tokens must be int64 \[B, G, T\] with B=2, T=5, got int64 \[2, 5, 3\]", {"tokens": "t"}),
         (TypeError, r"targets must be int64 \[B, T\], got float64 \[2, 5\]", {"targets": "double"}),
         (ValueError, r"tokens must be in \[0, 17\), got 20", {"tokens": 20}),
@@ -253,6 +296,8 @@ def test_bad_arguments_of_the_other_losses() -> None:
         ops.group_advantages(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="rewards must have G > 0"):
         ops.group_advantages(torch.zeros(2, 0))
+    with pytest.raises(ValueError, match="rewards must have G > 0"):
+        ops.group_advantages(torch.zeros(2, 0, 4))
     with pytest.raises(ValueError, match="linear_cross_entropy: hidden must have B > 0"):
         ops.linear_cross_entropy(torch.zeros(0, 3, 4), torch.zeros(5, 4), torch.zeros(0, 3).long())
     with pytest.raises(
@@ -280,6 +325,9 @@ def test_bad_arguments_of_the_other_losses() -> None:
         ({"batch": 1, "length": 3, "vocab": 1000}, True),
         ({"batch": 1, "length": 2, "vocab": 16384, "width": 8}, True),
         ({"batch": 1, "length": 2, "vocab": 20001, "width": 8}, True),  # a row in three blocks
+        ({"by_token": True}, True),
+        ({"by_token": True, "group": 1, "batch": 1, "length": 63, "width": 7}, False),
+        ({"by_token": True, "group": 9, "length": 1}, True),
     ],
 )
 def test_policy_loss(sizes: dict[str, int], anchored: bool, dtype: torch.dtype) -> None:
@@ -287,6 +335,27 @@ def test_policy_loss(sizes: dict[str, int], anchored: bool, dtype: torch.dtype) 
     if anchored:
         options |= anchors(inputs, options["tokens"])
     assert_policy_loss_accurate(inputs, options, dtype)
+
+
+def test_one_advantage_for_a_rollout_is_the_same_for_each_of_its_tokens(backend: str) -> None:
+    """Bit for bit on Triton, terms and gradients; and with another for one position, its row alone is another."""
+    inputs, options = policy_inputs(biased=True)
+    options |= anchors(inputs, options["tokens"])
+
+    def found(advantages: Tensor) -> tuple[Tensor, list[Tensor]]:
+        leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
+        terms = policy_loss(*leaves, **options | {"advantages": advantages})
+        return torch.stack(terms).detach(), [*torch.autograd.grad(terms.loss, leaves)]
+
+    one = options["advantages"]
+    each = one[..., None].expand(*one.shape, 5)
+    terms, expected = found(one)
+    same, gradients = found(each)
+    rounding = 0.0 if backend == "triton" else 1e-6  # a mean's order is its layout's
+    torch.testing.assert_close([same, *gradients], [terms, *expected], rtol=rounding, atol=rounding)
+    changed, (to_hidden, *_) = found(each + 3.0 * (torch.arange(5, device=DEVICE) == 2))
+    assert (changed - terms).abs().gt(1e-3).tolist() == [True, True, False, False, False, False]
+    assert (to_hidden - expected[0]).abs().amax((0, 2)).gt(1e-3).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])

@@ -21,9 +21,10 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_chunks_of_rows_equal_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, options = policy_inputs(biased=True)
+def test_several_chunks_of_rows_equal_one(dtype: torch.dtype, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options = policy_inputs(biased=True, by_token=by_token)
     inputs = [x.to(DEVICE, dtype) for x in inputs]
     options |= anchors(inputs, options["tokens"])
 
@@ -85,12 +86,24 @@ def test_only_the_gradients_that_are_needed() -> None:
     assert [tuple(x.shape) for x in results] == [(), (0,), inputs[1].shape, (0,)]
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("change", [misaligned, strided, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)])
-def test_any_strides(change: Callable[[Tensor], Tensor]) -> None:
-    inputs, options = policy_inputs(batch=2, length=3)
+def test_any_strides(change: Callable[[Tensor], Tensor], by_token: bool) -> None:
+    inputs, options = policy_inputs(batch=2, length=3, by_token=by_token)
     options |= anchors(inputs, options["tokens"])
     changed = {name: change(x) for name, x in options.items()}
     assert_policy_loss_accurate([change(x) for x in inputs], changed)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_advantages_of_tokens_in_any_form(dtype: torch.dtype) -> None:
+    """In the head's dtype, column by column in memory or expanded, beside a filtered draw, at a temperature."""
+    inputs, options = policy_inputs(batch=3, group=4, length=7, by_token=True)
+    options |= anchors(inputs, options["tokens"], temperature=0.8) | {"kl_weight": 0.3, "temperature": 0.8}
+    advantages = options["advantages"].to(dtype)
+    for each in (advantages.mT.contiguous().mT, advantages[:, :1, :].expand(3, 4, 7)):
+        assert not each.is_contiguous()
+        assert_policy_loss_accurate(inputs, options | {"advantages": each}, dtype)
 
 
 @pytest.mark.parametrize("wrong", [-1, 37, 2**40])
@@ -122,6 +135,8 @@ def test_registration() -> None:
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
     anchored = [x.float() for x in anchors(inputs, options["tokens"]).values()]
     for bias, sides in ((leaves[2], anchored), (None, [None, None])):
+        if bias is None:  # and advantages of each token
+            options["advantages"] = torch.randn(options["tokens"].shape, device=DEVICE)
         needs = (True, True, *([] if bias is None else [bias, True]))  # the last two have defaults
         arguments = (*leaves[:2], *options.values(), *sides, 0.2, 0.1, 0.1, 0.9, *needs)
         torch.library.opcheck(losses.policy_loss_op, arguments)
@@ -148,6 +163,8 @@ def test_compiled_without_a_graph_break() -> None:
 def test_production_sizes(dtype: torch.dtype) -> None:
     inputs, options = policy_inputs(**PRODUCTION)
     assert_policy_loss_accurate(inputs, options, dtype)
+    by_token = options | {"advantages": torch.randn(options["tokens"].shape, device=DEVICE)}
+    assert_policy_loss_accurate(inputs, by_token, dtype)
     assert_fused_accurate(lambda *t: ops.linear_cross_entropy(*t, options["targets"]), inputs, dtype)
     options |= anchors(inputs, options["tokens"], temperature=0.9)
     assert_policy_loss_accurate(inputs, options | {"kl_weight": 0.1, "temperature": 0.9}, dtype)

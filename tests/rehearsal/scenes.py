@@ -145,6 +145,7 @@ SCENES: dict[str, Scene] = {
     "noise": partial(align, noise_prob=0.5),
     "dropout": partial(align, dropout=0.1, label_dropout=0.1),
     "released recipe": partial(align, path="both", recipe="va-pi", batch_size=4, steps=2),
+    "credit by token": partial(align, credit_window=3),
     "small micro-batches": partial(align, micro_batch=4),
     "free rollouts": partial(align, rollouts="free", batch_size=4),
     "published recipe": partial(align, path="reference", batch_size=4),

@@ -29,6 +29,7 @@ ROLLOUT_MODES = ("train", "eval")
 CODES = ("normalised", "raw")
 CONTROLS = ("random", "shuffled")
 ADVANTAGES = ("sum", "each")
+VGG_STRIDE = 16  # pixels of the image to one of the last map of features
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
@@ -150,8 +151,8 @@ class RewardOptions:
     reward: str | None = option(
         PRESET,
         "with weights, such as `clip:5,clip-levels,pixel:2`: `pixel`, `classifier` (tiny), `clip`, `clip-levels`, "
-        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, to "
-        "rewards `[N]`",
+        "`hpsv2`, `hpsv2-levels`, and `module:function` of images `[N,3,H,W]` in [−1, 1] and class ids `[N]`, or "
+        "a list of captions, to rewards `[N]`",
         shown="pixel",
     )
     reward_networks: Path | None = option(
@@ -209,6 +210,12 @@ class ObjectiveOptions:
     )
     advantage: str = option(
         "sum", "of several rewards: of their weighted `sum`, or of `each` and then weighted", choices=ADVANTAGES
+    )
+    credit_window: int | None = option(
+        None,
+        "judge each token by its own neighbourhood, so many tokens wide (odd), and not all of them by the whole image",
+        at_least=1,
+        shown="the whole image",
     )
     advantage_eps: float = option(
         PRESET, "beside the deviation in a group that advantages are divided by", at_least=1e-30
@@ -340,6 +347,8 @@ class AlignConfig(
             raise ConfigError(f"--control {self.control} needs --method vapi: --method {self.method} has no advantages")
         if self.control == "shuffled" and self.batch_size < 2:
             raise ConfigError("--control shuffled needs --batch-size 2 or more: advantages go to another image")
+        if self.credit_window:
+            self.check_credit()
         if self.eval_every and not self.evaluate:
             raise ConfigError(
                 f"--eval-every {self.eval_every} goes without --no-eval, --random-init and --synthetic-data: they "
@@ -374,6 +383,25 @@ class AlignConfig(
                 )
         if not any(term.weight for term in self.reward_terms):
             raise ConfigError(f"--reward {self.reward}: all weights are 0, so no reward decides anything")
+
+    def check_credit(self) -> None:
+        if self.method != "vapi":
+            raise ConfigError(f"--credit-window needs --method vapi: --method {self.method} has no advantages")
+        if self.reward:
+            raise ConfigError("--credit-window goes without --reward: what it gives an image has no part for a token")
+        if self.rollouts == "free":
+            raise ConfigError("--credit-window needs --rollouts teacher-forced: a free token decides all after it too")
+        if self.credit_window % 2 == 0:
+            raise ConfigError(f"--credit-window must be odd, with the token in the middle, got {self.credit_window}")
+        if self.credit_window > self.grid_size:
+            raise ConfigError(
+                f"--credit-window must be at most {self.grid_size}, the tokens of a side, got {self.credit_window}"
+            )
+        if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
+            raise ConfigError(
+                f"--credit-window needs an --image-size that is a multiple of {VGG_STRIDE}, as a pixel of VGG16's last "
+                f"map has to lie over whole tokens, got {self.image_size}"
+            )
 
     def measures_after(self, step: int) -> bool:
         """Whether `eval_every` has the generator measured between two steps, this one and the next."""

@@ -2,31 +2,30 @@
 
 Facts from `reward_utils/{clip_score,hpsv2}.py` and `img_gen_grpo_rewards.py` of Kwai-Klear/AR-GRPO: images are cut down
 to 8 bits (not rounded), resized bicubically to the network's size (for CLIP by Pillow, for HPSv2.1 as tensors), and
-held against "a photo of {class name}". HPSv2.1 is a CLIP ViT-H/14 in open_clip's names, fine-tuned on what people
-prefer; its score is the cosine too.
+held against "a photo of {class name}", or against the caption. HPSv2.1 is a CLIP ViT-H/14 in open_clip's names,
+fine-tuned on what people prefer; its score is the cosine too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast.data.splits import SYNSET, read_class_names
+from vapi_fast.evaluation.clip import Clip, read_clip
+from vapi_fast.evaluation.config import CLIP
 from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.packages import loaded
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPModel, CLIPTokenizer
 
-BATCH = 64  # images or texts in a network at once
 PROMPT = "a photo of {}"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of all CLIPs' pixels
 BOUNDS, STEPS = (0.0, 0.3, 0.6), (-1.0, 0.5, 1.0, 1.5)  # AR-GRPO's rewards for cosines below, between and above them
 
 
@@ -39,7 +38,6 @@ class Source(NamedTuple):
     bytes: int  # on a GPU
 
 
-CLIP = "openai/clip-vit-base-patch32"
 SOURCES = {
     "clip": Source(CLIP, CLIP, None, 4 * 151_277_313),
     "hpsv2": Source("xswu/HPSv2", CLIP, "HPS_v2.1_compressed.pt", 2 * 986_109_441),  # in fp16, as its authors run it
@@ -47,25 +45,26 @@ SOURCES = {
 
 
 class ImageTextReward:
-    """Cosines of images and the texts of their classes, float32."""
+    """Cosines of images and the texts of their labels, float32; a text is read when the first image has it."""
 
-    def __init__(self, model: CLIPModel, texts: Tensor, as_pillow: bool) -> None:
-        """texts: embeddings of unit length `[classes, D]`, as `text_embeddings` gives them; rest: `network_pixels`."""
-        self.model = model
-        self.texts = texts
-        self.as_pillow = as_pillow
-        self.side = model.config.vision_config.image_size
+    def __init__(self, clip: Clip, text_of: Callable[[int], str]) -> None:
+        self.clip = clip
+        self.text_of = text_of
+        self.read: dict[int, Tensor] = {}  # embeddings of unit length `[D]`
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """`[N]` of images `[N,3,H,W]` in [−1, 1] with class ids `[N]`."""
-        cosines = []
-        for some, classes in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-            pixels = network_pixels(some, self.side, self.as_pillow).to(self.model.dtype)
-            states = self.model.vision_model(pixel_values=pixels).pooler_output
-            embeddings = F.normalize(self.model.visual_projection(states).float(), dim=-1)
-            cosines.append((embeddings * self.texts[classes]).sum(-1))
-        return torch.cat(cosines)
+        """`[N]` of images `[N,3,H,W]` in [−1, 1] with labels `[N]`: class ids, or rows of captions."""
+        labels = labels.tolist()
+        if new := sorted({*labels} - self.read.keys()):
+            self.read |= zip(new, self.clip.texts([self.text_of(label) for label in new]), strict=True)
+        texts = torch.stack([self.read[label] for label in labels])
+        return (self.clip.images(in_8_bits(images)) * texts).sum(-1)
+
+
+def in_8_bits(images: Tensor) -> Tensor:
+    """Images in [−1, 1] as whole numbers of 0 … 255, cut down."""
+    return ((images.float() + 1) * 127.5).floor().clamp(0, 255)
 
 
 def levels(cosines: Tensor) -> Tensor:
@@ -74,81 +73,48 @@ def levels(cosines: Tensor) -> Tensor:
     return torch.where(cosines.isfinite(), steps[torch.bucketize(cosines, bounds, right=True)], cosines)
 
 
-def network_pixels(images: Tensor, side: int, as_pillow: bool) -> Tensor:
-    """Images in [−1, 1] as the networks take them, `[N,3,side,side]`: in 8 bits, resized, in CLIP's units.
-
-    as_pillow: resize rows, then columns, each to 8 bits; else at once, to any number.
-    """
-    pixels = ((images.float() + 1) * 127.5).floor().clamp(0, 255)
-    if pixels.shape[-1] != side:
-        for size in ((pixels.shape[-2], side), (side, side)) if as_pillow else ((side, side),):
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
-            pixels = pixels.round().clamp(0, 255) if as_pillow else pixels
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels / 255 - mean) / std
-
-
 def load_networks(
-    names: list[str], folder: Path | None, classes: Mapping[int, str], num_classes: int, device: torch.device
+    names: list[str], folder: Path | None, text_of: Callable[[int], str], device: torch.device
 ) -> dict[str, ImageTextReward]:
-    """The networks of these names, which know the classes by theirs.
+    """The networks of these names, which hold an image against the text of its label.
 
     folder: has a sub-folder for each network, by its name; None: they come from Hugging Face's hub or its cache.
 
     Raises CheckpointError for a network that is missing or damaged, with the file and where it belongs.
     """
-    return {name: load_network(name, folder, classes, num_classes, device) for name in names}
+    return {name: load_network(name, folder, text_of, device) for name in names}
 
 
 def load_network(
-    name: str, folder: Path | None, classes: Mapping[int, str], num_classes: int, device: torch.device
+    name: str, folder: Path | None, text_of: Callable[[int], str], device: torch.device
 ) -> ImageTextReward:
     source, place = SOURCES[name], None if folder is None else folder / name
 
-    def read() -> tuple[CLIPModel, Any]:
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
+    def read() -> tuple[CLIPModel, CLIPTokenizer]:
+        from transformers import CLIPTokenizer
 
-        disable_progress_bar()
         if source.file is not None and (place is None or (place / source.file).is_file()):
             model = from_open_clip(place / source.file if place else downloaded(source))
-        else:
-            if place is not None and not (place / "config.json").is_file():
-                raise FileNotFoundError(f"there is no config.json{f' or {source.file}' if source.file else ''}")
-            model = CLIPModel.from_pretrained(place or source.repository)
-        return model, CLIPTokenizer.from_pretrained(place or source.tokenizer)
+            return model, CLIPTokenizer.from_pretrained(place or source.tokenizer)
+        if place is not None and not (place / "config.json").is_file():
+            raise FileNotFoundError(f"there is no config.json{f' or {source.file}' if source.file else ''}")
+        return read_clip(place or source.repository)
 
     files = f"{source.file} of {source.repository} and the tokenizer's files of {source.tokenizer}"
     if source.file is None:
         files = f"the files of {source.repository}"
     advice = f"put {files} into {place or f'DIR/{name}, and pass --reward-networks DIR'}"
-    model, tokenizer = loaded(f"--reward {name}", advice, read, where=f" from {place or 'the hub'}")
-    model.eval().requires_grad_(False).to(device)
+    read_from = f" from {place or 'the hub'}"
+    clip = Clip(*loaded(f"--reward {name}", advice, read, where=read_from), device, as_pillow=source.file is None)
     if device.type == "cuda" and source.file is not None:
-        model.half()
-    texts = torch.full((num_classes, model.config.projection_dim), torch.nan, device=device)
-    ids = sorted(classes)
-    texts[ids] = text_embeddings(model, tokenizer, [PROMPT.format(classes[label]) for label in ids])
-    return ImageTextReward(model, texts, as_pillow=source.file is None)
+        clip.model.half()
+    return ImageTextReward(clip, text_of)
 
 
 def downloaded(source: Source) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source.repository, source.file))
-
-
-@torch.no_grad()
-def text_embeddings(model: CLIPModel, tokenizer: object, texts: list[str]) -> Tensor:
-    """Of unit length, float32 `[N, D]`."""
-    found = []
-    for first in range(0, len(texts), BATCH):
-        part = texts[first : first + BATCH]
-        longest = model.config.text_config.max_position_embeddings
-        words = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
-        states = model.text_model(input_ids=words.input_ids, attention_mask=words.attention_mask).pooler_output
-        found.append(F.normalize(model.text_projection(states).float(), dim=-1))
-    return torch.cat(found)
 
 
 def from_open_clip(path: Path) -> CLIPModel:
@@ -227,6 +193,12 @@ def renamed(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if joined:
         return [(f"{before}.self_attn.{x}_proj.{kind}", part) for x, part in zip("qkv", value.chunk(3), strict=True)]
     return [(key, value)]
+
+
+def class_texts(path: Path | None, of_data: Mapping[int, str] | None, labels: list[int]) -> Callable[[int], str]:
+    """The texts of the classes `labels`, by `class_names`."""
+    names = class_names(path, of_data, labels)
+    return lambda label: PROMPT.format(names[label])
 
 
 def class_names(path: Path | None, of_data: Mapping[int, str] | None, labels: list[int]) -> dict[int, str]:

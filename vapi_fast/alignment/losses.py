@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast import ops
-from vapi_fast.alignment.config import AlignConfig, RewardOptions
+from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.figures import figure_of
 from vapi_fast.alignment.image_text import levels
@@ -30,7 +30,8 @@ class Losses(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What rollouts are worth: the terms of their rewards, and the advantages that they are learned from, `[b,G]`."""
+    """What rollouts are worth: the terms of their rewards, and the advantages that they are learned from, `[b,G]` or,
+    with `credit_window`, `[b,G,T]`."""
 
     rewards: dict[str, Tensor]
     advantages: Tensor
@@ -111,14 +112,15 @@ def judge_step(
 
 
 def rewards_of(
-    models: Models, config: RewardOptions, rollouts: Tensor, batch: ImageBatch, clock: Clock
+    models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, clock: Clock
 ) -> dict[str, Tensor]:
     """Terms `[b,G]` of rollouts `[b,G,T]`: `reward`, and where the pixels' is in it, `mse` and `lpips`.
 
-    Where `--reward` names some, `reward` is their weighted sum, and each is there under its `figure_of`.
+    Where `--reward` names some, `reward` is their weighted sum, and each is there under its `figure_of`. With
+    `config.credit_window` they are the tokens', `[b,G,T]`, whose means are the rollouts'.
     """
     if config.reward is None:
-        reward = models.reward.score(rollouts, batch.images, clock)
+        reward = models.reward.score(rollouts, batch.images, clock, by_token=config.credit_window is not None)
         return {"reward": reward.total, "mse": reward.mse, "lpips": reward.lpips}
     with clock("decode"):
         decoded = models.codec.decode(rollouts.flatten(0, 1))
@@ -131,7 +133,8 @@ def rewards_of(
         with clock("reward"), torch.no_grad():
             images, labels = decoded.float().clamp(-1, 1), batch.labels.repeat_interleave(rollouts.shape[1])
             if term.is_users:
-                values = user_rewards(term.name, images, labels)
+                read = models.caption_of
+                values = user_rewards(term.name, images, labels if read is None else [*map(read, labels.tolist())])
             elif term.network is None:
                 logits = models.reward.lpips.features_and_logits(images)[1]
                 values = logits.softmax(-1).gather(1, labels[:, None])[:, 0]

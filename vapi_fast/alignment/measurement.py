@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig, RolloutOptions
+from vapi_fast.alignment.data_sets import open_data
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, token_uncertainty
-from vapi_fast.data.dataset import ImageBatch, ImageData
+from vapi_fast.data.caption_data import CaptionedData
+from vapi_fast.data.dataset import ImageBatch, ImageStream
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
@@ -75,15 +77,13 @@ class Evaluator:
         self.config = config
         self.models = models
         self.device = device
-        classes = models.generator.config.condition.count
-        options = {"num_classes": classes, "class_index": config.class_index, "held_out": True}
         self.network = feature_network(config, models, device)
         self.scored_side = config.image_size if config.lpips == "tiny" else PAPER_SIDE
-        data, scored = (
-            ImageData(config.eval_data or config.data, side, **options)
+        self.data, scored = (
+            open_data(config, models.generator.config.condition, device, held_out=True, image_size=side)
             for side in (config.image_size, self.scored_side)
         )
-        count = min(len(data), config.eval_samples)
+        count = min(len(self.data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(scored, count, config.eval_batch):
             features.append(self.network.features(batch.images.to(device)).pooled.cpu())
@@ -92,11 +92,13 @@ class Evaluator:
         order = gather_rows(torch.cat(positions)).argsort()  # the same for any number of ranks
         self.reference = gather_rows(torch.cat(features))[order].to(device)
         self.labels = gather_rows(torch.cat(labels))[order]
-        rewarded = list(shard_of(data, min(count, REWARD_IMAGES), config.micro_batch))
+        rewarded = list(shard_of(self.data, min(count, REWARD_IMAGES), config.micro_batch))
         self.rewarded = [batch for _, batch in rewarded]
         self.positions = [position for position, _ in rewarded]
         # Of these images, the ones that pictures show, and their classes' samples, which have the positions as ids.
         self.shown, self.columns = spread(self.labels[:REWARD_IMAGES], config.image_size)
+        captioned = isinstance(self.data, CaptionedData)
+        self.captions = [self.data.caption(label) for label in self.labels[self.shown].tolist()] if captioned else []
 
     @torch.no_grad()
     def measure(self, generator: Generator, name: str, temperature: float | None = None) -> Measurement:
@@ -128,7 +130,7 @@ class Evaluator:
     ) -> Iterator[Tensor]:
         """This rank's share of `count` sampled images as they are scored, `[n,3,S,S]`, S = `scored_side`.
 
-        Classes are in the proportions of the held-out images.
+        Classes are in the proportions of the held-out images; captions are theirs, in turn.
         """
         ids = torch.arange(rank(), count, world_size())
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
@@ -156,11 +158,13 @@ class Evaluator:
     @torch.no_grad()
     def draw(self, generator: Generator, sample_ids: Tensor, cfg_scale: float, temperature: float = 1.0) -> Tensor:
         """Tokens int64 `[N,T]` of the given sample ids, `eval_batch` sequences at a time."""
-        labels = self.labels[sample_ids % len(self.labels)].to(self.device)
+        labels = self.labels[sample_ids % len(self.labels)]
+        rows, mask = self.data.condition(labels)
         options = {"sample_ids": sample_ids.to(self.device), "batch_size": self.config.eval_batch}
         seed = ops.fold_seed(self.config.seed, SEED_STREAM)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return generate(generator, labels, seed=seed, cfg_scale=cfg_scale, temperature=temperature, **options)
+            options |= {"condition_mask": mask, "cfg_scale": cfg_scale, "temperature": temperature}
+            return generate(generator, rows, seed=seed, **options)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, side: int) -> Tensor:
@@ -177,7 +181,7 @@ class Evaluator:
         seed = ops.fold_seed(self.config.seed, SEED_STREAM + 1)
         rows = []
         for batch in self.rewarded:
-            batch = batch.to(self.device)
+            batch = batch.trimmed().to(self.device)
             tokens = self.models.codec.encode(batch.images)
             draw = {"seed": seed, "sample_ids": batch.image_ids}
             rollout = roll_out(generator, tokens, condition_of(batch), options, **draw)
@@ -187,7 +191,7 @@ class Evaluator:
         return HeldOut(*gather_rows(torch.cat(rows)).double().mean(0).tolist())
 
 
-def shard_of(data: ImageData, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
+def shard_of(data: ImageStream, count: int, batch_size: int) -> Iterator[tuple[Tensor, ImageBatch]]:
     """This rank's part of the first `count` images of the data's own shuffled order: batches and their positions.
 
     Of at least as many images as ranks, every rank gets some in the first batch.

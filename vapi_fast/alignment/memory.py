@@ -223,7 +223,10 @@ def activation_bytes(generator: GeneratorConfig) -> int:
 
 
 def reward_bytes(config: AlignConfig, chunk: int) -> int:
-    """What decoding `chunk` rollouts takes, or comparing them, whole groups at a time; one after the other, in bf16."""
+    """What decoding `chunk` rollouts takes, or comparing them, whole groups at a time; one after the other, in bf16.
+
+    Comparing their tokens copies a level's maps at a time, where convolutions had two.
+    """
     decoding = LIVE_MAPS * largest_decoder_map(VQ_CONFIGS[config.tokenizer], config.image_size)
     levels = [width * (config.image_size >> n) ** 2 for n, (width, _) in enumerate(LPIPS_CONFIGS[config.lpips].levels)]
     comparing = sum(levels) + 2 * max(levels)

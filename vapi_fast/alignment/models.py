@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +33,7 @@ class Models:
     reward: PixelReward
     base: Generator | None = None
     networks: Mapping[str, ImageTextReward] = field(default_factory=dict)  # that `--reward` needs, by name
+    caption_of: Callable[[int], str] | None = None  # of an image's label, where that is none of a class
 
     @property
     def codec(self) -> PixelCodec:

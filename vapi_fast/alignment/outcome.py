@@ -33,6 +33,7 @@ class Outcome:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # those between steps, by the steps so far
     sheets: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)  # labels and images by the picture's file
     sheet_columns: int = 1
+    sheet_captions: Sequence[str] = ()  # of the places of each sheet
     seconds: dict[str, float] = field(default_factory=dict)
     first_step: dict[str, float] = field(default_factory=dict)  # its seconds by stage
     compared: int = 0  # steps at the end that something else ran beside

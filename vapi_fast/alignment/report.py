@@ -140,7 +140,7 @@ def write_pictures(outcome: Outcome, output: Path) -> None:
     if outcome.sheets:
         from vapi_fast.data.pictures import save_sheets
     for name, sheets in outcome.sheets.items():
-        save_sheets(output / name, sheets, outcome.sheet_columns)
+        save_sheets(output / name, sheets, outcome.sheet_columns, outcome.sheet_captions)
     if outcome.config.method != "ntp" and installed("matplotlib"):
         from vapi_fast.alignment.charts import save_reward_curve
 

@@ -16,17 +16,19 @@ from torch.distributed.tensor import DTensor
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID, sheet_label
+from vapi_fast.alignment.data_sets import open_data
 from vapi_fast.alignment.figures import METRICS
-from vapi_fast.alignment.image_text import class_names, load_networks
+from vapi_fast.alignment.image_text import class_texts, load_networks
 from vapi_fast.alignment.loop import GradientSource, Loop
 from vapi_fast.alignment.measurement import Evaluator
 from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.snapshots import Snapshots
 from vapi_fast.alignment.step import make_trainer
-from vapi_fast.data.dataset import ImageData, ahead, described, difference, reader
+from vapi_fast.data.dataset import ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
+from vapi_fast.models.sizes import Captions, Classes
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
 from vapi_fast.runtime.ceilings import measure
@@ -182,28 +184,30 @@ class Run:
             torch.cuda.reset_peak_memory_stats(device)
         plan = memory_plan(config, device, source)
         self.outcome = Outcome(config, device, StageClock(device), ceilings, EnergyMeter(device, nvml()), plan)
+        condition = generator_config(config.model).condition
+        if (captions := isinstance(condition, Captions)) and not config.synthetic_data:
+            self.data = open_data(config, condition, device)  # their encoder needs the room of what is loaded next
         with kernels_compiled(config, device):
             self.models = load_models(config, device, plan.reward_chunk if plan else None)
             loaded = time.perf_counter()
         compiling = time.perf_counter() - loaded
         generator = self.models.generator
-        classes = generator.config.condition.count
+        condition = generator.config.condition
         if config.synthetic_data:
-            self.data = SyntheticData(config.image_size, classes)
-        else:
-            self.data = ImageData(
-                config.data,
-                config.image_size,
-                num_classes=classes,
-                split=config.split,
-                class_index=config.class_index,
-            )
+            kind = {"caption": condition} if captions else {"num_classes": condition.count}
+            self.data = SyntheticData(config.image_size, **kind)
+        elif not captions:
+            self.data = open_data(config, condition, device)
         self.outcome.data = self.data.summary()
+        if captions:
+            self.models = dataclasses.replace(self.models, caption_of=self.data.caption)
         if config.networks:
-            labels = list(range(classes) if config.synthetic_data else map(int, self.outcome.data["classes"]))
-            of_data = None if config.synthetic_data else self.data.class_names
-            names = class_names(config.class_names, of_data, labels)
-            networks = load_networks(config.networks, config.reward_networks, names, classes, device)
+            if captions:
+                text_of = self.data.caption
+            else:
+                classes = range(condition.count) if config.synthetic_data else map(int, self.outcome.data["classes"])
+                text_of = class_texts(config.class_names, self.data.class_names, list(classes))
+            networks = load_networks(config.networks, config.reward_networks, text_of, device)
             self.models = dataclasses.replace(self.models, networks=networks)
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
         self.files = {name: identity(path) for name, path in used.items()}
@@ -226,16 +230,17 @@ class Run:
         text += f"; results in {config.output_dir}"
         text += f"\nstart-up {seconds['startup']:.1f} s, {seconds['kernels']:.1f} of it waiting for kernels"
         plan = f"memory per GPU, as planned: {self.outcome.plan}" if self.outcome.plan else ""
-        images = (
-            "" if config.synthetic_data else described(self.outcome.data, self.models.generator.config.condition.count)
-        )
+        images = ""
+        if not config.synthetic_data:
+            condition = self.models.generator.config.condition
+            images = described(self.outcome.data, condition.count if isinstance(condition, Classes) else 0)
         control = SAID[config.control] if config.control else ""
         return "\n".join(filter(None, (text, control, images, plan, packages.left_out())))
 
     def begin(self, base: dict[str, Any] | None) -> int:
         """Measure the generator, if that is not done, or go on from the newest state; returns the steps behind it."""
         if self.evaluator:
-            self.outcome.sheet_columns = self.evaluator.columns
+            self.outcome.sheet_columns, self.outcome.sheet_captions = self.evaluator.columns, self.evaluator.captions
             self.outcome.sheets["originals.png"] = self.evaluator.originals()
             self.add_samples("base")
         if self.config.resume:

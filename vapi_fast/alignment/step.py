@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
     bad: Tensor  # bool [metrics, b]: the term is not finite for the image
     tokens: Tensor  # int64 [b,T]
     rollouts: Tensor  # int64 [b,G,T]
-    rewards: Tensor  # [b,G]; empty where nothing was sampled
+    rewards: Tensor  # [b,G] or, with `credit_window`, [b,G,T]; empty where nothing was sampled
 
 
 def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch, seed: int, clock: Clock) -> Gradients:

@@ -33,8 +33,8 @@ def reward_function(name: str) -> Callable[..., Any]:
     return found
 
 
-def user_rewards(name: str, images: Tensor, labels: Tensor) -> Tensor:
-    """float32 `[N]` rewards of images `[N,3,H,W]` with class ids `[N]`, as the user's function gives them.
+def user_rewards(name: str, images: Tensor, labels: Tensor | list[str]) -> Tensor:
+    """float32 `[N]` rewards of images `[N,3,H,W]` with N class ids or captions, as the user's function gives them.
 
     Raises RewardError for an exception in it, or anything but a real floating-point tensor `[N]`.
     """

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vapi_fast.data.dataset import ImageStream, check_side, reader
 from vapi_fast.data.features import FeatureSource, digest
@@ -64,13 +66,25 @@ class CaptionedData(ImageStream):
         captions = self._about | {"hash": digest("\n".join(caption.text for caption in self._captions))}
         return {"split": self.split, "images": len(self), "classes": {}, "captions": captions}
 
+    def condition(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features float32 `[n,tokens,width]` of images' captions, by their ids int64 `[n]`, and their mask."""
+        features, mask = self._caption_room(len(labels))
+        for place, image_id in enumerate(labels.tolist()):
+            self._fill_caption(features[place], mask[place], image_id)
+        return torch.from_numpy(features), torch.from_numpy(mask)
+
+    def _caption_room(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = count, self.features.tokens
+        return np.zeros((*shape, self.features.width), dtype=np.float32), np.zeros(shape, dtype=bool)
+
+    def _fill_caption(self, features: np.ndarray, mask: np.ndarray, image_id: int) -> None:
+        states = self.features.states(self._captions[image_id]).float().numpy()
+        features[-len(states) :] = states
+        mask[-len(states) :] = True
+
     def _room(self, count: int) -> tuple[np.ndarray, ...]:
-        tokens, width = self.features.tokens, self.features.width
-        features = np.zeros((count, tokens, width), dtype=np.float32)
-        return *super()._room(count), features, np.zeros((count, tokens), dtype=bool)
+        return *super()._room(count), *self._caption_room(count)
 
     def _fill(self, out: tuple[np.ndarray, ...], image_id: int) -> None:
         super()._fill(out, image_id)
-        states = self.features.states(self._captions[image_id]).float().numpy()
-        out[1][-len(states) :] = states
-        out[2][-len(states) :] = True
+        self._fill_caption(*out[1:], image_id)

@@ -75,6 +75,10 @@ class ImageStream:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def condition(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What images with labels int64 `[n]` are drawn from, and its mask; of classes the labels themselves."""
+        return labels, None
+
     @property
     def skipped(self) -> list[str]:
         """Paths (or row names) of the unreadable images met in batches so far, each once, in the order met."""

@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import torch
 
+from vapi_fast.data.prompts import parsed
 from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError
 
@@ -40,9 +41,6 @@ COLORLESS = "person"  # is never asked for in a color
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
-# How images are drawn for it (LlamaGen's settings).
-IMAGES_A_PROMPT = 4
-DRAWN_WITH = {"cfg_scale": 7.5, "top_k": 2000}
 
 COMMIT = "af4902f24d3ca90ebbb446dd9891a59e0f82725f"
 PROMPTS_URL = f"https://raw.githubusercontent.com/djghosh13/geneval/{COMMIT}/prompts/evaluation_metadata.jsonl"
@@ -119,24 +117,12 @@ def expect(holds: bool, wrong: str) -> None:
         raise ValueError(wrong)
 
 
-def parse_prompt(text: str | bytes, where: object) -> Prompt:
-    """One line of JSON; raises DataError, which says where it stands."""
+def parse_prompt(line: bytes) -> Prompt:
+    """A line of GenEval's `evaluation_metadata.jsonl`; raises ValueError, which says what is wrong, for any other."""
     try:
-        return Prompt.from_json(json.loads(text))
+        return Prompt.from_json(json.loads(line))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no prompt of GenEval's: {str(error)[:300]}") from error
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file like GenEval's `evaluation_metadata.jsonl`; raises DataError for any other."""
-    try:
-        lines = read_regular(path).splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    prompts = [parse_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise DataError(f"{path}: holds no prompts; expected GenEval's evaluation_metadata.jsonl, or one like it")
-    return prompts
+        raise ValueError(f"no prompt of GenEval's: {str(error)[:300]}") from error
 
 
 def fetch_prompts() -> Path:
@@ -148,8 +134,8 @@ def fetch_prompts() -> Path:
             torch.hub.download_url_to_file(PROMPTS_URL, os.fspath(place), PROMPTS_SHA256, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise DataError(
-                f"GenEval's prompts: {PROMPTS_URL} cannot be downloaded ({str(error).splitlines()[0]}): fetch that "
-                f"file on a machine that is online and pass it as --prompts FILE, or put it at {place}"
+                f"geneval: its prompts cannot be downloaded ({str(error).splitlines()[0]}): fetch {PROMPTS_URL} on a "
+                f"machine that is online and pass it as --prompts FILE --format geneval, or put it at {place}"
             ) from error
     return place
 
@@ -231,7 +217,7 @@ def read_samples(folder: Path) -> tuple[list[Prompt], list[Sample]]:
         if not images:
             raise DataError(f"{place} has no images in {SAMPLES}/0000.png, …: draw them, or take the folder away")
         samples += (Sample(folder, len(prompts), path.relative_to(folder).as_posix()) for path in images)
-        prompts.append(parse_prompt(text, place / METADATA))
+        prompts.append(parsed(text, parse_prompt, place / METADATA))
     if not prompts:
         raise DataError(f"{folder} is not in GenEval's layout: expected 00000/{METADATA}, 00000/{SAMPLES}/0000.png, …")
     return prompts, samples

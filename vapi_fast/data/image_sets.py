@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vapi_fast.data import npz
 from vapi_fast.data.dataset import DECODE_THREADS, ImageData
+from vapi_fast.data.geneval import METADATA, numbered, read_samples
 from vapi_fast.data.pixels import rgb
 from vapi_fast.data.splits import IMAGE_FORMATS, class_images, pictures_in
 from vapi_fast.runtime.checkpoint import read_regular
@@ -33,7 +34,9 @@ TOLERANCE = 1e-3  # of a covariance, as part of its largest variance
 
 
 class ImageSet(Protocol):
-    """Images in a fixed order."""
+    """Images in a fixed order. captions: what they were drawn from, one each; empty where it is not known."""
+
+    captions: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -45,6 +48,7 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
     """The images at `source`, in one of these forms:
 
     - what `vapi-fast generate` wrote (its folder);
+    - a folder in GenEval's layout;
     - an `.npz` file with uint8 `arr_0` `[N,H,W,3]`, the ADM evaluator's layout;
     - a folder of pictures of one size, in the order of their names;
     - anything `--data` takes, in which case images are cropped to `image_size`²; by default the held-out split.
@@ -55,34 +59,39 @@ def open_image_set(source: Path, image_size: int, split: str | None = None) -> I
         return open_generated(source)
     if source.suffix.lower() == ".npz":
         return NpzImages(source)
+    if os.path.isdir(source) and any((place / METADATA).is_file() for place in numbered(source)):
+        prompts, samples = read_samples(source)
+        return FolderImages([each.path for each in samples], tuple(prompts[each.prompt].text for each in samples))
     if os.path.isdir(source) and (pictures := pictures_in(source)):
         if any(class_images(source)):
             warn(f"{source}: pictures directly in it ({len(pictures)}) are taken, those of its folders are not")
-        return FolderImages(source)
+        return FolderImages(pictures)
     return LabelledImages(source, image_size, split)
 
 
 def open_generated(folder: Path) -> ImageSet:
     """The finished samples that `vapi-fast generate` left in `folder`."""
     try:
-        expected = len(json.loads(read_regular(folder / MANIFEST).decode())["images"])
+        listed = json.loads(read_regular(folder / MANIFEST).decode())["images"]
+        paths = [folder / each["file"] for each in listed]
+        captions = tuple(str(each["prompt"]) for each in listed if "prompt" in each)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged or not one of vapi-fast generate's: {error}") from error
     samples = folder / SAMPLES_FILE
-    if samples.exists():
-        images: ImageSet = NpzImages(samples)
-        present = len(images)
-    else:
-        present = len(pictures_in(folder / SAMPLES_FOLDER)) if (folder / SAMPLES_FOLDER).is_dir() else 0
-    if present != expected or not present:
+    images: ImageSet = NpzImages(samples) if samples.exists() else FolderImages(paths)
+    present = len(images) if samples.exists() else sum(map(os.path.isfile, paths))
+    if present != len(paths) or not present:
         raise DataError(
-            f"{folder} holds {present} of {expected} samples: run the same vapi-fast generate again to finish it"
+            f"{folder} holds {present} of {len(paths)} samples: run the same vapi-fast generate again to finish it"
         )
-    return images if samples.exists() else FolderImages(folder / SAMPLES_FOLDER)
+    images.captions = captions if len(captions) == len(paths) else ()
+    return images
 
 
 class NpzImages:
     """uint8 `arr_0` `[N,H,W,3]` of an `.npz` file, read in passing: 50 000 images need not fit into memory."""
+
+    captions: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -168,10 +177,11 @@ def has_images(path: Path) -> bool:
 
 
 class FolderImages:
-    """The pictures that lie directly in a folder, all of one size, in the order of their names."""
+    """Pictures, all of one size."""
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = pictures_in(folder)
+    def __init__(self, paths: list[Path], captions: tuple[str, ...] = ()) -> None:
+        self.paths = paths
+        self.captions = captions
         self.size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -204,6 +214,8 @@ def read_picture(path: Path) -> np.ndarray:
 
 class LabelledImages:
     """A labelled image set, as `--data` takes it, cropped to `image_size`²; labels are not used."""
+
+    captions: tuple[str, ...] = ()
 
     def __init__(self, source: Path, image_size: int, split: str | None) -> None:
         self.data = ImageData(source, image_size, split=split, held_out=True)

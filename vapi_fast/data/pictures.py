@@ -7,8 +7,9 @@ sheets are below 8 MB, whatever they show.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +24,34 @@ SHEET_SIDE = 800  # pixels, without the gaps
 SHEET_COLUMNS = 8
 MARGIN, GAP, SHEET_GAP = 16, 6, 32
 LABEL_SIZE, CAPTION_SIZE, CAPTION_HEIGHT = 28, 11, 18
+MAX_CAPTION = 400  # letters: more than a row of narrow ones has room for
 BACKGROUND, INK = (243, 244, 246), (31, 41, 55)
 MISSED, BOX_COLOURS = (185, 28, 28), ((21, 128, 61), (29, 78, 216), (126, 34, 206), (180, 83, 9))
 
 
-def spread(labels: Tensor, side: int) -> tuple[Tensor, int]:
+def spread(labels: Tensor, side: int, rows: bool = False) -> tuple[Tensor, int]:
     """Which of the images with class ids int64 `[N]` to show on a sheet, in order of class, and in how many columns.
 
-    side: pixels of an image, which decide how many there is room for. All classes get the same number, where they have
-    as many; a row is then a class, or a class is some whole rows, or a row some whole classes. Of more classes than
-    there is room for, one image each of some that are evenly spaced.
+    Args:
+        side: pixels of an image, which decide how many there is room for. All classes get the same number, where they
+            have as many; a row is then a class, or a class is some whole rows, or a row some whole classes. Of more
+            classes than there is room for, one image each of some that are evenly spaced.
+        rows: no row has two classes, where all have at least two images.
     """
     cell = math.ceil(side * _enlargement(side) / _reduction(side))  # one of the two is 1
-    room = min(SHEET_COLUMNS, SHEET_SIDE // cell) ** 2
-    classes = labels.unique()
-    shown = min(room, len(classes))
+    across = min(SHEET_COLUMNS, SHEET_SIDE // cell)
+    room = across**2
+    classes, counts = labels.unique(return_counts=True)
+    columns = min(across, int(counts.min())) if rows else 1
+    shown = min(room // columns, len(classes))
     each = room // shown
+    if columns > 1:
+        each = min(each, int(counts.min()))
+        each -= each % columns if shown > 1 else 0
     classes = classes[torch.arange(shown) * len(classes) // shown]
     positions = [(labels == label).nonzero()[:each, 0] for label in classes]
+    if columns > 1:
+        return torch.cat(positions), columns
     count = sum(map(len, positions))
     fitting = [columns for columns in range(room, 0, -1) if each % columns == 0 or columns % each == 0]
     return torch.cat(positions), min(fitting, key=lambda columns: abs(math.log(columns / math.sqrt(count))))
@@ -51,9 +62,10 @@ def save_sheets(
 ) -> None:
     """Write a PNG of one sheet per (label, images `[N,3,H,W]`, uint8 or in [−1, 1]), side by side, rows of `columns`.
 
-    captions: one for each of the N places, written above it. Labels stand above the sheets, where there are any. The
-    file appears whole or not at all. Raises ValueError when there are no images, the shapes differ, a value is not
-    finite, or captions are not as many as images.
+    captions: one for each of the N places, written above it, once above neighbours in a row that have the same, and
+    cut where there is no more room. Labels stand above the sheets, where there are any. The file appears whole or not
+    at all. Raises ValueError when there are no images, the shapes differ, a value is not finite, or captions are not as
+    many as images.
     """
     _check(sheets, captions)
     cells = [[_cell(image) for image in images] for _, images in sheets]
@@ -74,11 +86,12 @@ def save_sheets(
         draw.text((left + sheet_width / 2, MARGIN + header / 2 - 4), label, fill=INK, font=label_font, anchor="mm")
         for place, cell in enumerate(cells[sheet]):
             x, y = left + place % columns * step_x, MARGIN + header + place // columns * step_y
-            if captions:
-                middle = (x + width / 2, y + CAPTION_HEIGHT / 2 - 1)
-                draw.text(middle, captions[place], fill=INK, font=caption_font, anchor="mm")
-                y += CAPTION_HEIGHT
-            picture.paste(cell, (x, y))
+            picture.paste(cell, (x, y + (CAPTION_HEIGHT if captions else 0)))
+        for text, first, last in _runs(captions, columns):
+            x, y = left + first % columns * step_x, MARGIN + header + first // columns * step_y
+            room = (last - first) * step_x + width
+            middle = (x + room / 2, y + CAPTION_HEIGHT / 2 - 1)
+            draw.text(middle, _fitting(text, room, caption_font), fill=INK, font=caption_font, anchor="mm")
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 
@@ -132,6 +145,23 @@ def _fitting_font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
     while size > 7 and max(ImageFont.load_default(size).getlength(label) for label in labels) > width:
         size -= 1
     return ImageFont.load_default(size)
+
+
+def _runs(captions: Sequence[str], columns: int) -> Iterator[tuple[str, int, int]]:
+    """Captions, each with the first and the last of the places in a row that have it."""
+    places = range(len(captions))
+    for (_, text), run in itertools.groupby(places, lambda place: (place // columns, captions[place])):
+        first, *others = run
+        yield text, first, (others or [first])[-1]
+
+
+def _fitting(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The text in one line, cut to `width` pixels."""
+    text = kept = " ".join(text.split())[:MAX_CAPTION]
+    while kept and font.getlength(text) > width:
+        kept = kept[:-1].rstrip()
+        text = f"{kept}…"
+    return text
 
 
 def _check(sheets: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -> None:

@@ -51,8 +51,11 @@ class SampleFiles(Protocol):
     def finish(self) -> None:
         """Called once, by one process, when all are there."""
 
-    def first(self, count: int) -> Tensor:
-        """The first samples of a finished set, uint8 `[count,3,H,W]`."""
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Samples of a finished set, uint8 `[n,3,H,W]`."""
+
+    def name(self, index: int) -> str:
+        """The file in the folder that holds a sample."""
 
 
 class PngFiles:
@@ -64,9 +67,11 @@ class PngFiles:
         self.pool = ThreadPoolExecutor(WRITE_THREADS)
         self.pending: list[Future[None]] = []
 
+    def name(self, index: int) -> str:
+        return f"{SAMPLES_FOLDER}/{index:06d}.png"
+
     def path(self, index: int) -> Path:
-        """Where a sample lies."""
-        return self.out / SAMPLES_FOLDER / png_name(index)
+        return self.out / self.name(index)
 
     def missing(self) -> Tensor:
         return torch.tensor([i for i in range(self.count) if not is_whole_png(self.path(i))], dtype=torch.int64)
@@ -84,8 +89,8 @@ class PngFiles:
     def finish(self) -> None:
         self.flush()
 
-    def first(self, count: int) -> Tensor:
-        pictures = np.stack([read_picture(self.path(index)) for index in range(count)])
+    def read(self, ids: Sequence[int]) -> Tensor:
+        pictures = np.stack([read_picture(self.path(index)) for index in ids])
         return torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
 
     def _write(self, index: int, image: np.ndarray) -> None:
@@ -100,9 +105,9 @@ class GenevalFiles(PngFiles):
         super().__init__(out, count)
         self.prompts = prompts
 
-    def path(self, index: int) -> Path:
+    def name(self, index: int) -> str:
         number, prompt = divmod(index, len(self.prompts))
-        return self.out / sample_name(prompt, number)
+        return sample_name(prompt, number)
 
     def finish(self) -> None:
         super().finish()
@@ -153,8 +158,12 @@ class NpzFiles:
         with contextlib.suppress(OSError):  # something else lies there, or it is a link
             self.folder.rmdir()
 
-    def first(self, count: int) -> Tensor:
-        return next(NpzImages(self.path).batches(0, count, count))
+    def read(self, ids: Sequence[int]) -> Tensor:
+        images = NpzImages(self.path)
+        return torch.cat([next(images.batches(index, index + 1, 1)) for index in ids])
+
+    def name(self, index: int) -> str:
+        return SAMPLES_FILE
 
     def _read_parts(self) -> list[tuple[Tensor, Any]]:
         """Ids int64 `[n]` and images uint8 `[n,H,W,3]` of each part, these mapped: rows are read when they are taken.
@@ -193,10 +202,6 @@ class NpzFiles:
 
 
 FORMATS: dict[str, type[SampleFiles]] = {"png": PngFiles, "npz": NpzFiles}
-
-
-def png_name(index: int) -> str:
-    return f"{index:06d}.png"
 
 
 def is_whole_png(path: Path) -> bool:

@@ -18,6 +18,7 @@ class SyntheticData:
     """Serves batches as `vapi_fast.data.dataset.ImageData` does; an image is a function of its id alone."""
 
     skipped: tuple[str, ...] = ()
+    class_names: dict[int, str] | None = None
 
     def __init__(self, image_size: int, num_classes: int = 0, *, caption: tuple[int, int] = (0, 0)) -> None:
         """caption: positions of a caption and their width, in place of classes."""
@@ -27,6 +28,10 @@ class SyntheticData:
 
     def __len__(self) -> int:
         return EPOCH
+
+    def caption(self, image_id: int) -> str:
+        """What its caption's made-up features stand for."""
+        return f"image {image_id}"
 
     def summary(self) -> dict[str, Any]:
         """As `ImageData.summary`, but for the counts: they are no property of the images."""

@@ -9,6 +9,8 @@ from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check, check_files, check_output, fill_in, option
 
+CLIP = "openai/clip-vit-base-patch32"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -46,6 +48,19 @@ class EvaluateConfig:
     split: str | None = option(
         None, "which split of class folders, parquet or tars, in any case", shown="validation, test or the only one"
     )
+    clip_score: bool = option(
+        False, "also 100 times CLIP's cosine of an image and its caption, which `generate --prompts` left beside it"
+    )
+    prompts: Path | None = option(
+        None,
+        "captions for `--clip-score`, one for each image in the order of their names: a text a line, or lines of JSON "
+        "with `prompt`",
+        shown="the samples' own",
+        file="file",
+    )
+    clip_network: str = option(
+        CLIP, "CLIP of `--clip-score`, by its name on the hub, or its folder for machines that are offline"
+    )
     output: Path | None = option(None, "also write the scores there, as JSON")
 
     def __post_init__(self) -> None:
@@ -54,6 +69,8 @@ class EvaluateConfig:
             raise ConfigError("--model tiny scores with its own network: leave --inception-weights out")
         if self.reference is None:
             raise ConfigError(f"--reference is required for --model {self.model}; only tiny brings its own")
+        if self.prompts is not None and not self.clip_score:
+            raise ConfigError("--prompts has captions for --clip-score: pass that too, or leave --prompts out")
         check_files(self)
         if self.output is not None:
             check_output("output", self.output)

@@ -24,6 +24,7 @@ from vapi_fast.evaluation.config import GenevalConfig
 from vapi_fast.evaluation.geneval_detections import Found, read_detections, to_json
 from vapi_fast.evaluation.geneval_networks import CLIP, CLIP_WEIGHTS, ColorClassifier, Detector, require_networks
 from vapi_fast.evaluation.geneval_rules import Objects, Verdict, colorless, counting, judge
+from vapi_fast.evaluation.metrics import grouped_mean
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import DataError
@@ -56,11 +57,7 @@ class Score:
     @classmethod
     def of(cls, by_prompt: Sequence[Sequence[bool]]) -> Score:
         """From the images of each prompt: they count alike, and err together, so that prompts are what varies."""
-        images, prompts = sum(map(len, by_prompt)), len(by_prompt)
-        mean = sum(map(sum, by_prompt)) / images
-        squares = sum((sum(each) - mean * len(each)) ** 2 for each in by_prompt)
-        se = math.sqrt(squares * prompts / (prompts - 1)) / images if prompts > 1 else None
-        return cls(mean, se, images, prompts)
+        return cls(*grouped_mean(by_prompt), sum(map(len, by_prompt)), len(by_prompt))
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def save_contact_sheet(path: Path, report: GenevalReport, prompts: Sequence[Prom
             asked = {clause.name for clause in prompt.include + prompt.exclude}
             boxes = [(o.box, f"{o.color} {o.name}" if o.color else o.name) for o in each.objects if o.name in asked]
             cells.append(marked(read_picture(each.sample.path), boxes, "; ".join(each.verdict.missed)))
-            captions.append(shortened(prompt.text.removeprefix("a photo of ")))
+            captions.append(prompt.text.removeprefix("a photo of "))
     save_sheets(path, [(f"GenEval {report.overall:.3f}", torch.stack(cells))], columns, captions)
 
 
@@ -240,7 +237,3 @@ def shown(found: Sequence[Judged], count: int) -> list[Judged]:
     right, wrong = ([each for each in found if each.verdict.correct is correct] for correct in (True, False))
     of_right = min(len(right), max(count - len(wrong), (count + 1) // 2))
     return [part[len(part) * i // n] for part, n in ((right, of_right), (wrong, count - of_right)) for i in range(n)]
-
-
-def shortened(text: str, most: int = 34) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -183,6 +184,14 @@ def precision_recall(reference_features: Tensor, features: Tensor, neighbours: i
     precision = _covered(features, reference, _radii(reference, neighbours))
     recall = _covered(reference, features, _radii(features, neighbours))
     return precision, recall
+
+
+def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """The mean of all values, and its standard error where those of a group err together; None of a single group."""
+    count = sum(map(len, groups))
+    mean = sum(map(sum, groups)) / count
+    squares = sum((sum(each) - mean * len(each)) ** 2 for each in groups)
+    return mean, math.sqrt(squares * len(groups) / (len(groups) - 1)) / count if len(groups) > 1 else None
 
 
 class Gaussian:

@@ -2,6 +2,7 @@
 
 That is `evaluations/evaluator.py` of openai/guided-diffusion (Dhariwal & Nichol 2021), whose reference files are read
 as they are: their `mu`, `sigma` for FID, `mu_s`, `sigma_s` for sFID, and their images for precision and recall.
+Images of captions also have a CLIP score (Hessel et al. 2021), as LlamaGen's evaluation takes it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from vapi_fast import tiny
 from vapi_fast.data.image_sets import ImageSet, has_images, open_image_set, read_statistics
+from vapi_fast.data.prompts import read_prompts, text_of
+from vapi_fast.evaluation.clip import Clip
 from vapi_fast.evaluation.config import EvaluateConfig
 from vapi_fast.evaluation.metrics import (
     NEIGHBOURS,
@@ -24,24 +30,33 @@ from vapi_fast.evaluation.metrics import (
     ImageStatistics,
     Scores,
     compare,
+    grouped_mean,
     warn_of_few,
 )
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.models import LPIPS
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_rows, process_group, rank, world_size
-from vapi_fast.runtime.errors import EvaluationError
+from vapi_fast.runtime.errors import ConfigError, EvaluationError
 from vapi_fast.runtime.ownership import not_written
+from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
+CLIP_TEXT = "A photo depicts {}"
 TINY_NAME = "the tiny preset's own network, not Inception: not comparable with published figures"
 
 
 @dataclass(frozen=True)
 class Report(Scores):
-    """What `vapi-fast evaluate` measured."""
+    """What `vapi-fast evaluate` measured; None where no CLIP score was asked for.
+
+    clip_score: the mean of 100 cosines; its standard error is over captions, whose images err together.
+    """
 
     seconds: float
+    clip_score: float | None = None
+    clip_score_se: float | None = None
+    clip_network: str | None = None
 
     def __str__(self) -> str:
         def line(label: str, value: float | None, error: float | None = None, digits: int = 2) -> str:
@@ -57,6 +72,7 @@ class Report(Scores):
                 line("Inception Score", self.inception_score, self.inception_score_se),
                 line("precision", self.precision, digits=3),
                 line("recall", self.recall, digits=3),
+                *([line("CLIP score", self.clip_score, self.clip_score_se)] if self.clip_network else []),
             ]
         )
 
@@ -71,6 +87,7 @@ def evaluate(config: EvaluateConfig) -> Report | None:
     """
     started = time.perf_counter()
     with process_group() as device:
+        fit = clip_score(config, device) if config.clip_score else {}
         network = feature_network(config, device)
         samples = image_statistics(config.samples, config, network, device, "samples")
         reference = image_statistics(config.reference, config, network, device, "reference")
@@ -78,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> Report | None:
             return None
         check_widths(samples, reference)
         scores = compare(samples, reference, network.name)
-        report = Report(**dataclasses.asdict(scores), seconds=time.perf_counter() - started)
+        report = Report(**dataclasses.asdict(scores), seconds=time.perf_counter() - started, **fit)
         if config.output is not None:
             text = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
             try:
@@ -129,17 +146,75 @@ def image_statistics(
     return ImageStatistics(features, Gaussian(on_device["mu"], on_device["sigma"]), spatial)
 
 
+def clip_score(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    """How well the samples fit their captions, as fields of the report."""
+    require(ConfigError, "--clip-score", "transformers")
+    images, captions = captioned(config)
+    clip = Clip.load(config.clip_network, device)
+
+    def cosines(pixels: Tensor, first: int) -> tuple[Tensor]:
+        texts = [CLIP_TEXT.format(caption) for caption in captions[first : first + len(pixels)]]
+        return ((clip.images(pixels) * clip.texts(texts)).sum(-1),)
+
+    (values,) = over_images(images, cosines, config.batch_size, device, "CLIP score")
+    if not values.isfinite().all():
+        raise EvaluationError(f"--clip-network {config.clip_network}: has no finite values for {config.samples}")
+    by_caption: dict[str, list[float]] = {}
+    for caption, value in zip(captions, values.tolist(), strict=True):
+        by_caption.setdefault(caption, []).append(100 * value)
+    mean, error = grouped_mean(list(by_caption.values()))
+    return {"clip_score": mean, "clip_score_se": error, "clip_network": config.clip_network}
+
+
+def captioned(config: EvaluateConfig) -> tuple[ImageSet, tuple[str, ...]]:
+    """The samples, and the caption of each; raises ConfigError where there is not one for each."""
+    images = open_image_set(config.samples, config.image_size, config.split)
+    captions = images.captions if config.prompts is None else read_prompts(config.prompts, text_of)
+    if not captions:
+        raise ConfigError(
+            f"--clip-score: {config.samples} does not say what its images are of: pass --prompts FILE, a caption a "
+            "line in the order of the images"
+        )
+    if len(captions) != len(images):
+        raise ConfigError(
+            f"--prompts {config.prompts}: has {len(captions)} captions, and {config.samples} {len(images)} images: "
+            "one for each is needed, in the order of the images"
+        )
+    if len(images) < world_size():
+        raise EvaluationError(f"{config.samples} holds {len(images)} images: one for each process is needed")
+    return images, captions
+
+
 def extract(
     images: ImageSet, network: FeatureNetwork, batch_size: int, device: torch.device, name: str
 ) -> ImageFeatures:
-    """Features of all images on every rank, in their order; each rank extracts one run of them."""
+    """Features of all images on every rank, in their order."""
+    columns = over_images(
+        images, lambda pixels, _: network.features(pixels / 127.5 - 1), batch_size, device, f"features ({name})"
+    )
+    return ImageFeatures(*columns)
+
+
+def over_images(
+    images: ImageSet,
+    compute: Callable[[Tensor, int], Sequence[Tensor]],
+    batch_size: int,
+    device: torch.device,
+    name: str,
+) -> list[Tensor]:
+    """What `compute` gives for all images, a row each, on every rank; each rank computes one run of them.
+
+    compute: is given a batch uint8 `[n,3,H,W]` on `device` and the number of its first image.
+    """
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
-    parts: list[ImageFeatures] = []
-    with progress_bar(stop - start, desc=f"features ({name})", unit="image", disable=rank() > 0) as progress:
+    parts: list[list[Tensor]] = []
+    done = start
+    with progress_bar(stop - start, desc=name, unit="image", disable=rank() > 0) as progress:
         for pixels in images.batches(start, stop, batch_size):
-            parts.append(ImageFeatures(*(value.cpu() for value in network.features(pixels.to(device) / 127.5 - 1))))
+            parts.append([value.cpu() for value in compute(pixels.to(device), done)])
+            done += len(pixels)
             progress.update(len(pixels))
-    return ImageFeatures(*(gather_rows(torch.cat(column)).to(device) for column in zip(*parts, strict=True)))
+    return [gather_rows(torch.cat(column)).to(device) for column in zip(*parts, strict=True)]
 
 
 def check_widths(samples: ImageStatistics, reference: ImageStatistics) -> None:

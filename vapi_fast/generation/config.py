@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
-from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.errors import ConfigError, DataError
 from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
+
+if TYPE_CHECKING:
+    from vapi_fast.data.geneval import Prompt
 
 CFG_SCHEDULES = ("constant", "power-cosine", "rar")
 LARGEST_BATCH = 256
+GENEVAL = "geneval"
+DRAWN_WITH: dict[str, Any] = {"top_k": 0, "cfg_scale": 1.0}
+DRAWN_FOR_GENEVAL: dict[str, Any] = {"num": 4, "top_k": 2000, "cfg_scale": 7.5}  # LlamaGen's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,8 @@ class DrawOptions:
 class GenerateConfig(DrawOptions, ModelOptions):
     """One `vapi-fast generate`. Fields left out take the paper's value, or the tiny preset's for `model="tiny"`.
 
+    `prompts="geneval"` becomes the path of GenEval's own, which are downloaded if need be.
+
     Raises:
         ConfigError: a field out of range, a missing file, or fields that contradict each other.
     """
@@ -91,7 +99,8 @@ class GenerateConfig(DrawOptions, ModelOptions):
     out: Path = option(help="folder of the results; an interrupted run is finished by the same command")
     num: int = option(
         PRESET,
-        "images to draw; torchrun takes `--num` for its own, use the second there",
+        "images to draw, of prompts one each; with `--format geneval` images of each prompt, 4; torchrun takes `--num` "
+        "for its own, use the second there",
         at_least=1,
         at_most=MOST,
         flags=("--num", "--num-images"),
@@ -104,7 +113,9 @@ class GenerateConfig(DrawOptions, ModelOptions):
     )
     prompt: str | None = option(None, "text to draw, for a text-conditioned model")
     prompts: Path | None = option(
-        None, "file of texts in turn: one a line, or lines of JSON with `prompt` as GenEval's", file="file"
+        None,
+        "file of texts in turn: one a line, or lines of JSON with `prompt`; or `geneval`: its own 553, downloaded",
+        file="file",
     )
     text_encoder: str | None = option(
         None, "T5 that the model was trained with: folder, or name on Hugging Face's hub", shown="google/flan-t5-xl"
@@ -114,7 +125,10 @@ class GenerateConfig(DrawOptions, ModelOptions):
         "text-encoder features `[N, 120, 2048]` (`.npy`, `.safetensors`) for a text-conditioned model, in turn",
         file="file",
     )
-    cfg_scale: float = option(1.0, "classifier-free guidance; 1: none", at_least=1)
+    top_k: int = option(
+        PRESET, "keep the k likeliest tokens in the draws; 0: all", at_least=0, shown="0; GenEval: 2000"
+    )
+    cfg_scale: float = option(PRESET, "classifier-free guidance; 1: none", at_least=1, shown="1; GenEval: 7.5")
     cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
     cfg_schedule: str = option(
         "constant",
@@ -130,7 +144,12 @@ class GenerateConfig(DrawOptions, ModelOptions):
         at_most=LARGEST_SIDE,
         shown="`--image-size`",
     )
-    format: str = option("png", "or `npz`: one file in the ADM evaluator's layout", choices=("png", "npz"))
+    format: str | None = option(
+        None,
+        "or `npz`: one file in the ADM evaluator's layout; or `geneval`: GenEval's folders, of `--prompts` of its kind",
+        choices=("png", "npz", GENEVAL),
+        shown="png; of `--prompts geneval` geneval",
+    )
     batch_size: int | None = option(
         None,
         "images drawn at once on one GPU; lower it when memory runs out",
@@ -151,6 +170,12 @@ class GenerateConfig(DrawOptions, ModelOptions):
     def __post_init__(self) -> None:
         if self.caption_features is not None and self.num is PRESET:
             raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
+        official = self.prompts is not None and str(self.prompts) == GENEVAL
+        if self.format is None:
+            object.__setattr__(self, "format", GENEVAL if official else "png")
+        for name, value in (DRAWN_FOR_GENEVAL if self.format == GENEVAL else DRAWN_WITH).items():
+            if getattr(self, name) is PRESET:
+                object.__setattr__(self, name, value)
         one_each = self.num is PRESET
         self.prepare("generate")
         if self.save_size is None:
@@ -160,9 +185,18 @@ class GenerateConfig(DrawOptions, ModelOptions):
         kinds = ("class_ids", "caption_features", "prompt", "prompts")
         if len(given := [flag(kind) for kind in kinds if getattr(self, kind) is not None]) > 1:
             raise ConfigError(f"{' and '.join(given)}: images are drawn of one kind of condition, pass one of them")
+        if self.format == GENEVAL and self.prompts is None:
+            raise ConfigError("--format geneval is for --prompts geneval, or --prompts FILE of that kind: pass one")
+        if official:
+            from vapi_fast.data.geneval import fetch_prompts
+
+            with prompts_refused():
+                object.__setattr__(self, "prompts", fetch_prompts())
         self.check_required("gpt_ckpt", "vq_ckpt")
         if self.texts and one_each:
             object.__setattr__(self, "num", len(self.texts))
+        if self.count > MOST:
+            raise ConfigError(f"--num {self.num}: of {len(self.texts)} prompts, at most {MOST} images are drawn")
         check_output("out", self.out)
         if self.out.suffix == ".npz":
             raise ConfigError(f"--out {self.out} is a folder; the images go to OUT/samples.npz: leave out the .npz")
@@ -173,26 +207,40 @@ class GenerateConfig(DrawOptions, ModelOptions):
     def tokenizer(self) -> str:
         return catalog.entry(self.model).tokenizer
 
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return self.num * (len(self.texts) if self.format == GENEVAL else 1)
+
     @cached_property
     def texts(self) -> tuple[str, ...]:
         """The prompts, in turn; empty where classes or features are drawn. Raises ConfigError for a file of none."""
-        if self.prompts is not None:
-            return read_prompts(self.prompts)
-        return () if self.prompt is None else (self.prompt,)
+        if self.prompts is None:
+            return () if self.prompt is None else (self.prompt,)
+        if self.format == GENEVAL:
+            return tuple(each.text for each in self.geneval_prompts)
+        from vapi_fast.data.prompts import read_prompts, text_of
+
+        with prompts_refused():
+            return read_prompts(self.prompts, text_of)
+
+    @cached_property
+    def geneval_prompts(self) -> tuple[Prompt, ...]:
+        """`prompts` with what they ask for. Raises ConfigError for a file of any others."""
+        from vapi_fast.data.geneval import parse_prompt
+        from vapi_fast.data.prompts import read_prompts
+
+        with prompts_refused():
+            return read_prompts(self.prompts, parse_prompt)
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file: a line each, or a JSON object a line with `prompt`; blank lines are passed over."""
+@contextlib.contextmanager
+def prompts_refused() -> Iterator[None]:
+    """A file of other prompts is a matter of the flag: its DataError becomes a ConfigError."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        lines = [line for line in lines if line]
-        if lines and all(line.startswith("{") for line in lines):
-            lines = [str(json.loads(line)["prompt"]) for line in lines]
-    except (OSError, ValueError, LookupError, RecursionError) as error:
-        raise ConfigError(f"--prompts {path}: neither lines of text nor of JSON with `prompt` ({error})") from error
-    if not lines:
-        raise ConfigError(f"--prompts {path}: has no prompts")
-    return tuple(lines)
+        yield
+    except DataError as error:
+        raise ConfigError(f"--prompts {error}") from error
 
 
 def parse_class_ids(text: str | Sequence[int]) -> tuple[int, ...]:

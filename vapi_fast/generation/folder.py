@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapi_fast.data.image_sets import MANIFEST, SAMPLES_FILE, SAMPLES_FOLDER
+from vapi_fast.data.image_sets import MANIFEST
 from vapi_fast.data.pictures import SHEET_COLUMNS, save_sheets, spread
-from vapi_fast.data.sample_files import FORMATS, SampleFiles, png_name, remove_leftovers
+from vapi_fast.data.sample_files import FORMATS, GenevalFiles, SampleFiles, remove_leftovers
 from vapi_fast.generation.conditions import Conditions, read_conditions
-from vapi_fast.generation.config import LARGEST_BATCH, GenerateConfig
+from vapi_fast.generation.config import GENEVAL, LARGEST_BATCH, GenerateConfig
 from vapi_fast.generation.engine import Engine, compute_dtype
 from vapi_fast.generation.sequences import (
     CACHE_DTYPES,
@@ -52,10 +52,11 @@ ENTROPY_IMAGES = 12
 
 
 def draw_samples(config: GenerateConfig) -> None:
-    """Draw `config.num` images into `config.out`; under torchrun the ranks share them (id mod world size).
+    """Draw `config.count` images into `config.out`; under torchrun the ranks share them (id mod world size).
 
-    The folder then holds `images/` or `samples.npz`, `contact_sheet.png`, `manifest.json` (configuration, names and
-    fingerprints of the checkpoints, condition and seed of every image) and the pictures that were asked for.
+    The folder then holds `images/`, `samples.npz` or GenEval's folders, `contact_sheet.png`, `manifest.json`
+    (configuration, names and fingerprints of the checkpoints, condition and seed of every image) and the pictures that
+    were asked for.
     An image depends on checkpoint, seed, condition and id alone. What an interrupted run left is kept; what is missing
     is drawn.
 
@@ -71,7 +72,8 @@ def draw_samples(config: GenerateConfig) -> None:
             config = dataclasses.replace(config, batch_size=before["batch_size"])
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
-        manifest = make_manifest(config, sampler)
+        files = sample_files(config)
+        manifest = make_manifest(config, sampler, files)
         if before:
             check_same(config.out, before, manifest)
         gather_objects(None)  # all ranks have looked before one writes
@@ -84,25 +86,41 @@ def draw_samples(config: GenerateConfig) -> None:
                 save_views(config, sampler, compared)
             del compared  # its memory is for the draws
             gather_objects(None)
-            write_samples(config, sampler)
+            write_samples(config, sampler, files)
         except OSError as error:
-            images = config.num * (2 if config.format == "npz" else 1) + SHEET_IMAGES
+            images = config.count * (2 if config.format == "npz" else 1) + SHEET_IMAGES
             needed = images * 3 * config.save_size**2
             raise not_written(
                 error, config.out, "make room: the same command goes on where it stopped", needed
             ) from error
 
 
-def write_samples(config: GenerateConfig, sampler: Sampler) -> None:
+def sample_files(config: GenerateConfig) -> SampleFiles:
+    if config.format == GENEVAL:
+        return GenevalFiles(config.out, config.count, config.geneval_prompts)
+    return FORMATS[config.format](config.out, config.count)
+
+
+def write_samples(config: GenerateConfig, sampler: Sampler, files: SampleFiles) -> None:
     """The images that are missing, by all ranks, and the contact sheet."""
-    files = FORMATS[config.format](config.out, config.num)
     draw_missing(files, sampler)
     gather_objects(None)
     if rank() == 0:
         files.finish()
-        conditions, count = sampler.conditions, min(SHEET_IMAGES, config.num)
-        captions = [f"{conditions.kind} {number}" for number in conditions.numbers(count).tolist()]
-        save_sheets(config.out / "contact_sheet.png", [("", files.first(count))], SHEET_COLUMNS, captions)
+        if config.texts:
+            ids, columns, captions = sheet_of_prompts(config)
+        else:
+            ids, columns = torch.arange(min(SHEET_IMAGES, config.count)), SHEET_COLUMNS
+            conditions = sampler.conditions
+            captions = [f"{conditions.kind} {number}" for number in conditions.numbers(len(ids)).tolist()]
+        save_sheets(config.out / "contact_sheet.png", [("", files.read(ids.tolist()))], columns, captions)
+
+
+def sheet_of_prompts(config: GenerateConfig) -> tuple[Tensor, int, list[str]]:
+    """Ids of images for a sheet, its columns, and the prompt of each: a row has one, where all have several images."""
+    prompts = torch.arange(config.count) % len(config.texts)
+    ids, columns = spread(prompts, config.save_size, rows=True)
+    return ids, columns, [config.texts[number] for number in prompts[ids].tolist()]
 
 
 @contextlib.contextmanager
@@ -131,7 +149,7 @@ class Sampler:
         self.device = device
         # One for all processes, and never of what is missing: products of another size round otherwise.
         self.batch_size = config.batch_size or min(
-            config.num, *gather_objects(batch_that_fits(config, generator, device))
+            config.count, *gather_objects(batch_that_fits(config, generator, device))
         )
         # In float32: bf16 would move a quarter of the pixels.
         self.codec = PixelCodec(tokenizer, min(DECODE_BATCH, self.batch_size), torch.float32)
@@ -232,8 +250,8 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
     missing = files.missing()
     mine = missing[missing % world_size() == rank()]
     with progress_bar(
-        sampler.config.num,
-        initial=sampler.config.num - len(missing),
+        sampler.config.count,
+        initial=sampler.config.count - len(missing),
         desc="samples",
         unit="image",
         disable=rank() > 0,
@@ -246,27 +264,29 @@ def draw_missing(files: SampleFiles, sampler: Sampler) -> None:
             files.flush()
 
 
-def make_manifest(config: GenerateConfig, sampler: Sampler) -> dict[str, Any]:
+def make_manifest(config: GenerateConfig, sampler: Sampler, files: SampleFiles) -> dict[str, Any]:
     """What decides the images, and what each of them is."""
     captions = config.caption_features or config.prompts
     used = {"generator": config.gpt_ckpt, "tokenizer": config.vq_ckpt, "captions": captions}
-    files = {key: identity(path) for key, path in used.items() if path is not None}
+    identities = {key: identity(path) for key, path in used.items() if path is not None}
     if config.ema:
-        files["generator"]["weights"] = "averaged"
+        identities["generator"]["weights"] = "averaged"
     settings = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in FREE_FIELDS
     }
     if settings["class_ids"] is not None:
         settings["class_ids"] = list(settings["class_ids"])
-    place, conditions = SAMPLES_FILE if config.format == "npz" else None, sampler.conditions
+    kind, texts = sampler.conditions.kind, config.texts
     return {
         "configuration": settings,
-        "files": files,
+        "files": identities,
         "batch_size": sampler.batch_size,  # it rounds products: a restart takes the same
         "draw": DRAW,
         "images": [
-            {"id": i, "file": place or f"{SAMPLES_FOLDER}/{png_name(i)}", conditions.kind: number, "seed": config.seed}
-            for i, number in enumerate(conditions.numbers(config.num).tolist())
+            {"id": i, "file": files.name(i), kind: number}
+            | ({"prompt": texts[number]} if texts else {})
+            | {"seed": config.seed}
+            for i, number in enumerate(sampler.conditions.numbers(config.count).tolist())
         ],
     }
 
@@ -307,11 +327,15 @@ def check_same(out: Path, before: dict[str, Any], manifest: dict[str, Any]) -> N
 def save_views(config: GenerateConfig, sampler: Sampler, compared: Sampler | None) -> None:
     """Images beside those of another checkpoint at the same seeds, and the first ones' entropies, where asked for."""
     if compared is not None:
-        ids, columns = spread(sampler.conditions.numbers(config.num), config.save_size)
+        if config.texts:
+            ids, columns, captions = sheet_of_prompts(config)
+        else:
+            ids, columns = spread(sampler.conditions.numbers(config.count), config.save_size)
+            captions = []
         both = ((config.gpt_ckpt, sampler), (config.compare_ckpt, compared))
         sheets = [(checkpoint.stem, each.preview(ids)[0].cpu()) for checkpoint, each in both]
-        save_sheets(config.out / "comparison.png", sheets, columns)
+        save_sheets(config.out / "comparison.png", sheets, columns, captions)
     if config.entropy_maps:
         from vapi_fast.generation.heatmaps import save_entropy_maps
 
-        save_entropy_maps(config.out / "entropy.png", *sampler.preview(torch.arange(min(ENTROPY_IMAGES, config.num))))
+        save_entropy_maps(config.out / "entropy.png", *sampler.preview(torch.arange(min(ENTROPY_IMAGES, config.count))))

@@ -310,9 +310,13 @@ class FrozenLPIPS:
 
     @torch.no_grad()
     def __call__(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Distances `[B,G]` of decoded `[B,G,3,H,W]` from images `[B,3,H,W]`, whose features are computed once."""
+        """Distances `[B,G]` of decoded `[B,G,3,H,W]` from images `[B,3,H,W]`."""
+        return ops.lpips_distance(*self.features(decoded, images), self.heads)
+
+    def features(self, decoded: Tensor, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps of decoded `[B,G,3,H,W]`, a level each `[B,G,C,h,w]`, and of images `[B,3,H,W]`, once a group."""
         maps = [level.unflatten(0, decoded.shape[:2]) for level in self.feature_maps(decoded.flatten(0, 1))]
-        return ops.lpips_distance(maps, self.feature_maps(images), self.heads)
+        return maps, self.feature_maps(images)
 
 
 def conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def policy_loss(
         hidden: floating `[B, T, D]`, the hidden states that predict each token.
         weight: floating `[V, D]`, the LM head, V ≤ 65536.
         tokens: int64 `[B, G, T]`, the rollouts.
-        advantages: floating `[B, G]`, as `group_advantages` gives them (clipped there).
+        advantages: floating `[B, G]`, or `[B, G, T]` a token, as `group_advantages` gives them (clipped there).
         targets: int64 `[B, T]`, the image's own tokens.
         bias: floating `[V]`, added to the logits, where the head has one.
         old_logprobs: floating `[B, G, T]` of the policy that drew; None means this one: ρ = 1 with its gradient.
@@ -54,7 +54,7 @@ def policy_loss(
     _check_head(checks, hidden, weight, bias)
     checks.integers("tokens", tokens, "B G T")
     checks.not_empty("tokens", "G")
-    checks.floating("advantages", advantages, "B G")
+    checks.floating("advantages", advantages, _rollout_dims(advantages))
     checks.integers("targets", targets, "B T")
     if old_logprobs is not None:
         checks.floating("old_logprobs", old_logprobs, "B G T")
@@ -86,6 +86,11 @@ def policy_loss(
     )
 
 
+def _rollout_dims(values: object) -> str:
+    """Of a number a rollout, or one a token of it."""
+    return "B G T" if isinstance(values, Tensor) and values.ndim == 3 else "B G"
+
+
 def _check_head(checks: ArgumentChecks, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.floating("hidden", hidden, "B T D")
     checks.not_empty("hidden", "B", "T", "D")
@@ -98,12 +103,14 @@ def _check_head(checks: ArgumentChecks, hidden: Tensor, weight: Tensor, bias: Te
 def group_advantages(rewards: Tensor, *, eps: float = 1e-8, clip: float = 5.0) -> Tensor:
     """Advantages within each group: (r − mean) / (std + eps), clipped to ±clip, std unbiased.
 
-    rewards floating `[B, G]`, G ≥ 1 → `[B, G]`, fp32 (float64 for float64), without gradient. A group of one, or of
-    equal rewards, has advantages of zero; a NaN reward makes its whole group NaN. eps > 0, clip > 0.
+    rewards floating `[B, G]`, G ≥ 1 → `[B, G]`, fp32 (float64 for float64), without gradient; or `[B, G, T]`, each
+    token's own → `[B, G, T]`: the mean is that of the group at each position, std the root of the variance's mean over
+    the positions, so that where rollouts are worth nearly the same, advantages are small. A group of one, or of equal
+    rewards, has advantages of zero; a NaN reward makes its whole group NaN. eps > 0, clip > 0.
     Raises TypeError or ValueError for an argument of the wrong type, shape or range.
     """
     checks = ArgumentChecks("group_advantages")
-    checks.floating("rewards", rewards, "B G")
+    checks.floating("rewards", rewards, _rollout_dims(rewards))
     checks.not_empty("rewards", "G")
     checks.positive("eps", eps)
     checks.positive("clip", clip)

@@ -55,7 +55,9 @@ def policy_loss(
 
     old = new.detach() if old_logprobs is None else old_logprobs.detach().to(new.dtype)
     ratio = (new - old).exp()
-    advantages = advantages.detach().to(new.dtype)[..., None]
+    advantages = advantages.detach().to(new.dtype)
+    if advantages.ndim == 2:  # one for all tokens of a rollout
+        advantages = advantages[..., None]
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     policy = torch.maximum(-advantages * ratio, -advantages * clipped).mean()  # sequences are equally long
     loss = policy
@@ -77,8 +79,9 @@ def group_advantages(rewards: Tensor, *, eps: float = 1e-8, clip: float = 5.0) -
     """Advantages of each group of rollouts; see `vapi_fast.ops.group_advantages`."""
     # In float64: rewards that are all equal give advantages of zero. In float32 their mean may be one rounding step
     # off, which a standard deviation of the same size, against eps, would turn into advantages of order one.
-    centred = rewards.double() - rewards.double().mean(-1, keepdim=True)
-    spread = centred.square().sum(-1, keepdim=True).div(max(rewards.shape[-1] - 1, 1)).sqrt()
+    centred = rewards.double() - rewards.double().mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True).div(max(rewards.shape[1] - 1, 1))
+    spread = variance.mean(-1, keepdim=True).sqrt()  # over the positions, if there are any
     return (centred / (spread + eps)).clamp(-clip, clip).to(accumulation_dtype(rewards))
 
 

@@ -10,10 +10,11 @@ the number of ranks, or on the backend. The fourth counter word is one of:
 | `NOISY_PREFIX`  | 2     | rollout 0; word 0: whether position t is replaced; word 1: by which token        |
 | `GUMBEL`        | 3     | second counter word v // 4, output word v % 4: the Gumbel noise of logit v       |
 | `FOLD_SEED`     | 4     | counter (step low, step high, 0); words 0 and 1: the seed of that step           |
-| `CONTROL`       | 5     | position 0; word 0: the made-up reward of rollout g; word 1 of rollout 0: whose  |
-|                 |       | advantages an image gets instead of its own (`vapi_fast.alignment.control`)      |
-| `DROPOUT`       | 6     | position t·⌈D/8⌉ + c, second counter word the site; bits 0–15 and 16–31 of the   |
-|                 |       | words 0 to 3: whether the columns c, c + ⌈D/8⌉, c + 2·⌈D/8⌉ … are dropped        |
+| `CONTROL`       | 5     | word 0: the made-up reward of rollout g (position 0) or of its token t; word 1   |
+|                 |       | of position and rollout 0: whose advantages an image gets instead of its own     |
+|                 |       | (`vapi_fast.alignment.control`)                                                  |
+| `DROPOUT`       | 6     | position (T − 1 − t)·⌈D/8⌉ + c, second counter word the site; bits 0–15 and      |
+|                 |       | 16–31 of the words 0 to 3: whether columns c, c + ⌈D/8⌉, … are dropped           |
 | `LABEL_DROPOUT` | 7     | position and rollout 0; word 0: whether the image's condition is dropped         |
 """
 
