@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def test_what_a_run_will_read_is_encoded_first(
     assert batch.images.shape == (4, 3, 16, 16)
     assert batch.features.shape == (4, 12, 16)
     assert len(given) == 6 + 5
-    config = tiny_config(**{**vars(config), "evaluate": False, "caption_cache": tmp_path / "another"})
+    config = dataclasses.replace(config, evaluate=False, caption_cache=tmp_path / "another")
     open_data(config, Captions(12, 16), CPU)
     assert len(given) == 6 + 5 + 6
 

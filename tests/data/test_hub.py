@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("datasets")
 import datasets
 import huggingface_hub
-from captioned import Numbered, write
+from captioned import TEXTS, Numbered, write
 from inputs import grey_png
 
 from vapi_fast.data import hub
@@ -157,16 +157,12 @@ def test_the_first_rows_are_fetched_once(server: Hub, monkeypatch: pytest.Monkey
 
 
 def test_captions_stream_too(server: Hub, tmp_path: Path) -> None:
-    write(server.folder, "json-tar")
+    write(server.folder, "json-tar", list(TEXTS))
     folder, split = local_source(Path("hub:owner/set"), None, False, 5)
     data = CaptionedData(folder, 8, features=Numbered(), split=split)
-    assert [data.caption(i) for i in range(len(data))] == [
-        "a photo of number 0",
-        "a photo of number 1",
-        "a photo of number 2",
-        "a photo of number 4",
-    ]
-    assert values(data) == [0, 1, 2, 4]
+    assert [data.caption(i) for i in range(len(data))] == TEXTS[:5]
+    assert values(data) == list(range(5))
+    assert data.summary()["captions"]["column"] == "json.caption"
 
 
 def test_what_cannot_be_fetched_is_told(server: Hub, tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vapi_fast.data.captions import has_words
 from vapi_fast.data.image_files import TAR_CAPTIONS, ImageRows, Kind, files_of, open_source, texts_of
@@ -20,6 +22,7 @@ from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError
 
 CAPTION_COLUMNS = ("caption", "text", "caption_original", "prompt", "captions", "txt")
+STEM, LINE = "_stem", "_line"  # columns of what was read from lists
 PATH_COLUMNS = ("file_name", "image_path")  # of Hugging Face's imagefolder, of LlamaGen's lists
 LAYOUTS = (
     "a save_to_disk folder, *.parquet, WebDataset *.tar with key.txt or key.json, or lists of image paths and "
@@ -47,18 +50,13 @@ class Captions:
         names = CAPTION_COLUMNS if name is None else (name,)
         kind = Kind(names, LAYOUTS, partial(listed, names=names), captions=True)
         self.split, rows = open_source(source, split, held_out, kind)
-        self.column = next((each for each in (*names, TAR_CAPTIONS) if each in rows.column_names), None)
-        if self.column is None:
-            found = ", ".join(each for each in rows.column_names)
-            raise DataError(
-                f"{source} has no captions: looked for {' or '.join(names)} among {found}; name the column with "
-                "--caption-column"
-            )
-        values = rows.select_columns(self.column).with_format("arrow")[:][self.column]
+        self.column, values = text_column(rows, names, source)
         if not is_text(values.type):
             raise DataError(f"column {self.column!r} of {source} is {values.type}, expected text or lists of text")
-        has_places = "line" in rows.column_names
-        stems, lines = (rows["stem"], rows["line"]) if has_places else ([stem_of(source)] * len(rows), range(len(rows)))
+        if STEM in rows.column_names:
+            stems, lines = (values_of(rows, name).to_pylist() for name in (STEM, LINE))
+        else:
+            stems, lines = itertools.repeat(stem_of(source), len(rows)), range(len(rows))
         kept: list[int] = []
         self.captions: list[Caption] = []
         for row, (texts, stem, line) in enumerate(zip(each_of(values), stems, lines, strict=True)):
@@ -80,7 +78,7 @@ class CaptionedRows(ImageRows):
 
     def __init__(self, source: Path, split: str | None, held_out: bool, column: str | None) -> None:
         found = Captions(source, split, held_out, column)
-        if "line" in found.rows.column_names and "image" not in found.rows.column_names:
+        if STEM in found.rows.column_names and "image" not in found.rows.column_names:
             raise DataError(f"{source} names no images: expected {' or '.join(PATH_COLUMNS)} beside the captions")
         super().__init__(source, found.split, found.rows)
         self.captions, self.column, self.left_out = found.captions, found.column, found.left_out
@@ -95,6 +93,30 @@ def parted(column: str | None) -> tuple[str | None, int | None]:
 def stem_of(path: Path) -> str:
     """What LlamaGen calls the features' folder of a list: its name up to the first dot."""
     return path.absolute().name.split(".")[0]
+
+
+def text_column(rows: datasets.Dataset, names: tuple[str, ...], source: Path) -> tuple[str, pa.ChunkedArray]:
+    """The first known column; of a WebDataset from the hub, which has its JSON in one, the first known key of that."""
+    for name in (*names, TAR_CAPTIONS, "json"):
+        if name in rows.column_names:
+            values = values_of(rows, name)
+            if name != "json" or name in names:
+                return name, values
+            for key in names:
+                if pa.types.is_struct(values.type) and values.type.get_field_index(key) >= 0:
+                    return f"json.{key}", pc.struct_field(values, key)
+    raise no_captions(source, names, rows.column_names)
+
+
+def values_of(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    return rows.select_columns(column).with_format("arrow")[:][column]
+
+
+def no_captions(source: Path, names: tuple[str, ...], there: Iterable[str]) -> DataError:
+    return DataError(
+        f"{source} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, there))}; name the "
+        "column with --caption-column"
+    )
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -126,8 +148,8 @@ def listed(
 
 
 def read_lists(paths: list[Path], names: tuple[str, ...]) -> datasets.Dataset:
-    """Columns `image` (where paths are named), the captions under their name, `stem` and `line`."""
-    columns: dict[str, list[Any]] = {"image": [], "captions": [], "stem": [], "line": []}
+    """Columns `image` (where paths are named), the captions under their name, `STEM` and `LINE`."""
+    columns: dict[str, list[Any]] = {"image": [], "captions": [], STEM: [], LINE: []}
     name = key = None
     for path in paths:
         for line, entry in entries(path):
@@ -136,18 +158,15 @@ def read_lists(paths: list[Path], names: tuple[str, ...]) -> datasets.Dataset:
             image = entry.get(key)
             columns["image"].append(os.path.join(path.parent, image) if isinstance(image, str) and image else None)
             columns["captions"].append(texts_of(entry.get(name)))
-            columns["stem"].append(stem_of(path))
-            columns["line"].append(line)
+            columns[STEM].append(stem_of(path))
+            columns[LINE].append(line)
             known = entry.keys()
-    if not columns["line"]:
+    if not columns[LINE]:
         raise DataError(f"{paths[0]} has no lines")
     if name is None:
-        raise DataError(
-            f"{paths[0]} has no captions: looked for {' or '.join(names)} among {', '.join(map(str, known))}; name the "
-            "column with --caption-column"
-        )
+        raise no_captions(paths[0], names, known)
     text = datasets.Value("string")
-    features = {"image": text, "captions": [text], "stem": text, "line": datasets.Value("int64")}
+    features = {"image": text, "captions": [text], STEM: text, LINE: datasets.Value("int64")}
     if key is None:
         del columns["image"], features["image"]
     columns[name], features[name] = columns.pop("captions"), features.pop("captions")

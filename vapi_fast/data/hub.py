@@ -62,6 +62,7 @@ def fetch(name: str, split: str | None, held_out: bool, rows: int, folder: Path)
     """Write the first rows as parquet files, those that are not there; images stay encoded."""
     import datasets
 
+    datasets.disable_progress_bars()  # one a file, beside ours
     splits = datasets.load_dataset(name, streaming=True)
     chosen = choose_split(list(splits), split, held_out, Path(f"hub:{name}"))
     stream = splits[chosen]

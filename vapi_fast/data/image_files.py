@@ -190,8 +190,8 @@ def files_of(
     if source.is_file():
         paths = [source] if source.suffix == suffix else []
     else:
-        found = (path for path in source.glob(f"{pattern}{suffix}") if not is_hidden(path.name))
-        paths = sorted(path for path in found if not path.is_dir())
+        found = (path for path in source.glob(f"{pattern}{suffix}") if not path.is_dir())
+        paths = sorted(path for path in found if not any(map(is_hidden, path.relative_to(source).parts)))
     for path in paths:
         check_regular(path)
     named = {path: split_of(path.name if path == source else str(path.relative_to(source))) for path in paths}
