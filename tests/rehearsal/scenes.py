@@ -153,6 +153,7 @@ SCENES: dict[str, Scene] = {
     "sharded": sharded,
     "align 3B": partial(align, model="3b"),
     "align XL at 256²": partial(align, model="xl", image_size=256),
+    "align on captions": partial(align, model="t2i-xl", recipe="va-pi"),
     "operations in bf16": partial(operations, dtype=torch.bfloat16),
     "operations in fp32": partial(operations, dtype=torch.float32),
     "rates": rates,

@@ -110,14 +110,14 @@ def admits_none(config: type, field: Field[Any]) -> bool:
 
 
 def shown_default(field: Field[Any], presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """`384 (32)`: the default, and in brackets the tiny preset's where it has its own."""
+    """`384, text: 256 (32)`: the default, where they have their own the text model's, and the tiny preset's."""
     if field.metadata["shown"] is not None:
         return field.metadata["shown"]
     if field.default is MISSING:
         return "required"
     if field.default is PRESET:
-        values = [as_text(presets[model][field.name]) for model in ("xxl", "tiny")]
-        return values[0] if values[0] == values[1] else f"{values[0]} ({values[1]})"
+        paper, text, tiny = (as_text(presets[model][field.name]) for model in ("xxl", "t2i-xl", "tiny"))
+        return paper + f", text: {text}" * (text != paper) + f" ({tiny})" * (tiny != paper)
     return as_text(field.default)
 
 
@@ -131,7 +131,7 @@ def as_text(value: Any) -> str:
 
 def table(config: type, presets: Mapping[str, Mapping[str, Any]]) -> str:
     """The flags as a Markdown table."""
-    lines = ["| flag | default (tiny) | what it does |", "|---|---|---|"]
+    lines = ["| flag | default, text: t2i-xl's (tiny) | what it does |", "|---|---|---|"]
     for field in options(config):
         names = " or ".join(f"`{name}`" for name in flags_of(field))
         lines.append(f"| {names} | {shown_default(field, presets)} | {field.metadata['help']} |")
