@@ -67,10 +67,12 @@ class Answers(BaseHTTPRequestHandler):
         self.server.asked.append(path)
         if path.startswith("/api/datasets/owner/set"):
             rest = path.removeprefix("/api/datasets/owner/set").strip("/").split("/")
-            if rest[0] == "tree":
-                return self.answer(200, json.dumps(self.listed()).encode(), Content_Type="application/json")
-            if rest[0] == "paths-info":
-                return self.answer(200, b"[]", Content_Type="application/json")
+            if rest[0] == "tree" and len(rest) > 2:  # there are no folders
+                return self.answer(404, b"", X_Error_Code="EntryNotFound")
+            if rest[0] in ("tree", "paths-info"):
+                wanted = unquote(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+                files = [each for each in self.listed() if rest[0] == "tree" or str(each["path"]) in wanted]
+                return self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
             siblings = [{"rfilename": each["path"]} for each in self.listed()]
             about = {"id": "owner/set", "sha": SHA, "siblings": siblings, "private": False, "disabled": False}
             return self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
