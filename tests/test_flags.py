@@ -220,6 +220,7 @@ def test_any_flags_of_a_run(command: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     @hypothesis.settings(max_examples=max(EXAMPLES // 20, 1), deadline=None, database=None, derandomize=True)
     @hypothesis.given(quick_lines(command))
+    @hypothesis.example(QUICK[command].split())
     def check(line: list[str]) -> None:
         line = [str(tmp_path / f"out-{sum(seen.values())}") if each == "OUT" else each for each in line]
         parser = argparse.ArgumentParser()
