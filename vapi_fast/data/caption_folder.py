@@ -35,10 +35,10 @@ def encode_captions(config: EncodeCaptionsConfig) -> str | None:
         check_folder(config.out, about)
         missing = [caption for caption in found.captions if not place(config.out, caption).exists()]
         if any(gather_objects(len(missing))):  # all have looked before the first writes
+            encoder = TextEncoder(config.text_encoder, device)
             if rank() == 0:
                 write_atomically(config.out / MADE_WITH, lambda path: path.write_text(json.dumps(about), "utf-8"))
             share = sorted(missing, key=lambda caption: len(caption.text))[rank() :: world_size()]
-            encoder = TextEncoder(config.text_encoder, device)
             write(config, encoder, share)
             gather_objects(None)
         if rank():
