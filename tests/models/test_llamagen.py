@@ -165,7 +165,7 @@ def test_rotary_table_of_serving_checkpoints_is_ignored(tmp_path: Path, class_mo
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown model 'xs': choose one of b, l, xl, xxl, xxxl, 3b, tiny"):
+    with pytest.raises(ValueError, match="unknown model 'xs': choose one of b, l, xl, xxl, xxxl, 3b, t2i-xl, tiny"):
         LlamaGen.from_name("xs")
 
 
