@@ -158,7 +158,7 @@ def test_shared_masks_leave_the_expected_gradient_as_it_is(tiny_config: Make, sh
         rows = {"drawn": drawn, "advantages": advantages, "old_logprobs": old}
         part = {name: value.flatten(0, 1).repeat(DRAWS, *[1] * (value.ndim - 2)) for name, value in rows.items()}
         part["targets"] = targets.repeat(4 * DRAWS, 1)
-        logits = forward(model, part["targets"][:, :-1], labels.repeat(4 * DRAWS), RowDropout(*shares))
+        logits = forward(model, part["targets"][:, :-1], Condition(labels.repeat(4 * DRAWS)), RowDropout(*shares))
         return sequence_loss(config, part, logits, logits.detach())[0]
 
     def estimate(loss: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
@@ -211,7 +211,7 @@ def test_straight_through_as_released(tiny_config: Make, tiny_batch: ImageBatch)
     figures, ours, found = step(tiny_models, config, tiny_batch)
     generator, tokenizer, ids = tiny_models.generator, tiny_models.tokenizer, tiny_batch.sample_ids
     generator.zero_grad()
-    logits = forward(generator, found.tokens[:, :-1], tiny_batch.labels, SharedDropout(0.1, 0.1, SEED, ids))
+    logits = forward(generator, found.tokens[:, :-1], Condition(tiny_batch.labels), SharedDropout(0.1, 0.1, SEED, ids))
     soft = (logits + gumbel_noise(logits.shape, SEED, ids, torch.float32, logits.device)).softmax(-1)
     hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).float()
     vectors = (hard - soft.detach() + soft) @ tokenizer.quantize.embedding.weight

@@ -22,7 +22,11 @@ from vapi_fast.runtime.options import (
     table,
 )
 
-PRESETS = {"xxl": {"size": 10_000, "rate": 1e-6}, "tiny": {"size": 10_000, "rate": 2e-5}}
+PRESETS = {
+    "xxl": {"size": 10_000, "rate": 1e-6},
+    "t2i-xl": {"size": 5000, "rate": 1e-6},
+    "tiny": {"size": 10_000, "rate": 2e-5},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,11 @@ def test_help_and_tables_show_help_and_defaults(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parsed("--help")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "pixels of --file, 100 % of them (default: 10 000)" in printed
+    assert "pixels of --file, 100 % of them (default: 10 000, text: 5000)" in printed
     assert "a rate (default: 1e-6; tiny: 2e-5)" in printed
     assert "--count COUNT, --number COUNT" in printed
     assert table(Config, PRESETS).splitlines()[2:] == [
-        "| `--size` | 10 000 | pixels of `--file`, 100 % of them |",
+        "| `--size` | 10 000, text: 5000 | pixels of `--file`, 100 % of them |",
         "| `--rate` | 1e-6 (2e-5) | a rate |",
         "| `--share` | 0.5 | a share |",
         "| `--dropped` | 0 | less than all |",

@@ -258,7 +258,7 @@ class EvaluationOptions:
         None, "measure after every so many steps too; `fid.png` shows FID over the steps", at_least=1, shown="never"
     )
     eval_data: Path | None = option(
-        PRESET, "images that samples are measured against", shown="`--data` (held-out)", file="file or folder"
+        PRESET, "images that samples are measured against", shown="`--data` (held-out)", file="file, folder or hub"
     )
     inception_weights: Path | None = option(
         None,

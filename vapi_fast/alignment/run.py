@@ -62,6 +62,7 @@ RESUMABLE = {
     "micro_batch",
     "eval_batch",
     "inception_weights",
+    "caption_cache",
 }
 
 
