@@ -15,11 +15,11 @@ __all__ = ["OPERATIONS", "test_operation"]
 
 
 def drawn(x: Tensor) -> Tensor:
-    """p is 0.1, the site 1."""
+    """p is 0.1, the site 1; positions count from the last."""
     batch, length, width = x.shape
     columns = -(-width // 8)
     found = words(batch, length * columns, 1, DROPOUT, x.device)
-    halves = [half.view(batch, length, columns) for word in found for half in (word % 2**16, word // 2**16)]
+    halves = [half.view(batch, length, columns).flip(1) for word in found for half in (word % 2**16, word // 2**16)]
     dropped = torch.cat(halves, dim=-1)[..., :width] < math.ceil(0.1 * 2**16)
     return x * ~dropped / 0.9
 
