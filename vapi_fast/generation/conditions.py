@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi_fast.data.text import ENCODER, TextEncoder
+from vapi_fast.data.features import checked_encoder
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.sizes import Classes
@@ -68,12 +68,7 @@ def read_conditions(config: GenerateConfig, generator: Generator, device: torch.
 @lru_cache(maxsize=1)  # two generators that are compared have the same texts
 def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, tokens: int, width: int) -> Conditions:
     """Features of texts by the encoder `source`, which leaves the device's memory again."""
-    encoder = TextEncoder(source, device)
-    if encoder.width != width:
-        raise ConfigError(
-            f"--text-encoder {source or ENCODER}: its states are {encoder.width} wide, this checkpoint takes {width}"
-        )
-    return Conditions(*encoder.encode(texts, tokens))
+    return Conditions(*checked_encoder(source, device, width).encode(texts, tokens))
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:
