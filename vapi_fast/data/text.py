@@ -59,12 +59,7 @@ class TextEncoder:
         Raises:
             DataError: a caption of which nothing is left.
         """
-        features = torch.zeros(len(captions), tokens, self.width)
-        mask = torch.zeros(len(captions), tokens, dtype=torch.bool)
-        for row, states in enumerate(self.states([cleaned(caption) for caption in captions], tokens)):
-            features[row, tokens - len(states) :] = states
-            mask[row, tokens - len(states) :] = True
-        return features, mask
+        return padded(list(self.states([cleaned(caption) for caption in captions], tokens)), tokens)
 
     @torch.no_grad()
     def states(self, texts: Sequence[str], tokens: int, batch_size: int = CAPTION_BATCH) -> Iterator[Tensor]:
@@ -77,6 +72,16 @@ class TextEncoder:
             states = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state.cpu()
             for row, used in zip(states, words.attention_mask.sum(1).tolist(), strict=True):
                 yield row[:used]
+
+
+def padded(states: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
+    """States `[n,width]` of at least one caption, n ≤ tokens, as `TextEncoder.encode` gives them."""
+    features = torch.zeros(len(states), tokens, states[0].shape[1])
+    mask = torch.zeros(len(states), tokens, dtype=torch.bool)
+    for row, own in enumerate(states):
+        features[row, tokens - len(own) :] = own
+        mask[row, tokens - len(own) :] = True
+    return features, mask
 
 
 def cleaned(caption: str) -> str:

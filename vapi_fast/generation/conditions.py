@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.features import checked_encoder
+from vapi_fast.data.text import cleaned, padded
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
 from vapi_fast.models.sizes import Classes
@@ -33,13 +34,34 @@ class Conditions:
     def kind(self) -> str:
         return "caption" if self.rows.ndim > 1 else "class"
 
+    @property
+    def masked(self) -> bool:
+        return self.mask is not None
+
     def numbers(self, count: int) -> Tensor:
         """Class id, or row of the caption, of images 0 … count − 1: int64 `[count]`."""
         numbers = torch.arange(len(self.rows)) if self.kind == "caption" else self.rows
         return numbers[torch.arange(count) % len(numbers)]
 
 
-def read_conditions(config: GenerateConfig, generator: Generator, device: torch.device) -> Conditions:
+@dataclass(frozen=True)
+class Texts:
+    """Conditions of encoded texts, kept without padding: thirty thousand fit into memory."""
+
+    states: list[Tensor]  # [n,width], n ≤ tokens
+    tokens: int
+    kind = "caption"
+    masked = True
+
+    def of(self, ids: Tensor, device: torch.device) -> Condition:
+        features, mask = padded([self.states[i] for i in (ids % len(self.states)).tolist()], self.tokens)
+        return Condition(features.to(device), mask.to(device))
+
+    def numbers(self, count: int) -> Tensor:
+        return torch.arange(count) % len(self.states)
+
+
+def read_conditions(config: GenerateConfig, generator: Generator, device: torch.device) -> Conditions | Texts:
     """What `config` names: class ids (default: all), caption features, or prompts, which `device` encodes.
 
     Raises ConfigError where the generator takes another kind, and what reading them raises.
@@ -66,9 +88,10 @@ def read_conditions(config: GenerateConfig, generator: Generator, device: torch.
 
 
 @lru_cache(maxsize=1)  # two generators that are compared have the same texts
-def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, tokens: int, width: int) -> Conditions:
+def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, tokens: int, width: int) -> Texts:
     """Features of texts by the encoder `source`, which leaves the device's memory again."""
-    return Conditions(*checked_encoder(source, device, width).encode(texts, tokens))
+    states = checked_encoder(source, device, width).states([cleaned(text) for text in texts], tokens)
+    return Texts([each.clone() for each in states], tokens)  # a view would keep its batch's padding
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:

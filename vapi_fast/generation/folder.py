@@ -17,7 +17,7 @@ from torch import Tensor
 from vapi_fast.data.image_sets import MANIFEST
 from vapi_fast.data.pictures import SHEET_COLUMNS, save_sheets, spread
 from vapi_fast.data.sample_files import FORMATS, GenevalFiles, SampleFiles, remove_leftovers
-from vapi_fast.generation.conditions import Conditions, read_conditions
+from vapi_fast.generation.conditions import Conditions, Texts, read_conditions
 from vapi_fast.generation.config import GENEVAL, LARGEST_BATCH, GenerateConfig
 from vapi_fast.generation.engine import Engine, compute_dtype
 from vapi_fast.generation.sequences import (
@@ -140,7 +140,7 @@ class Sampler:
         config: GenerateConfig,
         generator: Generator,
         tokenizer: VQTokenizer,
-        conditions: Conditions,
+        conditions: Conditions | Texts,
         device: torch.device,
     ) -> None:
         self.config = config
@@ -181,7 +181,7 @@ class Sampler:
             groups=self.batch_size,
             rollouts=1,
             scales=guidance_scales(self.config.grid_size**2, **self.guidance),
-            masked=self.conditions.mask is not None,
+            masked=self.conditions.masked,
             cache_dtype=CACHE_DTYPES[self.config.kv_dtype],
             **self.config.filters,
         )
