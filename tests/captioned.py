@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import torch
-from inputs import grey_png
+from inputs import grey_png, write_tar
 
 from vapi_fast.data.caption_files import Caption
 from vapi_fast.runtime.errors import DataError
@@ -20,15 +18,6 @@ TEXTS = [f"a photo of number {value}" for value in range(12)]
 GIVEN: list[str | None] = [{3: None, 5: " ", 7: "漢字"}.get(value, text) for value, text in enumerate(TEXTS)]
 KEPT = [0, 1, 2, 4, 6, 8, 9, 10, 11]  # images whose captions have words
 LAYOUTS = ("parquet", "saved", "txt-tar", "json-tar", "metadata.jsonl", "metadata.csv", "list")
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def jsonl(path: Path, lines: Iterable[object]) -> Path:

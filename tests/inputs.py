@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,16 @@ def grey_png(value: int = 0) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (value, value, value)).save(file, "PNG")
     return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of files with these contents."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
 def text_encoder(folder: Path, width: int = 16) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import random
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,29 @@ forkserver.set_forkserver_preload(
         "vapi_fast.data.image_files",
     ]
 )
+
+
+COMMANDS = """
+import sys
+import torch.distributed as dist
+from vapi_fast import cli
+dist.init_process_group("gloo")  # once: a command by itself joins and leaves
+for line in sys.argv[1:]:
+    sys.argv = ["vapi-fast", *line.split()]
+    if status := cli.main():
+        sys.exit(status)
+dist.destroy_process_group()  # whose threads may abort a process that ends with them
+"""
+
+
+def on_two_ranks(folder: Path, *lines: str) -> str:
+    """What commands of vapi-fast print, a line of flags each, that two processes run in turn."""
+    script = folder / "commands.py"
+    script.write_text(COMMANDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), *lines]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
 
 
 def wait_until(happened: Callable[[], object]) -> None:

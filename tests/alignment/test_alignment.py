@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from reference_step import PublishedModels, published_step
+from steps import gradient, relative
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
@@ -22,14 +23,6 @@ from vapi_fast.models import Condition
 from vapi_fast.runtime.errors import NonFiniteError
 
 Make = Callable[..., AlignConfig]
-
-
-def gradient(models: Models) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in models.generator.parameters()])
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def accumulated(models: Models, config: AlignConfig, batch: ImageBatch, seed: int) -> dict[str, float]:

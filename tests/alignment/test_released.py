@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
 from comparison import Comparison
 from reference_step import PublishedModels, RowDropout, SharedDropout, forward, published_step, sequence_loss
+from steps import SEED, gradient, relative, step
 from torch import Tensor
 
 import vapi_fast
 from vapi_fast import AlignConfig, ops
-from vapi_fast.alignment.figures import METRICS
-from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.models import Models, load_models
-from vapi_fast.alignment.step import Gradients, accumulate_gradients, align_step, make_trainer
+from vapi_fast.alignment.step import align_step, make_trainer
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition, Dropout, LlamaGen, catalog
 from vapi_fast.reference.straight_through import gumbel_noise
@@ -24,23 +22,6 @@ from vapi_fast.runtime.clock import StageClock
 from vapi_fast.runtime.errors import ConfigError
 
 Make = Callable[..., AlignConfig]
-SEED = 11
-
-
-def gradient(models: Models) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in models.generator.parameters()])
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def step(models: Models, config: AlignConfig, batch: ImageBatch) -> tuple[dict[str, float], Tensor, Gradients]:
-    """The means of METRICS, the gradient, and all that was found."""
-    models.generator.zero_grad()
-    accumulate = accumulate_free_gradients if config.rollouts == "free" else accumulate_gradients
-    found = accumulate(models, config, batch, SEED, nullcontext)
-    return dict(zip(METRICS, found.means.tolist(), strict=True)), gradient(models), found
 
 
 @pytest.mark.parametrize("changes", [{}, {"noise_prob": 0.5, "temperature": 0.8}, {"prior": "kl", "clip_range": 0.05}])

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
 from reference_step import PublishedModels, published_step
-from torch import Tensor
+from steps import SEED, gradient, relative, step
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment.figures import METRICS
-from vapi_fast.alignment.free_running import accumulate_free_gradients
 from vapi_fast.alignment.models import Models, frozen_copy, load_models
-from vapi_fast.alignment.step import Gradients, accumulate_gradients
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, LlamaGen
 from vapi_fast.models.catalog import CATALOG
 
 Make = Callable[..., AlignConfig]
-SEED = 11
 TOKENS, WIDTH = 7, 24  # of a caption
 SIZE = dataclasses.replace(LLAMAGEN_CONFIGS["tiny"], layers=2, caption_tokens=TOKENS, caption_width=WIDTH)
-
-
-def gradient(models: Models) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in models.generator.parameters()])
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def step(models: Models, config: AlignConfig, batch: ImageBatch) -> tuple[dict[str, float], Tensor, Gradients]:
-    models.generator.zero_grad()
-    accumulate = accumulate_free_gradients if config.rollouts == "free" else accumulate_gradients
-    found = accumulate(models, config, batch, SEED, nullcontext)
-    return dict(zip(METRICS, found.means.tolist(), strict=True)), gradient(models), found
 
 
 @pytest.fixture

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
+pytest.importorskip("datasets")
+import datasets
+from inputs import write_tar
 from PIL import Image
 
 from vapi_fast.data import center_crop
 from vapi_fast.data.dataset import ImageBatch, ImageData, ahead
 from vapi_fast.runtime.errors import DataError
-
-datasets = pytest.importorskip("datasets")
 
 SIZE = 8
 
@@ -63,15 +65,6 @@ def file_of(root: Path, value: int) -> Path:
 def rows(count: int, start: int = 0) -> dict[str, list]:
     values = range(start, start + count)
     return {"image": [{"bytes": solid(v), "path": f"{v}.png"} for v in values], "label": [v % 3 for v in values]}
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def image_ids(data: ImageData, *args, **kwargs) -> list[list[int]]:

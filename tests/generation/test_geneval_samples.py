@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import pytest
 import torch
 from inputs import clip, text_encoder
 from PIL import Image
-from test_samples import contents
-from torch import Tensor
+from processes import on_two_ranks
+from test_samples import contents, draw_noted
 
 from vapi_fast import generate, tiny
 from vapi_fast.data import geneval
@@ -26,7 +24,7 @@ from vapi_fast.data.text import TextEncoder
 from vapi_fast.evaluation.config import GenevalConfig
 from vapi_fast.evaluation.geneval import evaluate_geneval
 from vapi_fast.generation.config import GenerateConfig
-from vapi_fast.generation.folder import Sampler, draw_samples
+from vapi_fast.generation.folder import draw_samples
 from vapi_fast.models import LlamaGen, VQTokenizer
 from vapi_fast.runtime.checkpoint import save_generator
 from vapi_fast.runtime.errors import ConfigError
@@ -193,30 +191,13 @@ def test_sheets_have_a_prompt_a_row(drawn: Path) -> None:
         assert (both[header + top - CAPTION_HEIGHT :][:CAPTION_HEIGHT, MARGIN + width + SHEET_GAP :] < 100).any()
 
 
-def test_an_interrupted_run_is_finished_by_the_same_command(
-    files: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids: list[list[int]] = []
-    draw = Sampler.draw
-
-    def interrupted(self: Sampler, some: Tensor) -> Tensor:
-        if ids:
-            raise KeyboardInterrupt
-        ids.append(some.tolist())
-        return draw(self, some)
-
+def test_an_interrupted_run_is_finished_by_the_same_command(files: Path, drawn: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "draw", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            draw_samples(config(files, out))
+    draw_noted(config(files, out), batches=1)
     assert not list(out.rglob("metadata.jsonl"))  # it cannot be scored yet
     (out / "00002/samples/0000.png").write_bytes(b"cut")
     (out / "00001/samples/.0001.png.x1.tmp.png").write_bytes(b"half")
-    ids.clear()
-    monkeypatch.setattr(Sampler, "draw", lambda self, some: ids.append(some.tolist()) or draw(self, some))
-    draw_samples(config(files, out))
-    assert ids == [[2, 4, 5]]
+    assert draw_noted(config(files, out)) == [[2, 4, 5]]
     expected = contents(drawn)
     expected.pop("comparison.png")
     assert contents(out) == expected
@@ -224,23 +205,10 @@ def test_an_interrupted_run_is_finished_by_the_same_command(
         draw_samples(config(files, out, num=3))
 
 
-SCRIPT = """
-import sys
-import torch.distributed as dist
-from vapi_fast import cli
-dist.init_process_group("gloo")  # once: a command by itself joins and leaves
-for line in sys.argv[1:]:
-    sys.argv = ["vapi-fast", *line.split()]
-    if status := cli.main():
-        sys.exit(status)
-"""
-
-
 @pytest.mark.usefixtures("image_sets")
 def test_two_ranks_give_the_same_files_and_scores_as_one(files: Path, drawn: Path, tmp_path: Path) -> None:
     from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
 
-    (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options(files).items())
     lines = [
@@ -248,11 +216,7 @@ def test_two_ranks_give_the_same_files_and_scores_as_one(files: Path, drawn: Pat
         f"geneval --samples {out} --detections {detections(tmp_path / 'found.jsonl')} --output {tmp_path / 'geneval'}",
         f"evaluate --model tiny --samples {out} --clip-score --clip-network {files / 'clip'} --output {tmp_path / 'a'}",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    finished = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *lines], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    printed = on_two_ranks(tmp_path, *lines)
     expected = contents(drawn)
     expected.pop("comparison.png")
     assert contents(out) == expected
@@ -264,7 +228,7 @@ def test_two_ranks_give_the_same_files_and_scores_as_one(files: Path, drawn: Pat
     scores = json.loads((tmp_path / "a").read_text())
     assert scores["clip_score"] == pytest.approx(report.clip_score, rel=1e-5)
     assert scores["clip_score_se"] == pytest.approx(report.clip_score_se, rel=1e-3)
-    assert finished.stdout.count("CLIP score  ") == 1
+    assert printed.count("CLIP score  ") == 1
 
 
 def test_its_own_prompts_by_name(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import on_two_ranks
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -94,24 +94,28 @@ def test_manifest_says_what_every_image_is(png: Path, npz: Path) -> None:
     assert json.loads((npz / "manifest.json").read_text())["images"][4]["file"] == "samples.npz"
 
 
-@pytest.mark.parametrize("form", ["png", "npz"])
-def test_an_interrupted_run_ends_the_same(
-    form: str, png: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
+def draw_noted(config: GenerateConfig, batches: int | None = None) -> list[list[int]]:
+    """Draw, or be interrupted after so many batches; the ids of each batch that was drawn."""
+    drawn: list[list[int]] = []
     draw = Sampler.draw
 
-    def interrupted(self: Sampler, ids: Tensor) -> Tensor:
-        if len(drawn) == 1:
+    def noted(self: Sampler, ids: Tensor) -> Tensor:
+        if len(drawn) == batches:
             raise KeyboardInterrupt
         drawn.append(ids.tolist())
         return draw(self, ids)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "draw", noted)
+        with contextlib.nullcontext() if batches is None else pytest.raises(KeyboardInterrupt):
+            draw_samples(config)
+    return drawn
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_an_interrupted_run_ends_the_same(form: str, png: Path, npz: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "draw", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            draw_samples(config(out, format=form))
+    draw_noted(config(out, format=form), batches=1)
     folder = out / {"png": "images", "npz": "parts"}[form]
     for path in folder.iterdir():  # files are written in the background
         if path.name in ("000001.png", "000002.png"):
@@ -119,40 +123,18 @@ def test_an_interrupted_run_ends_the_same(
     (folder / {"png": ".000005.png.x1.tmp.png", "npz": ".000004.safetensors.x1.tmp.safetensors"}[form]).write_bytes(
         b"half"
     )
-    drawn.clear()
-    monkeypatch.setattr(Sampler, "draw", lambda self, ids: drawn.append(ids.tolist()) or draw(self, ids))
-    draw_samples(config(out, format=form))
+    assert draw_noted(config(out, format=form)) == {"png": [[1, 2, 4, 5]], "npz": [[4, 5]]}[form]
     assert contents(out) == contents({"png": png, "npz": npz}[form])
-    assert drawn == {"png": [[1, 2, 4, 5]], "npz": [[4, 5]]}[form]
-    draw_samples(config(out, format=form, batch_size=3))  # nothing is missing: another batch size does not matter
-    assert len(drawn) == 1
-
-
-SCRIPT = """
-import argparse, sys
-import torch.distributed as dist
-from vapi_fast import cli, commands
-dist.init_process_group("gloo")  # once: a command by itself joins and leaves
-for name, line in (("generate", sys.argv[1]), ("generate", sys.argv[2]), ("evaluate", sys.argv[3])):
-    parser = argparse.ArgumentParser()
-    cli.add_command_flags(parser, name)
-    status = getattr(commands, f"{name}_main")(parser.parse_args(line.split()))
-    if status:
-        sys.exit(status)
-"""
+    # Nothing is missing: another batch size does not matter.
+    assert draw_noted(config(out, format=form, batch_size=3)) == []
 
 
 @pytest.mark.usefixtures("image_sets")
 def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     flags = "--model tiny --num 6 --batch-size 4 --class-ids 0,3,8,3 --seed 5 --cfg-scale 1.5"
-    arguments = [f"{flags} --format {form} --out {tmp_path / form}" for form in ("png", "npz")]
-    arguments.append(f"--model tiny --samples {tmp_path / 'png'} --output {tmp_path / 'scores.json'}")
-    finished = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *arguments], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    lines = [f"generate {flags} --format {form} --out {tmp_path / form}" for form in ("png", "npz")]
+    lines.append(f"evaluate --model tiny --samples {tmp_path / 'png'} --output {tmp_path / 'scores.json'}")
+    printed = on_two_ranks(tmp_path, *lines)
     assert contents(tmp_path / "png") == contents(png)
     assert contents(tmp_path / "npz") == contents(npz)
     from vapi_fast.evaluation.scoring import EvaluateConfig, evaluate
@@ -162,7 +144,7 @@ def test_two_ranks_give_the_same_files_as_one(png: Path, npz: Path, tmp_path: Pa
     scores = json.loads((tmp_path / "scores.json").read_text())
     for name in ("fid", "sfid", "inception_score", "precision", "recall"):
         assert scores[name] == pytest.approx(getattr(report, name), rel=1e-6)
-    assert finished.stdout.count("6 images against 428 images") == 1
+    assert printed.count("6 images against 428 images") == 1
 
 
 def test_save_size_resizes_the_decoded_image(png: Path, tmp_path: Path) -> None:

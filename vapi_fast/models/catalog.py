@@ -6,7 +6,7 @@ Nothing here imports torch: the command line takes its choices and defaults from
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vapi_fast import tiny
@@ -95,23 +95,11 @@ PAPER = Entry(
     evaluate={"image_size": 256, "batch_size": 64},  # the ADM evaluator's ImageNet reference
 )
 # Text to image: 256², 200 steps around images half of whose tokens are noise; measured on COCO's 30 000 captions.
-TEXT = Entry(
-    tokenizer="vq-16",
-    lpips="vgg16",
+TEXT = replace(
+    PAPER,
     image_size=256,
-    files=NO_FILES,
-    align={
-        "batch_size": 128,
-        "micro_batch": 16,
-        "steps": 200,
-        "lr": 1e-6,
-        "noise_prob": 0.5,
-        "eval_samples": 30_000,
-        "eval_batch": 64,
-        "cfg_scale": 7.5,
-    },
+    align={**PAPER.align, "steps": 200, "noise_prob": 0.5, "eval_samples": 30_000, "cfg_scale": 7.5},
     generate={"num": 30_000},
-    evaluate={"image_size": 256, "batch_size": 64},
     recipes={"ar-grpo": {"batch_size": 8, "steps": 600, "rollout_cfg_scale": 4.0, "prior_weight": 1.0}},
 )
 TINY = Entry(
