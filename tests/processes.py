@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 PATIENCE = 900  # seconds: ends what hangs, and nothing that a slow machine is still at
 
@@ -73,3 +76,23 @@ def free_port() -> int:
         with socket.socket() as found:
             if found.connect_ex(("127.0.0.1", port)):
                 return port
+
+
+def become(rank: int, world_size: int, port: int) -> None:
+    """What torchrun would say to this process, on one thread."""
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+
+
+def on_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
+    """Run it in so many processes; it gets its rank, their number, a port, and the arguments."""
+    port = free_port()
+    ranks = [
+        forkserver.Process(target=function, args=(rank, world_size, port, *arguments)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(PATIENCE)
+        assert process.exitcode == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import PublishedRecipe
-from processes import PATIENCE, forkserver, free_port
+from processes import become, on_ranks
 from torch import Tensor
 
 import vapi_fast
@@ -189,22 +188,14 @@ def train(output: Path, rank: int = 0) -> None:
     torch.save(seen, output / f"seen-{rank}.pt")
 
 
-def train_rank(rank: int, port: int, output: Path) -> None:
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+def train_rank(rank: int, world_size: int, port: int, output: Path) -> None:
+    become(rank, world_size, port)
     train(output, rank)
 
 
 def test_shuffled_runs_do_not_depend_on_ranks(tmp_path: Path) -> None:
-    port = free_port()
-    ranks = [forkserver.Process(target=train_rank, args=(rank, port, tmp_path / "two")) for rank in range(2)]
-    for process in ranks:
-        process.start()
+    on_ranks(train_rank, 2, tmp_path / "two")
     train(tmp_path / "one")
-    for process in ranks:
-        process.join(PATIENCE)
-        assert process.exitcode == 0
     shares = [torch.load(tmp_path / "two" / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     sharded = [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in zip(*shares, strict=True)]
     whole = torch.load(tmp_path / "one" / "seen-0.pt", weights_only=True)

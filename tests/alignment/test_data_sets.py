@@ -61,10 +61,13 @@ def test_what_a_run_will_read_is_encoded_first(
     read = {data.caption(i) for batch in steps for i in batch.image_ids.tolist()}
     assert set(given) == read | {f"a cup {word}" for word in ("on", "two", "red", "cat", "dogs")}
     assert len(given) == 6 + 5
-    held_out = open_data(config, Captions(12, 16), CPU, held_out=True, image_size=16)
+    held_out = open_data(config, Captions(12, 16), CPU, held_out=True).at(16)
     (batch,) = held_out.batches(4, 1, seed=0)
     assert batch.images.shape == (4, 3, 16, 16)
     assert batch.features.shape == (4, 12, 16)
+    same = open_data(config, Captions(12, 16), CPU, held_out=True, features=data.features)
+    assert same.features is data.features
+    assert all(map(torch.equal, next(same.at(16).batches(4, 1, seed=0)), batch))
     assert len(given) == 6 + 5
     config = dataclasses.replace(config, evaluate=False, caption_cache=tmp_path / "another")
     open_data(config, Captions(12, 16), CPU)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import PATIENCE, forkserver, free_port
+from processes import PATIENCE, become, on_ranks
 from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import load_state_dict
@@ -18,24 +17,6 @@ from vapi_fast.tiny import FILES
 
 E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
 SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
-
-
-def become(rank: int, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
-
-
-def on_ranks(function: Callable[..., None], world_size: int, *arguments: object) -> None:
-    port = free_port()
-    ranks = [
-        forkserver.Process(target=function, args=(rank, world_size, port, *arguments)) for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(PATIENCE)
-        assert process.exitcode == 0
 
 
 def train(rank: int, world_size: int, port: int, output: Path, recipe: str) -> None:

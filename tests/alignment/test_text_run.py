@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ pytest.importorskip("ftfy")
 import datasets
 from inputs import text_encoder
 from PIL import Image
-from processes import PATIENCE, forkserver, free_port
+from processes import become, on_ranks
 from safetensors.torch import save_file
 
 import vapi_fast
@@ -121,9 +120,7 @@ def test_a_resumed_run_ends_alike(make: Make, tmp_path: Path, monkeypatch: pytes
 
 
 def train_rank(rank: int, world_size: int, port: int, output: Path, checkpoint: Path) -> None:
-    torch.set_num_threads(1)
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    become(rank, world_size, port)
     LLAMAGEN_CONFIGS["t2i-xl"], catalog.CATALOG["t2i-xl"] = SIZE, catalog.TINY
     small = {"batch_size": 4, "micro_batch": 1, "group_size": 4, "steps": 2, "lr": 1e-3, "recipe": "va-pi"}
     vapi_fast.align(
@@ -135,15 +132,9 @@ def train_rank(rank: int, world_size: int, port: int, output: Path, checkpoint: 
 
 def test_runs_do_not_depend_on_ranks(files: Path, tmp_path: Path) -> None:
     """Each rank leaves out the padding that its own captions have, and shares the captions' projection."""
+    checkpoint = files / "generator.safetensors"
     for world_size in (1, 2):
-        port, checkpoint = free_port(), files / "generator.safetensors"
-        arguments = (world_size, port, tmp_path / str(world_size), checkpoint)
-        ranks = [forkserver.Process(target=train_rank, args=(rank, *arguments)) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(PATIENCE)
-            assert process.exitcode == 0
+        on_ranks(train_rank, world_size, tmp_path / str(world_size), checkpoint)
     start, one, two = (
         torch.cat([value.double().flatten() for _, value in sorted(load_state_dict(path).items())])
         for path in (checkpoint, tmp_path / "1" / "aligned.pt", tmp_path / "2" / "aligned.pt")

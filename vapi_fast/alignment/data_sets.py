@@ -28,27 +28,26 @@ def open_data(
     device: torch.device,
     *,
     held_out: bool = False,
-    image_size: int | None = None,
+    features: FeatureSource | None = None,
 ) -> ImageData | CaptionedData:
     """The images that are trained on, or the held-out ones of a measurement; all ranks call it.
 
     With captions the features of all that the run will read are made ready, those of the held-out images included: so
-    the first call belongs before the generator comes to `device`.
+    the first call belongs before the generator comes to `device`; another one can go on with its `features`.
     Raises ConfigError for flags that do not go with the condition or with each other, DataError as the sets do.
     """
-    side = image_size or config.image_size
     if isinstance(condition, Classes):
         if given := [flag(name) for name in OF_CAPTIONS if getattr(config, name) is not None]:
             raise ConfigError(f"{given[0]}: this model is conditioned on classes, leave it out")
         source, split = source_of(config, held_out)
         options = {"num_classes": condition.count, "class_index": config.class_index, "held_out": held_out}
-        return ImageData(source, side, split=split, **options)
-    features = feature_source(config, condition, device)
+        return ImageData(source, config.image_size, split=split, **options)
+    features = features or feature_source(config, condition, device)
 
     def opened(held_out: bool) -> CaptionedData:
         source, split = source_of(config, held_out)
         options = {"split": split, "held_out": held_out, "caption_column": config.caption_column}
-        return CaptionedData(source, side, features=features, **options)
+        return CaptionedData(source, config.image_size, features=features, **options)
 
     data = opened(held_out)
     # A measurement's last step may reach past its images.

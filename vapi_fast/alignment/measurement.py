@@ -17,6 +17,7 @@ from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.rollout import condition_of, roll_out, token_uncertainty
 from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageBatch, ImageStream
+from vapi_fast.data.features import FeatureSource
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
 from vapi_fast.generation.sequences import generate
@@ -71,7 +72,10 @@ class Evaluator:
     """Holds the held-out images and their features, so that base and aligned generator meet the same test."""
 
     @torch.no_grad()
-    def __init__(self, config: AlignConfig, models: Models, device: torch.device) -> None:
+    def __init__(
+        self, config: AlignConfig, models: Models, device: torch.device, features: FeatureSource | None = None
+    ) -> None:
+        """features: of the run's captions, so that those that it has foreseen are not cleaned and looked for again."""
         from vapi_fast.data.pictures import spread  # takes Pillow, which a run without measurements does without
 
         self.config = config
@@ -79,10 +83,8 @@ class Evaluator:
         self.device = device
         self.network = feature_network(config, models, device)
         self.scored_side = config.image_size if config.lpips == "tiny" else PAPER_SIDE
-        self.data, scored = (
-            open_data(config, models.generator.config.condition, device, held_out=True, image_size=side)
-            for side in (config.image_size, self.scored_side)
-        )
+        self.data = open_data(config, models.generator.config.condition, device, held_out=True, features=features)
+        scored = self.data.at(self.scored_side)
         count = min(len(self.data), config.eval_samples)
         features, labels, positions = [], [], []
         for position, batch in shard_of(scored, count, config.eval_batch):

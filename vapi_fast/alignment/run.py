@@ -212,7 +212,7 @@ class Run:
             self.models = dataclasses.replace(self.models, networks=networks)
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
         self.files = {name: identity(path) for name, path in used.items()}
-        self.evaluator = Evaluator(config, self.models, device) if config.evaluate else None
+        self.evaluator = Evaluator(config, self.models, device, self.data.features) if config.evaluate else None
         shard(generator, reshard_after_forward=plan is None or plan.reshard_after_forward)
         self.trainer = make_trainer(self.models, config, self.outcome.clock)
         self.snapshots = Snapshots(config.snapshots)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi_fast.data.dataset import ImageStream, check_side, reader
+from vapi_fast.data.dataset import ImageStream, checked_side, reader
 from vapi_fast.data.features import FeatureSource, digest
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
@@ -42,7 +42,7 @@ class CaptionedData(ImageStream):
         held_out: bool = False,
         caption_column: str | None = None,
     ) -> None:
-        check_side(image_size)
+        checked_side(image_size)
         reader()
         require(DataError, "reading captions", "ftfy")
         from vapi_fast.data.caption_files import CaptionedRows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import numbers
 import warnings
@@ -21,6 +22,9 @@ from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from vapi_fast.data.features import FeatureSource
     from vapi_fast.data.image_files import ImageRows
 
 UNREADABLE_LIMIT = 0.01
@@ -62,9 +66,11 @@ class ImageBatch(NamedTuple):
 class ImageStream:
     """Images by their rows: decoded, cropped to `image_size`² and served in batches; an image's id is its row."""
 
+    features: FeatureSource | None = None  # of captions
+
     def __init__(self, rows: ImageRows, labels: np.ndarray, image_size: int) -> None:
         """labels: int64 `[rows]`."""
-        self.image_size = image_size
+        self.image_size = checked_side(image_size)
         self.source = rows.source
         self.split: str | None = rows.split
         self._rows = rows
@@ -74,6 +80,13 @@ class ImageStream:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def at(self, image_size: int) -> Self:
+        """The same images, cropped to another size; which of them are unreadable is found anew."""
+        other = copy.copy(self)
+        other.image_size = checked_side(image_size)
+        other._read, other._unreadable = np.zeros_like(self._read), {}
+        return other
 
     def condition(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """What images with labels int64 `[n]` are drawn from, and its mask; of classes the labels themselves."""
@@ -227,7 +240,7 @@ class ImageData(ImageStream):
         held_out: bool = False,
         class_index: Path | None = None,
     ) -> None:
-        check_side(image_size)
+        checked_side(image_size)  # before the images are looked for
         rows = reader().LabelledRows(Path(source), split, held_out, class_index)
         super().__init__(rows, rows.labels(num_classes), image_size)
         self.class_names: dict[int, str] | None = rows.class_names
@@ -242,10 +255,11 @@ class ImageData(ImageStream):
         return {"split": self.split, "images": len(self), "classes": classes}
 
 
-def check_side(image_size: object) -> None:
+def checked_side(image_size: int) -> int:
     check_whole_numbers(image_size=image_size)
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
+    return image_size
 
 
 def check_whole_numbers(**values: object) -> None:

@@ -76,6 +76,8 @@ class CachedFeatures:
         """Encode what the cache lacks, a share of it on each rank; the encoder leaves the device again."""
         texts: dict[str, str] = {}
         for text in dict.fromkeys(caption.text for caption in captions):
+            if self._keys.get(text) in self._places:
+                continue
             clean = cleaned(text)
             self._keys[text] = digest(clean)
             texts[self._keys[text]] = clean
