@@ -63,7 +63,9 @@ class PublishedRecipe(GradientSource):
         held = {"tokenizer and LPIPS": FP32 * frozen_parameters(config.tokenizer, config.lpips)}
         if config.prior != "kl":  # else our own is one and the same
             held["base model"] = BF16 * parameters(generator)
-        others = {"published recipe": published_bytes(generator, config.batch_size // world_size)}
+        others = {
+            "published recipe": published_bytes(generator, config.batch_size // world_size, masks=config.dropout > 0)
+        }
         return Beside(held, others, "pass --path fast")
 
     def prepare(self, models: Models, config: AlignConfig, device: torch.device) -> None:
@@ -247,12 +249,17 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((difference / sum(b.double().square().sum() for b in theirs)).sqrt())
 
 
-def published_bytes(generator: GeneratorConfig, images: int) -> int:
-    """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences."""
+def published_bytes(generator: GeneratorConfig, images: int, *, masks: bool) -> int:
+    """The greater of the published recipe's two peaks: sampling for all images, or training on a few sequences.
+
+    masks: of dropout, two a layer, a byte a number.
+    """
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     length = generator.grid_size**2
     sampling = 4 * FP32 * images * length * vocab  # logits, scaled, probabilities, the draw's exponentials
-    layer = 34 * width + 8 * hidden + FP32 * generator.heads  # bytes that its plain layers keep of a position
+    layer = (
+        (36 if masks else 34) * width + 8 * hidden + FP32 * generator.heads
+    )  # bytes that its plain layers keep of a position
     training = CHUNK * length * (generator.layers * layer + 24 * vocab)
     return max(sampling, training)
 

@@ -264,7 +264,8 @@ def test_paper_defaults() -> None:
     paper = AlignConfig(model="xxl", vq_ckpt=PRESET.tokenizer, gpt_ckpt=PRESET.generator, data=PRESET.train_images)
     assert (paper.image_size, paper.batch_size, paper.group_size, paper.steps) == (384, 128, 8, 100)
     assert (paper.lr, paper.weight_decay, paper.prior_weight, paper.clip_range) == (1e-6, 1e-4, 0.1, 0.2)
-    assert (paper.mse_weight, paper.lpips_weight, paper.noise_prob, paper.dropout) == (1.0, 1.0, 0.0, 0.0)
+    assert (paper.mse_weight, paper.lpips_weight, paper.noise_prob) == (1.0, 1.0, 0.0)
+    assert (paper.recipe, paper.rollout_mode, paper.dropout, paper.label_dropout) == ("va-pi", "eval", 0.1, 0.1)
 
 
 def test_console_script_help() -> None:

@@ -10,9 +10,9 @@ import torch
 from comparison import Comparison, published_bytes
 from torch import Tensor
 
-from vapi_fast import AlignConfig
+from vapi_fast import AlignConfig, ops
 from vapi_fast.alignment.memory import activation_bytes, check, chunks, frozen_parameters, plan
-from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen, LlamaGenConfig
+from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, Dropout, LlamaGen, LlamaGenConfig
 from vapi_fast.runtime.errors import ConfigError
 
 XXL = LLAMAGEN_CONFIGS["xxl"]
@@ -99,7 +99,7 @@ def test_options_that_need_more_are_counted() -> None:
     assert divergence.parts["loss"] - plain.parts["loss"] == 12 * 16 * 576 * 16384
     both = plan(config(), XXL, 200 * GB, beside=Comparison().memory(config(), world_size=1))
     held = (2 + 4) * PARAMETERS + 4 * frozen_parameters("vq-16", "vgg16")
-    assert both.total - plain.total == held + published_bytes(XXL, 128) - sum(plain.step.values())
+    assert both.total - plain.total == held + published_bytes(XXL, 128, masks=True) - sum(plain.step.values())
     assert plan(config(method="ste"), XXL, 200 * GB).parts["activations"] > 2 * plain.parts["activations"]
     quarter = plan(config(image_size=192), XXL, 200 * GB)
     assert quarter.parts["activations"] == plain.parts["activations"] / 4
@@ -112,7 +112,15 @@ def test_chunks_are_whole_groups_or_powers_of_two() -> None:
     assert chunks(100) == [64, 32, 16, 8, 4, 2, 1]
 
 
-def kept_bytes(model: LlamaGen, images: int) -> int:
+class KernelDropout(Dropout):
+    """By the kernel, which draws its masks again for the gradient, as on a GPU."""
+
+    def states(self, x: Tensor, site: int) -> Tensor:
+        with ops.use_backend("triton"):
+            return super().states(x, site)
+
+
+def kept_bytes(model: LlamaGen, images: int, dropout: float) -> int:
     """Memory that autograd keeps for the backward of a forward in bf16; each allocation once."""
     kept: dict[int, Tensor] = {}
 
@@ -122,15 +130,17 @@ def kept_bytes(model: LlamaGen, images: int) -> int:
 
     tokens = torch.zeros(images, model.config.grid_size**2 - 1, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(tokens, torch.zeros(images, dtype=torch.long), return_hidden=True)
+        masks = KernelDropout(dropout, dropout, 0, torch.arange(images)) if dropout else None
+        model.hidden(tokens, Condition(torch.zeros(images, dtype=torch.long)), masks)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("layers", [1, 4])
-def test_activations_are_what_autograd_keeps(layers: int) -> None:
+def test_activations_are_what_autograd_keeps(layers: int, dropout: float) -> None:
     generator = LlamaGenConfig(layers=layers, heads=4, width=128, vocab_size=100, grid_size=8, num_classes=9)
     model = LlamaGen(generator)
-    kept = kept_bytes(model, 3) - kept_bytes(model, 2)  # weights' copies are in both
+    kept = kept_bytes(model, 3, dropout) - kept_bytes(model, 2, dropout)  # weights' copies are in both
     assert activation_bytes(generator) == pytest.approx(kept, rel=0.02)
 
 

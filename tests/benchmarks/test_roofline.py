@@ -44,7 +44,7 @@ def run_json(path: Path, **changes: Any) -> Path:
 
 
 def test_h100_floors_stand_beside_the_design_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = printed(capsys)
+    rows = printed(capsys, "--recipe", "lean")
     assert [name for name in rows if name != "text"] == [*STAGES, "total"]
     assert rows["decode"] == ["521.96", "1786.28", "matmul", "0.6541", "1.30"]
     assert rows["optimizer"][2:] == ["copy", "0.0151", "0.03"]
@@ -52,6 +52,13 @@ def test_h100_floors_stand_beside_the_design_budget(capsys: pytest.CaptureFixtur
     assert rows["total"][3] == "2.95"
     assert all(float(rows[stage][3]) < float(rows[stage][4]) for stage in STAGES if stage != "sample")
     assert "copy 3 TB/s (measured), matrix product 798 TFLOP/s (measured)" in rows["text"][1]
+
+
+def test_the_default_has_a_forward_more(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, lean = printed(capsys), printed(capsys, "--recipe", "lean")
+    assert float(rows["forward"][0]) == pytest.approx(2 * float(lean["forward"][0]), abs=0.02)
+    assert (rows["forward"][4], lean["forward"][4]) == ("0.84", "0.42")
+    assert rows["total"][2:] == ["1.9039", "3.40"]
 
 
 @pytest.mark.parametrize(("gpu", "copy"), [("a100-40", 1555), ("a100-80", 2039)])

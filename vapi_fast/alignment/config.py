@@ -36,15 +36,15 @@ ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": st
 RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
-def settings(values: Mapping[str, Any]) -> list[str]:
-    """A recipe's values as a command line has them, without those of the default one."""
-    default = catalog.RECIPES[catalog.DEFAULT_RECIPE]
-    return [f"{flag(name)} {as_text(value)}" for name, value in values.items() if value != default.get(name)]
+def settings(values: Mapping[str, Any], beside: str) -> list[str]:
+    """A recipe's values as a command line has them, without those that another one has as well."""
+    others = catalog.RECIPES[beside]
+    return [f"{flag(name)} {as_text(value)}" for name, value in values.items() if value != others.get(name)]
 
 
 def shown_settings(values: Mapping[str, Any]) -> str:
     """For a table's cell."""
-    return " ".join(f"`{each}`" for each in settings(values)) or "those shown here"
+    return " ".join(f"`{each}`" for each in settings(values, beside=catalog.PAPER.recipe)) or "those shown here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class ObjectiveOptions:
     """What the rewards are made into."""
 
     recipe: str = option(
-        catalog.DEFAULT_RECIPE,
+        PRESET,
         "values for flags that are not given: "
         + "; ".join(f"`{name}`, {shown_settings(values)}" for name, values in catalog.RECIPES.items()),
         choices=tuple(catalog.RECIPES),
@@ -313,7 +313,7 @@ class AlignConfig(
 
     def __post_init__(self) -> None:
         not_given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is PRESET}
-        self.prepare("align", self.recipe)
+        self.prepare("align")
         if self.random_init or self.synthetic_data:  # samples of an untrained generator, or no images to hold them to
             object.__setattr__(self, "evaluate", False)
         if self.output_dir == Path(""):
@@ -331,7 +331,8 @@ class AlignConfig(
     def set_by_recipe(self, not_given: Set[str], message: str) -> str:
         """For a message's end: of the flags in it, those that the recipe has set, as they were not given."""
         named = {name for name in not_given if flag(name) in re.findall(r"--[a-z0-9-]+", message)}
-        said = settings({name: value for name, value in catalog.RECIPES[self.recipe].items() if name in named})
+        values = {name: value for name, value in catalog.RECIPES[self.recipe].items() if name in named}
+        said = settings(values, beside="lean")
         return f"; --recipe {self.recipe} sets {' '.join(said)}" if said else ""
 
     def check_combinations(self) -> None:

@@ -52,9 +52,9 @@ class ModelOptions:
         at_most=LARGEST_SIDE,
     )
 
-    def prepare(self, command: str, recipe: str | None = None) -> None:
+    def prepare(self, command: str) -> None:
         """Fill in what `--model` and the recipe decide for the command, and check ranges. Raises ConfigError."""
-        catalog.prepare(self, command, recipe)
+        catalog.prepare(self, command)
         downsample = VQ_CONFIGS[self.tokenizer].downsample
         if self.image_size % downsample:
             raise ConfigError(f"--image-size must be a multiple of {downsample}, got {self.image_size}")
