@@ -91,9 +91,8 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
         by_token = {f"{name}, by token": sizes[name] | {"credit_window": 3} for name in ("G 2", "G 4", "G 8")}
         return sizes | by_token | CONTROLS
     found: dict[str, Changes] = {}
-    controls = {RANDOM: CONTROLS[RANDOM], PRIOR: {"method": "ntp"}}
-    lines = {f"lr {lr:g}, {name}": {"lr": lr} | changes for name, changes in controls.items()}
-    lines = {f"lr {rate:g}": {"lr": rate} for rate in (lr / 2, lr, 2 * lr)} | lines
+    lines = {f"lr {rate:g}": {"lr": rate} for rate in (lr / 2, lr, 2 * lr)}
+    lines |= {f"lr {lr:g}, {RANDOM}": {"lr": lr} | CONTROLS[RANDOM]}
     for name, changes in lines.items():
         for steps in SHORT:
             found[f"{name}{AFTER}{steps}"] = changes | {"steps": steps}
