@@ -257,9 +257,8 @@ def published_bytes(generator: GeneratorConfig, images: int, *, masks: bool) -> 
     width, hidden, vocab = generator.width, generator.hidden_width, generator.vocab_size
     length = generator.grid_size**2
     sampling = 4 * FP32 * images * length * vocab  # logits, scaled, probabilities, the draw's exponentials
-    layer = (
-        (36 if masks else 34) * width + 8 * hidden + FP32 * generator.heads
-    )  # bytes that its plain layers keep of a position
+    # Bytes that its plain layers keep of a position.
+    layer = (34 + 2 * masks) * width + 8 * hidden + FP32 * generator.heads
     training = CHUNK * length * (generator.layers * layer + 24 * vocab)
     return max(sampling, training)
 

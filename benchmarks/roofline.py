@@ -53,10 +53,7 @@ MEASURE = "measure"
 # Seconds a step that DESIGN.md allows for LlamaGen-XXL at 384², 128 images × 8 rollouts, on an H100.
 BUDGET = {"encode": 0.10, "forward": 0.42, "decode": 1.3, "lpips": 0.25, "loss": 0.04, "backward": 0.85}
 BUDGET |= {"optimizer": 0.03, "total": 2.95}
-SECOND_FORWARD = {
-    "forward": 0.42,
-    "loss": 0.03,
-}  # and what it allows for one whose rollouts have a forward of their own
+SECOND_FORWARD = {"forward": 0.42, "loss": 0.03}  # beside that, where rollouts have a forward of their own
 BUDGETED = {"model": "xxl", "image_size": 384, "batch_size": 128, "group_size": 8, "method": "vapi", "prior": "ce"}
 
 # Name, format and width of each column behind the stage's.
@@ -107,10 +104,8 @@ def table(
 def step_budget(config: Mapping[str, Any]) -> dict[str, float]:
     """Seconds by stage, and in total."""
     added = SECOND_FORWARD if has_second_forward(config) else {}
-    return {
-        stage: seconds + (sum(added.values()) if stage == "total" else added.get(stage, 0))
-        for stage, seconds in BUDGET.items()
-    }
+    added = added | {"total": sum(added.values())}
+    return {stage: seconds + added.get(stage, 0) for stage, seconds in BUDGET.items()}
 
 
 def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
