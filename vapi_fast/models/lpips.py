@@ -29,6 +29,7 @@ class LPIPSConfig:
 LPIPS_CONFIGS = {
     "vgg16": LPIPSConfig(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))),
     "tiny": LPIPSConfig(((32, 2), (64, 2), (128, 2)), classes=9),
+    "scenes": LPIPSConfig(((24, 2), (48, 2), (96, 2)), classes=24),
 }
 
 

@@ -90,6 +90,9 @@ LLAMAGEN_CONFIGS = {
     "3b": LlamaGenConfig(layers=24, heads=32, width=3200),
     "t2i-xl": LlamaGenConfig(layers=36, heads=20, width=1280, grid_size=16, caption_tokens=120),
     "tiny": LlamaGenConfig(layers=6, heads=6, width=192, vocab_size=512, grid_size=8, num_classes=9),
+    "tiny-text": LlamaGenConfig(
+        layers=5, heads=4, width=256, vocab_size=512, grid_size=8, caption_tokens=12, caption_width=520
+    ),
 }
 
 
@@ -115,6 +118,9 @@ VQ_CONFIGS = {
     "vq-8": VQTokenizerConfig(multipliers=(1, 2, 2, 4)),
     "tiny": VQTokenizerConfig(
         channels=32, multipliers=(1, 2, 3), latent_channels=64, codebook_size=512, code_width=8, norm_groups=8
+    ),
+    "scenes": VQTokenizerConfig(
+        channels=16, multipliers=(1, 2, 4), latent_channels=64, codebook_size=512, code_width=8, norm_groups=8
     ),
 }
 

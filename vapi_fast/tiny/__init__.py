@@ -1,6 +1,7 @@
-"""The tiny preset: a real image set, tokenizer, perceptual network and generator that ship with the package.
+"""The presets: real image sets, tokenizers, perceptual networks and generators that ship with the package.
 
-`python -m vapi_fast.tiny.build` makes all four from nothing; `FILES` says where they are.
+`python -m vapi_fast.tiny.build` makes those of `tiny` from nothing, `python -m vapi_fast.tiny.build_text` those of
+`tiny-text`; `FILES` and `TEXT_FILES` say where they are.
 """
 
 from __future__ import annotations
@@ -31,3 +32,23 @@ def tiny_files(folder: Path) -> TinyFiles:
 FILES = tiny_files(Path(__file__).parent / "preset")
 CLASSES = 9  # Unicode groups
 IMAGE_SIZE = 32
+
+
+class TextFiles(NamedTuple):
+    train_images: Path
+    heldout_images: Path
+    words: Path
+    perceptual: Path
+    detector: Path
+    tokenizer: Path
+    generator: Path
+
+
+def text_files(folder: Path) -> TextFiles:
+    """The text preset's files inside `folder`."""
+    names = ("words", "perceptual", "detector", "tokenizer", "generator")
+    images = (folder / "train.parquet", folder / "heldout.parquet")
+    return TextFiles(*images, *(folder / f"{name}.safetensors" for name in names))
+
+
+TEXT_FILES = text_files(Path(__file__).parent / "preset" / "text")

@@ -8,28 +8,24 @@ Needs Debian's packages fonts-noto-color-emoji and unicode-data for the images.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import trange
+from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.tiny import CLASSES, FILES, IMAGE_SIZE, TinyFiles, tiny_files
 from vapi_fast.tiny.images import render_all
+from vapi_fast.tiny.training import SEED, batches, fit, fit_generator, fit_tokenizer, save_half
 
 HELDOUT_SHARE = 5  # one image in five
-SEED = 0
 
 
 def build_images(output: TinyFiles) -> None:
@@ -102,30 +98,6 @@ def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.masked_fill(inside[:, None], 0.0)
 
 
-def batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` index batches from endless shuffled epochs."""
-    pool = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(pool) < batch_size:
-            pool = torch.cat([pool, torch.randperm(count, generator=generator)])
-        yield pool[:batch_size]
-        pool = pool[batch_size:]
-
-
-def optimizer_and_schedule(
-    module: nn.Module, lr: float, steps: int, weight_decay: float
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.OneCycleLR]:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.05)
-
-
-def save_half(module: nn.Module, path: Path) -> None:
-    """Weights as float16 safetensors: half the size, and loads into float32 modules."""
-    state = {key: value.detach().half().contiguous() for key, value in module.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, temporary))
-    print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
-
-
 def train_perceptual(output: TinyFiles, steps: int = 600, batch_size: int = 128) -> None:
     """A classifier of the nine Unicode groups: features for LPIPS and FID, logits for the Inception Score.
 
@@ -138,90 +110,43 @@ def train_perceptual(output: TinyFiles, steps: int = 600, batch_size: int = 128)
     torch.manual_seed(SEED)
     model = LPIPS.from_name("tiny").to(memory_format=torch.channels_last)
     model.heads.requires_grad_(False)
-    optimizer, schedule = optimizer_and_schedule(model, 1e-3, steps, weight_decay=0.05)
-    progress = trange(steps, desc="perceptual network")
-    for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
-        inputs = disturbed(shifted(images[index], generator), generator).to(memory_format=torch.channels_last)
-        loss = F.cross_entropy(model.features_and_logits(inputs)[1], labels[index], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            with torch.no_grad():
-                correct = model.features_and_logits(heldout)[1].argmax(1) == heldout_labels
-            progress.set_postfix(loss=f"{loss.item():.3f}", heldout_accuracy=f"{correct.float().mean():.3f}")
+    index = batches(len(images), batch_size, generator)
+
+    def loss_of(_: int) -> Tensor:
+        rows = next(index)
+        inputs = disturbed(shifted(images[rows], generator), generator).to(memory_format=torch.channels_last)
+        return F.cross_entropy(model.features_and_logits(inputs)[1], labels[rows], label_smoothing=0.1)
+
+    def figures() -> dict[str, str | int]:
+        correct = model.features_and_logits(heldout)[1].argmax(1) == heldout_labels
+        return {"heldout_accuracy": f"{correct.float().mean():.3f}"}
+
+    fit("perceptual network", model, steps, loss_of, figures=figures)
     save_half(model, output.perceptual)
 
 
-def nearest_centres(points: Tensor, count: int, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """Spherical k-means: `count` unit vectors for unit vectors `points` `[N,C]`."""
-    centres = points[torch.randperm(len(points), generator=generator)[:count]]
-    for _ in range(rounds):
-        nearest = (points @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        empty = sums.norm(dim=1) == 0
-        sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
-        centres = F.normalize(sums, dim=1)
-    return centres
-
-
 def train_tokenizer(output: TinyFiles, steps: int = 3500, batch_size: int = 64, continuous_steps: int = 300) -> None:
-    """MSE + LPIPS + codebook and commitment losses; the first steps leave the latents continuous, then k-means."""
+    """As `fit_tokenizer` says, on images that are moved and mirrored."""
     images, _ = load_images(output.train_images)
     heldout, _ = load_images(output.heldout_images)
     generator = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)
     perceptual = LPIPS.from_checkpoint(output.perceptual, "tiny").requires_grad_(False)
     model = VQTokenizer.from_name("tiny").to(memory_format=torch.channels_last)
-    optimizer, schedule = optimizer_and_schedule(model, 1e-3, steps, weight_decay=1e-4)
-    codes = model.quantize.embedding.weight
-    used = torch.zeros(len(codes), dtype=torch.bool)
-    progress = trange(steps, desc="tokenizer")
-    for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
-        target = shifted(images[index], generator).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            z = model.latents(target)
-        z = F.normalize(z.float(), dim=-1)
-        if step == continuous_steps:
-            with torch.no_grad():
-                sample = torch.cat(
-                    [F.normalize(model.latents(chunk), dim=-1).flatten(0, 2) for chunk in images.split(256)]
-                )
-                codes.copy_(nearest_centres(sample, len(codes), generator))
-        if step < continuous_steps:
-            z_q, codebook_loss = z, torch.zeros(())
-        else:
-            z_q, indices = ops.vq_lookup(z, codes)
-            chosen = model.codebook()[indices]
-            codebook_loss = F.mse_loss(chosen, z.detach()) + 0.25 * F.mse_loss(z, chosen.detach())
-            used[indices.flatten()] = True
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = model.decode_embeddings(z_q.flatten(1, 2)).float()
-            distance = perceptual(decoded, target).float().mean()
-        loss = F.mse_loss(decoded, target) + 0.1 * distance + codebook_loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 250 == 249:
-            if step < 0.8 * steps:  # codes that no image chose start again at a latent that some image has
-                lost = (~used).nonzero().flatten()
-                latents = z.detach().flatten(0, 2)
-                codes.data[lost] = latents[torch.randint(len(latents), (len(lost),), generator=generator)]
-            with torch.no_grad():
-                error = F.mse_loss(model.decode(model.encode(heldout)).clamp(-1, 1), heldout)
-            progress.set_postfix(loss=f"{loss.item():.4f}", heldout_mse=f"{error:.4f}", codes=int(used.sum()))
-            used.zero_()
+    index = batches(len(images), batch_size, generator)
+
+    def draw() -> Tensor:
+        return shifted(images[next(index)], generator)
+
+    fit_tokenizer(model, perceptual, draw, images, heldout, steps, continuous_steps, generator)
     save_half(model, output.tokenizer)
 
 
 def train_generator(output: TinyFiles, steps: int = 2700, batch_size: int = 32) -> None:
     """Next-token cross-entropy until it gains nothing more on held-out images: a base for alignment to be judged by.
 
-    The learning rate falls to zero along a cosine. Images are varied and tokenized anew at every step, with dropout 0.1
-    for all, as LlamaGen has it; the last 15 % of the steps see them as they are, or mirrored, without dropout.
+    Images are varied and tokenized anew at every step, with dropout 0.1 for all, as LlamaGen has it; the last 15 % of
+    the steps see them as they are, or mirrored, without dropout.
     """
     images, labels = load_images(output.train_images)
     heldout, heldout_labels = load_images(output.heldout_images)
@@ -231,32 +156,18 @@ def train_generator(output: TinyFiles, steps: int = 2700, batch_size: int = 32) 
     with torch.no_grad():
         heldout_tokens = torch.cat([tokenizer.encode(chunk) for chunk in heldout.split(256)])
     model = LlamaGen.from_name("tiny", num_classes=CLASSES, vocab_size=512, grid_size=IMAGE_SIZE // 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, 30 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
-    progress = trange(steps, desc="generator")
-    for step, index in zip(progress, batches(len(images), batch_size, steps, generator), strict=True):
-        finishing = step >= 0.85 * steps
+    index = batches(len(images), batch_size, generator)
+
+    def draw(step: int) -> tuple[Tensor, dict[str, Any]]:
+        finishing, rows = step >= 0.85 * steps, next(index)
         dropout = None if finishing else Dropout(0.1, 0.1, ops.fold_seed(SEED, step))
-        inputs, classes = varied(images[index], generator, 0.0 if finishing else 0.7), labels[index]
+        inputs, classes = varied(images[rows], generator, 0.0 if finishing else 0.7), labels[rows]
         if finishing:  # guidance still needs the class that stands for "none"
             classes = torch.where(torch.rand(batch_size, generator=generator) < 0.1, CLASSES, classes)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                tokens = tokenizer.encode(inputs.to(memory_format=torch.channels_last))
-            with sdpa_kernel(SDPBackend.MATH):  # the other one takes twice as long for 64 tokens
-                loss = F.cross_entropy(model(tokens[:, :-1], classes, dropout=dropout).flatten(0, 1), tokens.flatten())
-                optimizer.zero_grad()
-                loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 49:
-            with torch.no_grad():
-                hidden = model(heldout_tokens[:, :-1], heldout_labels, return_hidden=True)
-                error = ops.linear_cross_entropy(hidden, model.output.weight, heldout_tokens)
-            progress.set_postfix(cross_entropy=f"{loss.item():.3f}", heldout=f"{error:.3f}")
+        tokens = tokenizer.encode(inputs.to(memory_format=torch.channels_last))
+        return tokens, {"condition": classes, "dropout": dropout}
+
+    fit_generator(model, draw, (heldout_tokens, {"condition": heldout_labels}), steps)
     save_half(model, output.generator)
 
 

@@ -56,19 +56,30 @@ def thin(glyphs: list[Glyph]) -> list[Glyph]:
     return sorted(kept, key=lambda glyph: order[glyph.text])
 
 
-def render(text: str, font: ImageFont.FreeTypeFont, size: int = IMAGE_SIZE) -> Image.Image | None:
-    """Draw one glyph on white, fitted into `size`×`size`; None when the font has no single glyph for it."""
+def glyph_image(text: str, font: ImageFont.FreeTypeFont, margin: int = 0) -> Image.Image:
+    """One glyph in the middle of a transparent square, `margin` pixels wider than it is; ValueError where it is none."""
     if not 100 <= font.getlength(text) <= 160:  # an unsupported sequence falls apart into several glyphs, or none
-        return None
+        raise ValueError(f"the font has no single glyph for {text!r}")
     canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((12, 16), text, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        return None
+        raise ValueError(f"the font draws nothing for {text!r}")
     glyph = canvas.crop(box)
-    side = max(glyph.size) + 8
-    square = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+    side = max(glyph.size) + margin
+    square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
     square.alpha_composite(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
+    return square
+
+
+def render(text: str, font: ImageFont.FreeTypeFont, size: int = IMAGE_SIZE) -> Image.Image | None:
+    """Draw one glyph on white, fitted into `size`×`size`; None when the font has no single glyph for it."""
+    try:
+        glyph = glyph_image(text, font, margin=8)
+    except ValueError:
+        return None
+    square = Image.new("RGBA", glyph.size, (255, 255, 255, 255))
+    square.alpha_composite(glyph)
     return square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 

@@ -1,0 +1,251 @@
+"""Rebuild the text presets' files from nothing: words, scenes, four networks (under two hours on two cores).
+
+    python -m vapi_fast.tiny.build_text [--output-dir DIR] [--only PART]
+
+Needs Debian's packages fonts-noto-color-emoji for the scenes, and PyPI's wordllama for the words' vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFont
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vapi_fast import ops
+from vapi_fast.data.text import padded
+from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
+from vapi_fast.runtime.checkpoint import write_atomically
+from vapi_fast.tiny import TEXT_FILES, TextFiles, scenes, text_files
+from vapi_fast.tiny.build import disturbed
+from vapi_fast.tiny.detector import NONE, SceneDetector
+from vapi_fast.tiny.images import BITMAP_SIZE, FONT, glyph_image
+from vapi_fast.tiny.scenes import CELLS, KINDS, PAINTS, Sprites, Thing
+from vapi_fast.tiny.training import SEED, fit, fit_generator, fit_tokenizer, save_half
+from vapi_fast.tiny.words import WordVectors
+
+TRAINING_SCENES = 960
+PROMPTS_A_TASK, SCENES_A_PROMPT = 72, 2
+HELDOUT_SEED, TOKENIZER_SEED, GENERATOR_SEED = 1, 2, 3  # streams of scenes
+Scene = tuple[scenes.Prompt, list[Thing], np.ndarray]
+
+
+def build_words(output: TextFiles) -> None:
+    """Vectors of the captions' words: means of their pieces' in WordLlama's 256-wide table (MIT), at unit scale."""
+    found = importlib.util.find_spec("wordllama")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("the words' vectors are WordLlama's: pip install wordllama tokenizers")
+    from tokenizers import Tokenizer
+
+    folder = Path(found.origin).parent
+    table = next(iter(load_file(folder / "weights" / "l2_supercat_256.safetensors").values())).float()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+    words = scenes.words()
+    vectors = torch.stack([table[tokenizer.encode(word, add_special_tokens=False).ids].mean(0) for word in words])
+    vectors = (vectors - vectors.mean(0)) / vectors.std()
+    state = {"vectors": vectors.half().contiguous()}
+    write_atomically(output.words, lambda path: save_file(state, path, {"words": json.dumps(words)}))
+    print(f"{output.words.name}: {len(words)} words")
+
+
+def sprites() -> Sprites:
+    """The objects, of the font's glyphs."""
+    if not FONT.is_file():
+        raise FileNotFoundError(f"{FONT} is missing: install Debian's package fonts-noto-color-emoji")
+    font = ImageFont.truetype(str(FONT), BITMAP_SIZE)
+    return Sprites.of(glyph_image(text, font) for text in scenes.GLYPHS.values())
+
+
+def heldout_scenes(painted: Sprites) -> Iterator[Scene]:
+    """The prompts that are measured on, each so many times in turn."""
+    draw = random.Random(HELDOUT_SEED)
+    prompts = scenes.heldout_prompts(PROMPTS_A_TASK, HELDOUT_SEED)
+    for prompt in prompts * SCENES_A_PROMPT:
+        things = scenes.arrange(prompt, draw)
+        yield prompt, things, scenes.render(things, painted, draw)
+
+
+def build_scenes(output: TextFiles) -> None:
+    """The images with captions that are aligned on, and the held-out ones that are measured on."""
+    painted = sprites()
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    training = itertools.islice(scenes.stream(painted, SEED), TRAINING_SCENES)
+    for path, source in ((output.train_images, training), (output.heldout_images, heldout_scenes(painted))):
+        rows = [{"image": {"bytes": png(image), "path": None}, "caption": prompt.text} for prompt, _, image in source]
+        write_atomically(path, datasets.Dataset.from_list(rows, features=features).to_parquet)
+        print(f"{path.name}: {len(rows)} scenes, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def drawn(source: Iterator[Scene], count: int) -> tuple[list[str], list[list[Thing]], Tensor]:
+    """The next scenes: captions, objects, images float32 `[N,3,32,32]` in [−1, 1]."""
+    prompts, things, images = zip(*itertools.islice(source, count), strict=True)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return [prompt.text for prompt in prompts], list(things), pixels.to(memory_format=torch.channels_last)
+
+
+def train_perceptual(output: TextFiles, steps: int = 1200, batch_size: int = 64) -> None:
+    """A classifier of what kinds of object a scene has, each alike: features for LPIPS and FID, logits for IS."""
+    painted = sprites()
+    source = scenes.stream(painted, SEED)
+    _, heldout_things, heldout = drawn(heldout_scenes(painted), 256)
+    generator = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    model = LPIPS.from_name("scenes").to(memory_format=torch.channels_last)
+    model.heads.requires_grad_(False)
+
+    def shares(things: list[list[Thing]]) -> Tensor:
+        counts = torch.zeros(len(things), len(KINDS))
+        for row, scene in enumerate(things):
+            for thing in scene:
+                counts[row, KINDS.index(thing.kind)] = 1
+        return counts / counts.sum(1, keepdim=True)
+
+    def loss_of(_: int) -> Tensor:
+        _, things, images = drawn(source, batch_size)
+        inputs = disturbed(images, generator).to(memory_format=torch.channels_last)
+        return F.cross_entropy(model.features_and_logits(inputs)[1], shares(things))
+
+    def figures() -> dict[str, str | int]:
+        best = model.features_and_logits(heldout)[1].argmax(1, keepdim=True)
+        return {"heldout_accuracy": f"{(shares(heldout_things).gather(1, best) > 0).float().mean():.3f}"}
+
+    fit("perceptual network", model, steps, loss_of, figures=figures)
+    save_half(model, output.perceptual)
+
+
+def cells(things: list[list[Thing]]) -> tuple[Tensor, Tensor]:
+    """What is in each cell: kinds and paints, int64 `[N,4]`; of a cell without an object NONE and −1."""
+    kinds = torch.full((len(things), CELLS), NONE)
+    paints = torch.full((len(things), CELLS), -1)
+    for row, scene in enumerate(things):
+        for thing in scene:
+            kinds[row, thing.cell] = KINDS.index(thing.kind)
+            paints[row, thing.cell] = PAINTS.index(thing.color)
+    return kinds, paints
+
+
+def any_scene(draw: random.Random) -> list[Thing]:
+    """Any objects in any colors and cells: a detector of everything must not know what usually goes together."""
+    count = draw.randint(0, CELLS)
+    return [Thing(draw.choice(KINDS), draw.choice(PAINTS), cell) for cell in draw.sample(range(CELLS), count)]
+
+
+def train_detector(output: TextFiles, steps: int = 2500, batch_size: int = 64) -> None:
+    """Cross-entropy of kinds and paints over the cells of scenes of any objects, half of them disturbed."""
+    painted, draw = sprites(), random.Random(SEED)
+    _, heldout_things, heldout = drawn(heldout_scenes(painted), 512)
+    generator = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    model = SceneDetector().to(memory_format=torch.channels_last)
+
+    def loss_of(_: int) -> Tensor:
+        things = [any_scene(draw) for _ in range(batch_size)]
+        pixels = np.stack([scenes.render(scene, painted, draw) for scene in things])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images[::2] = disturbed(images[::2], generator)
+        kinds, paints = cells(things)
+        of_kinds, of_paints = model(images.to(memory_format=torch.channels_last))
+        loss = F.cross_entropy(of_kinds.flatten(0, 1), kinds.flatten())
+        return loss + F.cross_entropy(of_paints.flatten(0, 1), paints.flatten(), ignore_index=-1)
+
+    def figures() -> dict[str, str | int]:
+        kinds, paints = cells(heldout_things)
+        of_kinds, of_paints = model(heldout)
+        there = kinds != NONE
+        right = of_kinds.argmax(-1) == kinds
+        right_paint = (of_paints.argmax(-1) == paints)[there]
+        return {"heldout_objects": f"{right.float().mean():.4f}", "colors": f"{right_paint.float().mean():.4f}"}
+
+    fit("detector", model, steps, loss_of, lr=2e-3, every=100, figures=figures)
+    save_half(model, output.detector)
+
+
+def train_tokenizer(output: TextFiles, steps: int = 1700, batch_size: int = 48, continuous_steps: int = 200) -> None:
+    """As `fit_tokenizer` says, on endless scenes."""
+    painted = sprites()
+    source = scenes.stream(painted, TOKENIZER_SEED)
+    heldout, examples = drawn(heldout_scenes(painted), 256)[2], drawn(source, 1000)[2]
+    generator = torch.Generator().manual_seed(SEED)
+    torch.manual_seed(SEED)
+    perceptual = LPIPS.from_checkpoint(output.perceptual, "scenes").requires_grad_(False)
+    model = VQTokenizer.from_name("scenes").to(memory_format=torch.channels_last)
+
+    def draw() -> Tensor:
+        return drawn(source, batch_size)[2]
+
+    fit_tokenizer(model, perceptual, draw, examples, heldout, steps, continuous_steps, generator)
+    save_half(model, output.tokenizer)
+
+
+def train_generator(output: TextFiles, steps: int = 2800, batch_size: int = 32) -> None:
+    """Next-token cross-entropy on endless scenes, one caption in ten left out for guidance.
+
+    No scene comes twice, so there is nothing to learn by heart and no dropout.
+    """
+    painted = sprites()
+    source = scenes.stream(painted, GENERATOR_SEED)
+    torch.manual_seed(SEED)
+    tokenizer = VQTokenizer.from_checkpoint(output.tokenizer, "scenes").eval().to(memory_format=torch.channels_last)
+    model = LlamaGen.from_name("tiny-text")
+    encoder = WordVectors(output.words)
+
+    def conditions(captions: list[str]) -> dict[str, Any]:
+        features, mask = padded(
+            list(encoder.states(captions, model.config.caption_tokens)), model.config.caption_tokens
+        )
+        return {"condition": features, "condition_mask": mask}
+
+    def draw(step: int) -> tuple[Tensor, dict[str, Any]]:
+        captions, _, images = drawn(source, batch_size)
+        dropout = Dropout(0.0, 0.1, ops.fold_seed(SEED, step))
+        return tokenizer.encode(images), {**conditions(captions), "dropout": dropout}
+
+    captions, _, images = drawn(heldout_scenes(painted), 256)
+    with torch.no_grad():
+        heldout = tokenizer.encode(images), conditions(captions)
+    fit_generator(model, draw, heldout, steps)
+    save_half(model, output.generator)
+
+
+PARTS: dict[str, Callable[[TextFiles], None]] = {
+    "words": build_words,
+    "scenes": build_scenes,
+    "perceptual": train_perceptual,
+    "detector": train_detector,
+    "tokenizer": train_tokenizer,
+    "generator": train_generator,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vapi_fast.tiny.build_text", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=TEXT_FILES.words.parent, help="default: into the package")
+    parser.add_argument("--only", choices=PARTS, help="build one part from the others that are already there")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, build in PARTS.items():
+        if options.only in (None, name):
+            build(text_files(options.output_dir))
+
+
+if __name__ == "__main__":
+    main()
