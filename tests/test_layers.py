@@ -28,8 +28,8 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# What builds the tiny preset stands beside the house.
-BESIDE = {"tiny/build.py", "tiny/images.py"}
+# What builds the presets stands beside the house.
+BESIDE = {"tiny/build.py", "tiny/build_text.py", "tiny/images.py", "tiny/training.py"}
 
 
 BENCHMARKS = {path.stem for path in (Path(__file__).parents[1] / "benchmarks").glob("*.py")}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vapi_fast import tiny
 from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
 from vapi_fast.data.config import HUB_ROWS, SHORT_SHARE
@@ -76,7 +77,9 @@ class DataOptions:
         shown="a usual name; the first of several",
     )
     text_encoder: str | None = option(
-        None, "T5 that the model was trained with: folder, or name on Hugging Face's hub", shown="google/flan-t5-xl"
+        PRESET,
+        "T5 that the model was trained with: folder, or name on Hugging Face's hub",
+        shown="google/flan-t5-xl (tiny-text: shipped words)",
     )
     caption_cache: Path | None = option(
         None, "folder where captions' features are kept, for any number of runs", shown="beside torch.hub's"
@@ -141,7 +144,7 @@ class RolloutOptions(DrawOptions):
 class RewardOptions:
     """What a rollout's image is worth."""
 
-    lpips: str = option(PRESET, choices=("vgg16", "tiny"))
+    lpips: str = option(PRESET, choices=("vgg16", *tiny.NETWORKS))
     vgg_weights: Path | None = option(
         PRESET,
         "torchvision's VGG16 file for LPIPS, for machines that are offline",

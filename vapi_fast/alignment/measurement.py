@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapi_fast import ops
+from vapi_fast import ops, tiny
 from vapi_fast.alignment.config import AlignConfig, RolloutOptions
 from vapi_fast.alignment.data_sets import open_data
 from vapi_fast.alignment.models import Models
@@ -19,7 +19,9 @@ from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageBatch, ImageStream
 from vapi_fast.data.features import FeatureSource
 from vapi_fast.evaluation import metrics as evaluation
+from vapi_fast.evaluation.geneval_scores import TaskScores
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
+from vapi_fast.evaluation.scene_judge import SceneJudge
 from vapi_fast.generation.sequences import generate
 from vapi_fast.models import Generator
 from vapi_fast.models.tokenizer import resized_images
@@ -51,20 +53,28 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Figures of one set of samples. geneval: of captions that a preset's detector can judge."""
+
+    scores: evaluation.Scores
+    geneval: TaskScores | None
+
+    def as_record(self) -> dict[str, Any]:
+        found = {name: value for name, value in dataclasses.asdict(self.scores).items() if value is not None}
+        return found | ({"geneval": dataclasses.asdict(self.geneval)} if self.geneval else {})
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One generator's figures: scores of its samples without and with guidance, and those of held-out images."""
 
-    plain: evaluation.Scores
-    cfg: evaluation.Scores | None  # without guidance it would be the plain ones again
+    plain: Scored
+    cfg: Scored | None  # without guidance it would be the plain ones again
     held_out: HeldOut
 
     def as_record(self) -> dict[str, Any]:
         """The layout of `run.json`: the plain scores on top with the held-out figures, the guided ones under `cfg`."""
-        plain, *guided = (
-            {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
-            for scores in (self.plain, self.cfg)
-            if scores
-        )
+        plain, *guided = (each.as_record() for each in (self.plain, self.cfg) if each)
         return plain | ({"cfg": guided[0]} if guided else {}) | dataclasses.asdict(self.held_out)
 
 
@@ -82,7 +92,7 @@ class Evaluator:
         self.models = models
         self.device = device
         self.network = feature_network(config, models, device)
-        self.scored_side = config.image_size if config.lpips == "tiny" else PAPER_SIDE
+        self.scored_side = config.image_size if config.lpips in tiny.NETWORKS else PAPER_SIDE
         self.data = open_data(config, models.generator.config.condition, device, held_out=True, features=features)
         scored = self.data.at(self.scored_side)
         count = min(len(self.data), config.eval_samples)
@@ -100,7 +110,9 @@ class Evaluator:
         # Of these images, the ones that pictures show, and their classes' samples, which have the positions as ids.
         self.shown, self.columns = spread(self.labels[:REWARD_IMAGES], config.image_size)
         captioned = isinstance(self.data, CaptionedData)
-        self.captions = [self.data.caption(label) for label in self.labels[self.shown].tolist()] if captioned else []
+        captions = [self.data.caption(label) for label in self.labels.tolist()] if captioned else []
+        self.captions = [captions[place] for place in self.shown.tolist()] if captioned else []
+        self.judge = SceneJudge.of(captions, device) if config.lpips == "scenes" else None
 
     @torch.no_grad()
     def measure(self, generator: Generator, name: str, temperature: float | None = None) -> Measurement:
@@ -114,18 +126,25 @@ class Evaluator:
         guided = self.score(generator, scale, name, drawn_at) if scale > 1 else None
         return Measurement(plain, guided, self.held_out(generator, temperature or self.config.temperature))
 
-    def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> evaluation.Scores:
-        features, logits = [], []
+    def score(self, generator: Generator, cfg_scale: float, name: str, temperature: float) -> Scored:
+        features, logits, correct = [], [], []
         for images in self.samples(generator, cfg_scale, self.config.eval_samples, name, temperature):
             found = self.network.features(images)
             features.append(found.pooled.cpu())
             logits.append(found.logits.cpu())
-        return evaluation.score(
+            if self.judge:
+                correct += self.judge.correct(images, self.sample_ids(self.config.eval_samples)[len(correct) :])
+        scores = evaluation.score(
             self.reference,
             gather_rows(torch.cat(features)).to(self.device),
             gather_rows(torch.cat(logits)).to(self.device),
             feature_network=self.network.name,
         )
+        return Scored(scores, self.judge.scores(correct) if self.judge else None)
+
+    def sample_ids(self, count: int) -> Tensor:
+        """This rank's of `count` samples."""
+        return torch.arange(rank(), count, world_size())
 
     def samples(
         self, generator: Generator, cfg_scale: float, count: int, name: str, temperature: float
@@ -134,7 +153,7 @@ class Evaluator:
 
         Classes are in the proportions of the held-out images; captions are theirs, in turn.
         """
-        ids = torch.arange(rank(), count, world_size())
+        ids = self.sample_ids(count)
         guided = f"{name}, CFG {cfg_scale:g}" if cfg_scale > 1 else f"{name}, no CFG"
         with progress_bar(len(ids), desc=f"samples ({guided})", unit="image", disable=rank() > 0) as progress:
             batches = BATCHES_A_CAPTURE if self.device.type == "cuda" else 1
@@ -208,7 +227,7 @@ def shard_of(data: ImageStream, count: int, batch_size: int) -> Iterator[tuple[T
 
 
 def feature_network(config: AlignConfig, models: Models, device: torch.device) -> FeatureNetwork:
-    """The tiny preset scores with its own classifier; every other model with Inception."""
-    if config.lpips == "tiny":
+    """The presets score with their own classifiers; every other model with Inception."""
+    if config.lpips in tiny.NETWORKS:
         return tiny_network(models.reward.lpips)
     return inception_network(config.inception_weights, device)

@@ -177,6 +177,7 @@ def table(record: dict[str, Any]) -> str:
         between = {f"step {step}": figures for step, figures in record["evaluations"].items()}
         measured = {"base": record["base"], **between, "aligned": record["aligned"]}
         lines += scores_table(measured, record["config"]["cfg_scale"])
+        lines += tasks_table(measured, record["config"]["cfg_scale"])
     seconds = record["seconds"]
     parts = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("startup", "alignment", "evaluation"))
     lines.append(f"seconds: total {seconds['total']:.1f}, of it {parts}")
@@ -219,9 +220,7 @@ def scores_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[
     header += f"{'entropy':>9}{'CE':>8}"
     lines = [f"{first['samples']} samples, {first['feature_network']} (± standard error)", header]
     for name, figures in measured.items():
-        for scores, label in ((figures, name), (figures.get("cfg"), f"{name}, CFG {cfg_scale:g}")):
-            if not scores:
-                continue
+        for label, scores in with_guidance(name, figures, cfg_scale):
             row = f"{label:22}{scores['fid']:9.2f} ±{scores['fid_se']:5.2f}"
             row += f"{scores['inception_score']:9.2f} ±{scores['inception_score_se']:5.2f}"
             row += f"{scores['precision']:11.3f}{scores['recall']:9.3f}"
@@ -230,4 +229,26 @@ def scores_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[
                 if "entropy" in figures:  # a run's that an earlier version began
                     row += f"{figures['entropy']:9.3f}{figures['cross_entropy']:8.3f}"
             lines.append(row)
+    return lines
+
+
+def with_guidance(name: str, figures: dict[str, Any], cfg_scale: float) -> list[tuple[str, dict[str, Any]]]:
+    """A measurement's scores with their labels: those without guidance, then those with it."""
+    guided = [(f"{name}, CFG {cfg_scale:g}", figures["cfg"])] if figures.get("cfg") else []
+    return [(name, figures), *guided]
+
+
+def tasks_table(measured: dict[str, dict[str, Any]], cfg_scale: float) -> list[str]:
+    """GenEval by task and overall with its standard error, for measurements that have it, rows as of `scores_table`."""
+    rows = [row for name, figures in measured.items() for row in with_guidance(name, figures, cfg_scale)]
+    judged = [(label, scores["geneval"]) for label, scores in rows if "geneval" in scores]
+    if not judged:
+        return []
+    tasks = list(judged[0][1]["tasks"])
+    lines = [f"{'GenEval':22}{'overall':>16}" + "".join(f"{task.removesuffix('_object'):>16}" for task in tasks)]
+    for label, found in judged:
+        cells = [(found["overall"], found["overall_se"])]
+        cells += [(found["tasks"][task]["score"], found["tasks"][task]["se"]) for task in tasks]
+        row = (f"{score:.3f}" + (f" ± {error:.3f}" if error is not None else "") for score, error in cells)
+        lines.append(f"{label:22}" + "".join(f"{cell:>16}" for cell in row))
     return lines

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vapi_fast import tiny
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID, sheet_label
@@ -122,9 +123,9 @@ def memory_plan(config: AlignConfig, device: torch.device, source: GradientSourc
 def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """On a GPU other processes compile what the steps will launch, during the `with` block and at most once a machine.
 
-    The first of a machine's ranks sees to it. The tiny preset has other shapes than those that are known.
+    The first of a machine's ranks sees to it. The presets have other shapes than those that are known.
     """
-    if device.type != "cuda" or config.model == "tiny" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if device.type != "cuda" or config.lpips in tiny.NETWORKS or os.environ.get("LOCAL_RANK", "0") != "0":
         return contextlib.nullcontext()
     from vapi_fast.kernels import compile, library
     from vapi_fast.kernels.launch import device_architecture

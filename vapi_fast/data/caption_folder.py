@@ -10,7 +10,8 @@ import numpy as np
 from vapi_fast.data.caption_files import Caption, Captions
 from vapi_fast.data.config import EncodeCaptionsConfig
 from vapi_fast.data.hub import local_source
-from vapi_fast.data.text import TextEncoder, cleaned, identity_of
+from vapi_fast.data.text import TextEncoder, cleaned, identity_of, text_encoder
+from vapi_fast.data.words import WordVectors
 from vapi_fast.runtime.checkpoint import read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError
@@ -35,7 +36,7 @@ def encode_captions(config: EncodeCaptionsConfig) -> str | None:
         check_folder(config.out, about)
         missing = [caption for caption in found.captions if not place(config.out, caption).exists()]
         if any(gather_objects(len(missing))):  # all have looked before the first writes
-            encoder = TextEncoder(config.text_encoder, device)
+            encoder = text_encoder(config.text_encoder, device)
             if rank() == 0:
                 write_atomically(config.out / MADE_WITH, lambda path: path.write_text(json.dumps(about), "utf-8"))
             share = sorted(missing, key=lambda caption: len(caption.text))[rank() :: world_size()]
@@ -48,7 +49,7 @@ def encode_captions(config: EncodeCaptionsConfig) -> str | None:
         return f"{len(missing)} captions of {config.data} encoded into {config.out}, {there} were there{left_out}"
 
 
-def write(config: EncodeCaptionsConfig, encoder: TextEncoder, captions: list[Caption]) -> None:
+def write(config: EncodeCaptionsConfig, encoder: TextEncoder | WordVectors, captions: list[Caption]) -> None:
     with progress_bar(len(captions), desc="captions", unit="caption", disable=rank() > 0) as progress:
         texts = [cleaned(caption.text) for caption in captions]
         found = encoder.states(texts, config.tokens, config.batch_size)

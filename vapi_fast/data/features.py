@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.config import SHORT_SHARE
-from vapi_fast.data.text import ENCODER, TextEncoder, cleaned, identity_of
+from vapi_fast.data.text import ENCODER, TextEncoder, cleaned, identity_of, text_encoder
+from vapi_fast.data.words import WordVectors
 from vapi_fast.runtime.checkpoint import read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, number_in_environment, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, DataError, Error, warn
@@ -69,7 +70,7 @@ class CachedFeatures:
         self._files: dict[Path, Any] = {}
         self._places: dict[str, Any] = {}  # the open file that a key is in
         self._late: dict[str, Tensor] = {}
-        self._spare: TextEncoder | None = None
+        self._spare: TextEncoder | WordVectors | None = None
         self._lock = Lock()
 
     def prepare(self, captions: Iterable[Caption]) -> None:
@@ -154,13 +155,13 @@ class CachedFeatures:
                 "--caption-cache with room that can be written to"
             ) from error
 
-    def _loaded(self, device: torch.device) -> TextEncoder:
+    def _loaded(self, device: torch.device) -> TextEncoder | WordVectors:
         return checked_encoder(self.encoder, device, self.width)
 
 
-def checked_encoder(source: str | Path | None, device: torch.device, width: int) -> TextEncoder:
+def checked_encoder(source: str | Path | None, device: torch.device, width: int) -> TextEncoder | WordVectors:
     """The encoder; raises ConfigError where its states have another width than the generator takes."""
-    encoder = TextEncoder(source, device)
+    encoder = text_encoder(source, device)
     if encoder.width != width:
         raise ConfigError(
             f"--text-encoder {source or ENCODER}: its states are {encoder.width} wide, this checkpoint takes {width}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vapi_fast.data.captions import clean_caption
 from vapi_fast.data.config import CAPTION_BATCH
+from vapi_fast.data.words import WordVectors
 from vapi_fast.runtime.checkpoint import identity
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import loaded, require
@@ -74,6 +75,13 @@ class TextEncoder:
                 yield row[:used]
 
 
+def text_encoder(source: str | Path | None, device: torch.device) -> TextEncoder | WordVectors:
+    """The encoder `source`: a table of words (`.safetensors`), or what `TextEncoder` takes; errors as of the two."""
+    if source is not None and Path(source).suffix == ".safetensors":
+        return WordVectors(Path(source))
+    return TextEncoder(source, device)
+
+
 def padded(states: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     """States `[n,width]` of at least one caption, n ≤ tokens, as `TextEncoder.encode` gives them."""
     features = torch.zeros(len(states), tokens, states[0].shape[1])
@@ -93,7 +101,9 @@ def cleaned(caption: str) -> str:
 
 
 def identity_of(source: str | Path | None) -> str:
-    """What tells an encoder from another: of a folder what its files hold, of the hub's its name."""
+    """What tells an encoder from another: of a file or folder what it holds, of the hub's its name."""
+    if os.path.isfile(source or ENCODER):
+        return identity(Path(source or ENCODER))["blake2b"]
     if not os.path.isdir(source or ENCODER):
         return str(source or ENCODER)
     files = sorted(path for path in Path(source or ENCODER).iterdir() if path.is_file() and path.name[0] != ".")

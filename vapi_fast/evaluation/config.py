@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vapi_fast import tiny
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check, check_files, check_output, fill_in, option
@@ -22,7 +23,7 @@ class EvaluateConfig:
 
     model: str = option(
         "xxl",
-        "tiny brings its own reference and feature network, all others take Inception",
+        "tiny and tiny-text bring their own reference and feature network, all others take Inception",
         choices=tuple(catalog.CATALOG),
     )
     samples: Path = option(
@@ -65,10 +66,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         catalog.prepare(self, "evaluate")
-        if self.is_tiny and self.inception_weights is not None:
-            raise ConfigError("--model tiny scores with its own network: leave --inception-weights out")
+        if self.own_network and self.inception_weights is not None:
+            raise ConfigError(f"--model {self.model} scores with its own network: leave --inception-weights out")
         if self.reference is None:
-            raise ConfigError(f"--reference is required for --model {self.model}; only tiny brings its own")
+            raise ConfigError(f"--reference is required for --model {self.model}; only tiny ones bring their own")
         if self.prompts is not None and not self.clip_score:
             raise ConfigError("--prompts has captions for --clip-score: pass that too, or leave --prompts out")
         check_files(self)
@@ -78,8 +79,12 @@ class EvaluateConfig:
             raise ConfigError(f"--output {self.output} exists: choose another name")
 
     @property
-    def is_tiny(self) -> bool:
-        return self.model == "tiny"
+    def own_network(self) -> bool:
+        """Whether samples are scored by the preset's perceptual network, not by Inception."""
+        return catalog.entry(self.model).lpips in tiny.NETWORKS
+
+
+SCENES = "tiny-text"  # of `--detector`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +103,8 @@ class GenevalConfig:
     )
     detector: str = option(
         "facebook/mask2former-swin-small-coco-instance",
-        "a Mask2Former on COCO, by its name on the hub, or its folder for machines that are offline",
+        "a Mask2Former on COCO, by its name on the hub, or its folder for machines that are offline; `tiny-text`: that "
+        "of its scenes, shipped",
     )
     clip_weights: Path | None = option(
         None, "OpenAI's CLIP ViT-L/14, for machines that are offline", shown="download", file="file"

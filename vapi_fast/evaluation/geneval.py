@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from vapi_fast import tiny
 from vapi_fast.data.dataset import DECODE_THREADS
 from vapi_fast.data.geneval import OBJECTS, TASKS, Prompt, Sample, read_samples
 from vapi_fast.data.image_sets import read_picture
 from vapi_fast.data.pictures import marked, save_sheets
-from vapi_fast.evaluation.config import GenevalConfig
+from vapi_fast.data.scenes import IMAGE_SIZE, KINDS
+from vapi_fast.evaluation.config import SCENES, GenevalConfig
 from vapi_fast.evaluation.geneval_detections import Found, read_detections, to_json
 from vapi_fast.evaluation.geneval_networks import CLIP, CLIP_WEIGHTS, ColorClassifier, Detector, require_networks
 from vapi_fast.evaluation.geneval_rules import Objects, Verdict, colorless, counting, judge
-from vapi_fast.evaluation.metrics import grouped_mean
+from vapi_fast.evaluation.geneval_scores import TaskScores
+from vapi_fast.evaluation.scene_detector import SceneDetector
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import DataError
@@ -46,27 +49,9 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Score:
-    """The share of images that are right, and its standard error over prompts (None of a single one)."""
-
-    score: float
-    se: float | None
-    images: int
-    prompts: int
-
-    @classmethod
-    def of(cls, by_prompt: Sequence[Sequence[bool]]) -> Score:
-        """From the images of each prompt: they count alike, and err together, so that prompts are what varies."""
-        return cls(*grouped_mean(by_prompt), sum(map(len, by_prompt)), len(by_prompt))
-
-
-@dataclass(frozen=True)
-class GenevalReport:
+class GenevalReport(TaskScores):
     """What `vapi-fast geneval` measured."""
 
-    tasks: dict[str, Score]
-    overall: float  # mean of the tasks
-    overall_se: float | None
     detections: str
     seconds: float
 
@@ -121,14 +106,18 @@ def finders(
     config: GenevalConfig, prompts: Sequence[Prompt], samples: Sequence[Sample], device: torch.device
 ) -> tuple[Finder, ColorClassifier | None, str]:
     """Who says what is in the images, who says which colours, if any are asked for, and what they are called."""
-    if config.detections is None:
+    if config.detections is None and config.detector == SCENES:
+        check_kinds(config, prompts, KINDS, f"the {len(KINDS)} kinds of object that {SCENES} has")
+        scene_detector = SceneDetector.from_checkpoint(tiny.TEXT_FILES.detector).to(device)
+
+        def find(_: Sequence[Sample], images: Sequence[np.ndarray]) -> list[list[Found]]:
+            return scene_detector.objects(as_tensor(config, images).to(device))
+
+        colors, name = False, f"the detector of {SCENES}"
+    elif config.detections is None:
         colors = any(clause.color for prompt in prompts for clause in prompt.include)
         require_networks(True, colors)
-        unknown = {clause.name for prompt in prompts for clause in prompt.include + prompt.exclude} - set(OBJECTS)
-        if unknown:
-            raise DataError(
-                f"{config.samples}: asks for {sorted(unknown)[0]!r}, which is none of COCO's classes: pass --detections"
-            )
+        check_kinds(config, prompts, OBJECTS, "COCO's classes")
         detector = Detector.load(config.detector, device)
         name = f"{config.detector} ({NOT_COMPARED})"
 
@@ -147,6 +136,22 @@ def finders(
     if not colors:
         return find, None, name
     return find, ColorClassifier.load(config.clip_weights, device), f"{name}, colours by {CLIP} {CLIP_WEIGHTS}"
+
+
+def check_kinds(config: GenevalConfig, prompts: Sequence[Prompt], kinds: Collection[str], of: str) -> None:
+    """Raise DataError where a prompt asks for what the detector does not know."""
+    if unknown := {clause.name for prompt in prompts for clause in prompt.include + prompt.exclude}.difference(kinds):
+        raise DataError(f"{config.samples}: asks for {min(unknown)!r}, which is none of {of}: pass --detections")
+
+
+def as_tensor(config: GenevalConfig, images: Sequence[np.ndarray]) -> Tensor:
+    """Scenes uint8 `[H,W,3]` as `[N,3,H,W]` in [−1, 1]; raises DataError for images of another size."""
+    if wrong := [image.shape for image in images if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE)]:
+        raise DataError(
+            f"{config.samples}: has an image of {wrong[0][1]}x{wrong[0][0]} pixels, the detector of {SCENES} takes "
+            f"{IMAGE_SIZE}x{IMAGE_SIZE}: leave --detector out"
+        )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def judged(
@@ -184,18 +189,8 @@ def make_report(
     prompts: Sequence[Prompt], found: Sequence[Sequence[Judged]], name: str, seconds: float
 ) -> GenevalReport:
     """The scores of images, by prompt."""
-    by_task: dict[str, list[list[bool]]] = {task: [] for task in TASKS}
-    for prompt, images in zip(prompts, found, strict=True):
-        by_task[prompt.tag].append([each.verdict.correct for each in images])
-    tasks = {task: Score.of(by_prompt) for task, by_prompt in by_task.items() if by_prompt}
-    errors = [each.se for each in tasks.values()]
-    return GenevalReport(
-        tasks=tasks,
-        overall=sum(each.score for each in tasks.values()) / len(tasks),
-        overall_se=None if None in errors else math.hypot(*errors) / len(tasks),
-        detections=name,
-        seconds=seconds,
-    )
+    scores = TaskScores.of(prompts, [[each.verdict.correct for each in images] for images in found])
+    return GenevalReport(**vars(scores), detections=name, seconds=seconds)
 
 
 def save(output: Path, report: GenevalReport, prompts: Sequence[Prompt], found: Sequence[Sequence[Judged]]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapi_fast import tiny
 from vapi_fast.data.image_sets import ImageSet, has_images, open_image_set, read_statistics
 from vapi_fast.data.prompts import read_prompts, text_of
 from vapi_fast.evaluation.clip import Clip
@@ -34,7 +33,7 @@ from vapi_fast.evaluation.metrics import (
     warn_of_few,
 )
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
-from vapi_fast.models import LPIPS
+from vapi_fast.models import LPIPS, catalog
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_rows, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, EvaluationError
@@ -107,10 +106,11 @@ def evaluate(config: EvaluateConfig) -> Report | None:
 
 
 def feature_network(config: EvaluateConfig, device: torch.device) -> FeatureNetwork:
-    """Inception, or the tiny preset's own classifier."""
-    if not config.is_tiny:
+    """Inception, or the preset's own classifier."""
+    if not config.own_network:
         return inception_network(config.inception_weights, device)
-    network = tiny_network(LPIPS.from_checkpoint(tiny.FILES.perceptual, "tiny").to(device))
+    preset = catalog.entry(config.model)
+    network = tiny_network(LPIPS.from_checkpoint(preset.files["vgg_weights"], preset.lpips).to(device))
     return network._replace(name=TINY_NAME)
 
 

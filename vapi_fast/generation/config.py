@@ -23,7 +23,6 @@ CFG_SCHEDULES = ("constant", "power-cosine", "rar")
 LARGEST_BATCH = 256
 GENEVAL = "geneval"
 DRAWN_WITH: dict[str, Any] = {"top_k": 0, "cfg_scale": 1.0}
-DRAWN_FOR_GENEVAL: dict[str, Any] = {"num": 4, "top_k": 2000, "cfg_scale": 7.5}  # LlamaGen's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class ModelOptions:
 
     model: str = option(
         "xxl",
-        f"size of the generator: {', '.join(catalog.CATALOG)}; tiny brings its own files",
+        f"size of the generator: {', '.join(catalog.CATALOG)}; tiny and tiny-text bring their own files",
         choices=tuple(catalog.CATALOG),
     )
     gpt_ckpt: Path | None = option(
@@ -114,11 +113,14 @@ class GenerateConfig(DrawOptions, ModelOptions):
     prompt: str | None = option(None, "text to draw, for a text-conditioned model")
     prompts: Path | None = option(
         None,
-        "file of texts in turn: one a line, or lines of JSON with `prompt`; or `geneval`: its own 553, downloaded",
+        "file of texts in turn: one a line, or lines of JSON with `prompt`; or `geneval`: its own 553, downloaded "
+        "(tiny-text: 317 of its scenes)",
         file="file",
     )
     text_encoder: str | None = option(
-        None, "T5 that the model was trained with: folder, or name on Hugging Face's hub", shown="google/flan-t5-xl"
+        PRESET,
+        "T5 that the model was trained with: folder, or name on Hugging Face's hub",
+        shown="google/flan-t5-xl (tiny-text: shipped words)",
     )
     caption_features: Path | None = option(
         None,
@@ -170,10 +172,11 @@ class GenerateConfig(DrawOptions, ModelOptions):
     def __post_init__(self) -> None:
         if self.caption_features is not None and self.num is PRESET:
             raise ConfigError("--num is required with --caption-features: image i has caption i mod N of the file's N")
+        model = catalog.entry(self.model)
         official = self.prompts is not None and str(self.prompts) == GENEVAL
         if self.format is None:
             object.__setattr__(self, "format", GENEVAL if official else "png")
-        for name, value in (DRAWN_FOR_GENEVAL if self.format == GENEVAL else DRAWN_WITH).items():
+        for name, value in (model.geneval if self.format == GENEVAL else DRAWN_WITH).items():
             if getattr(self, name) is PRESET:
                 object.__setattr__(self, name, value)
         one_each = self.num is PRESET
@@ -191,7 +194,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
             from vapi_fast.data.geneval import fetch_prompts
 
             with prompts_refused():
-                object.__setattr__(self, "prompts", fetch_prompts())
+                object.__setattr__(self, "prompts", model.geneval_prompts or fetch_prompts())
         self.check_required("gpt_ckpt", "vq_ckpt")
         if self.texts and one_each:
             object.__setattr__(self, "num", len(self.texts))

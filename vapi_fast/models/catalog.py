@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vapi_fast import tiny
@@ -21,6 +22,7 @@ class Entry:
 
     recipe: the default one of align's.
     recipes: where a recipe has other values for this model than for others.
+    geneval: how images for GenEval are drawn; `geneval_prompts`: of which prompts, None for its own.
     """
 
     tokenizer: str  # of `sizes.VQ_CONFIGS`
@@ -32,6 +34,10 @@ class Entry:
     evaluate: Mapping[str, Any]
     recipe: str = "va-pi"
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    geneval: Mapping[str, Any] = field(
+        default_factory=lambda: {"num": 4, "top_k": 2000, "cfg_scale": 7.5}
+    )  # LlamaGen's
+    geneval_prompts: Path | None = None
 
     def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
         """What a command's fields are by default; of `align`, under a recipe."""
@@ -77,7 +83,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"batch_size": 4, "steps": 400, "lr": 1e-5, "weight_decay": 0.0, "noise_prob": 0.0},
 }
 
-NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "data", "eval_data", "reference"))  # the user's
+# The user's.
+NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "text_encoder", "data", "eval_data", "reference"))
 # The paper's recipe: 384², 128 images × G 8 a step, 100 steps, AdamW at 1e-6.
 PAPER = Entry(
     tokenizer="vq-16",
@@ -113,6 +120,7 @@ TINY = Entry(
         "vq_ckpt": tiny.FILES.tokenizer,
         "gpt_ckpt": tiny.FILES.generator,
         "vgg_weights": tiny.FILES.perceptual,
+        "text_encoder": None,
         "data": tiny.FILES.train_images,
         "eval_data": tiny.FILES.heldout_images,
         "reference": tiny.FILES.heldout_images,
@@ -131,8 +139,30 @@ TINY = Entry(
     evaluate={"batch_size": 250},
     recipe="lean",  # a forward less, and nothing but the reward raises the reward: docs/ablations.md
 )
+# Captions of scenes: noise in half of the tokens, as for the paper's text model; each held-out caption four times.
+TINY_TEXT = replace(
+    TINY,
+    tokenizer="scenes",
+    lpips="scenes",
+    files={
+        "vq_ckpt": tiny.TEXT_FILES.tokenizer,
+        "gpt_ckpt": tiny.TEXT_FILES.generator,
+        "vgg_weights": tiny.TEXT_FILES.perceptual,
+        "text_encoder": str(tiny.TEXT_FILES.words),
+        "data": tiny.TEXT_FILES.train_images,
+        "eval_data": tiny.TEXT_FILES.heldout_images,
+        "reference": tiny.TEXT_FILES.heldout_images,
+    },
+    align={**TINY.align, "noise_prob": 0.5, "eval_samples": 1268, "eval_batch": 317, "cfg_scale": 2.0},
+    geneval={"num": 4, "top_k": 0, "cfg_scale": 2.0},
+    geneval_prompts=tiny.TEXT_FILES.prompts,
+)
 
-CATALOG: dict[str, Entry] = dict.fromkeys(LLAMAGEN_CONFIGS, PAPER) | {"t2i-xl": TEXT, "tiny": TINY}
+CATALOG: dict[str, Entry] = dict.fromkeys(LLAMAGEN_CONFIGS, PAPER) | {
+    "t2i-xl": TEXT,
+    "tiny": TINY,
+    "tiny-text": TINY_TEXT,
+}
 
 
 def entry(name: str) -> Entry:

@@ -31,6 +31,7 @@ def tiny_files(folder: Path) -> TinyFiles:
 
 FILES = tiny_files(Path(__file__).parent / "preset")
 CLASSES = 9  # Unicode groups
+NETWORKS = ("tiny", "scenes")  # the presets' perceptual networks: with a classifier, so that samples are scored by them
 IMAGE_SIZE = 32
 
 
@@ -42,13 +43,14 @@ class TextFiles(NamedTuple):
     detector: Path
     tokenizer: Path
     generator: Path
+    prompts: Path
 
 
 def text_files(folder: Path) -> TextFiles:
     """The text preset's files inside `folder`."""
     names = ("words", "perceptual", "detector", "tokenizer", "generator")
     images = (folder / "train.parquet", folder / "heldout.parquet")
-    return TextFiles(*images, *(folder / f"{name}.safetensors" for name in names))
+    return TextFiles(*images, *(folder / f"{name}.safetensors" for name in names), folder / "prompts.jsonl")
 
 
 TEXT_FILES = text_files(Path(__file__).parent / "preset" / "text")

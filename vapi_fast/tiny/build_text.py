@@ -26,16 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vapi_fast import ops
+from vapi_fast.data import scenes
+from vapi_fast.data.scenes import CELLS, KINDS, PAINTS, Sprites, Thing
 from vapi_fast.data.text import padded
+from vapi_fast.data.words import WordVectors
+from vapi_fast.evaluation.scene_detector import NONE, SceneDetector
 from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
 from vapi_fast.runtime.checkpoint import write_atomically
-from vapi_fast.tiny import TEXT_FILES, TextFiles, scenes, text_files
+from vapi_fast.tiny import TEXT_FILES, TextFiles, text_files
 from vapi_fast.tiny.build import disturbed
-from vapi_fast.tiny.detector import NONE, SceneDetector
 from vapi_fast.tiny.images import BITMAP_SIZE, FONT, glyph_image
-from vapi_fast.tiny.scenes import CELLS, KINDS, PAINTS, Sprites, Thing
 from vapi_fast.tiny.training import SEED, fit, fit_generator, fit_tokenizer, save_half
-from vapi_fast.tiny.words import WordVectors
 
 TRAINING_SCENES = 960
 PROMPTS_A_TASK, SCENES_A_PROMPT = 72, 2
@@ -87,6 +88,8 @@ def build_scenes(output: TextFiles) -> None:
         rows = [{"image": {"bytes": png(image), "path": None}, "caption": prompt.text} for prompt, _, image in source]
         write_atomically(path, datasets.Dataset.from_list(rows, features=features).to_parquet)
         print(f"{path.name}: {len(rows)} scenes, {path.stat().st_size / 1e6:.1f} MB")
+    lines = [json.dumps(prompt.to_json()) + "\n" for prompt in scenes.heldout_prompts(PROMPTS_A_TASK, HELDOUT_SEED)]
+    write_atomically(output.prompts, lambda path: path.write_text("".join(lines), "utf-8"))
 
 
 def png(image: np.ndarray) -> bytes:

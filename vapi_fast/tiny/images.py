@@ -57,7 +57,7 @@ def thin(glyphs: list[Glyph]) -> list[Glyph]:
 
 
 def glyph_image(text: str, font: ImageFont.FreeTypeFont, margin: int = 0) -> Image.Image:
-    """One glyph in the middle of a transparent square, `margin` pixels wider than it is; ValueError where it is none."""
+    """One glyph in the middle of a transparent square, `margin` pixels wider than it; ValueError where it is none."""
     if not 100 <= font.getlength(text) <= 160:  # an unsupported sequence falls apart into several glyphs, or none
         raise ValueError(f"the font has no single glyph for {text!r}")
     canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))

@@ -98,7 +98,7 @@ PATTERNS = dict(
 
 def words() -> list[str]:
     """Every word that a caption can have, in alphabetical order."""
-    found = {*"a an photo of and".split(), *KINDS, *SINGULAR, *COLORS, *NUMBERS}
+    found = {*["a", "an", "photo", "of", "and"], *KINDS, *SINGULAR, *COLORS, *NUMBERS}
     return sorted(found.union(*(relation.split() for relation in RELATIONS)))
 
 

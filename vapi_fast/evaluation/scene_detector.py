@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vapi_fast.data.scenes import CELLS, KINDS, PAINTS, SIDE
 from vapi_fast.evaluation.geneval_detections import Found
 from vapi_fast.runtime.checkpoint import load_into, load_state_dict
-from vapi_fast.tiny.scenes import CELLS, KINDS, PAINTS, SIDE
 
 WIDTHS = (32, 48, 64, 96, 96)
 NONE = len(KINDS)  # the class of a cell without an object
@@ -45,13 +45,15 @@ class SceneDetector(nn.Module):
 
     @torch.no_grad()
     def objects(self, images: Tensor) -> list[list[Found]]:
-        """What is in each image: a cell's likeliest object by its probability, with the cell's box and its color."""
+        """What is in each image: a cell's likeliest object by its probability, with the cell's box and its color.
+
+        None for the color of an object that has its own ones."""
         kinds, paints = self(images)
         scores, names = F.softmax(kinds.float(), dim=-1).max(-1)
         colors = paints.argmax(-1)
         return [
             [
-                Found(KINDS[name], score, cell_box(cell), PAINTS[color] or "own")
+                Found(KINDS[name], score, cell_box(cell), PAINTS[color])
                 for cell, (name, score, color) in enumerate(zip(*each, strict=True))
                 if name != NONE
             ]

@@ -37,8 +37,8 @@ class WordVectors:
     def width(self) -> int:
         return 2 * self.vectors.shape[1] + POSITION
 
-    def states(self, texts: Sequence[str], tokens: int) -> Iterator[Tensor]:
-        """Of captions, in turn: float32 `[n,width]` of at most `tokens` words; DataError for a word without a vector."""
+    def states(self, texts: Sequence[str], tokens: int, batch_size: int = 1) -> Iterator[Tensor]:
+        """Of captions, in turn: float32 `[n,width]` of at most `tokens` words; DataError for a word that it lacks."""
         for text in texts:
             words = text.split()[:tokens]
             if unknown := [word for word in words if word not in self.rows]:
