@@ -166,16 +166,27 @@ class Runs:
                 )
 
     def measured_at(
-        self, temperatures: Iterable[float], seed: int, changes: Changes | None = None
+        self,
+        temperatures: Iterable[float],
+        seed: int,
+        changes: Changes | None = None,
+        cfg_scale: float | None = None,
     ) -> dict[float, Record]:
-        """Measurements by temperature, with the seed's draws: the base's, or with `changes` those of that run."""
-        path, config = self.folder / f"temperatures_seed-{seed}.json", self.config(seed, {})
+        """Measurements by temperature, with the seed's draws: the base's, or with `changes` those of that run.
+
+        cfg_scale: of the guided samples, if not all runs' own.
+        """
+        common = self.config(seed, {})
+        scale = {} if cfg_scale in (None, common.cfg_scale) else {"cfg_scale": cfg_scale}
+        name = f"temperatures{''.join(f'_cfg-{each:g}' for each in scale.values())}_seed-{seed}.json"
+        path, config = self.folder / name, self.config(seed, scale)
         found: dict[float, Record] = {}
         if changes is not None:
             aligned = self.finished(seed, changes)["aligned"]
             folder = self.place(seed, changes)
-            path, config = folder / path.name, self.config(seed, {"gpt_ckpt": folder / "aligned.pt", "ema": False})
-            found = {1.0: aligned} if config.temperature == 1 else found
+            path = folder / path.name
+            config = self.config(seed, {"gpt_ckpt": folder / "aligned.pt", "ema": False} | scale)
+            found = {1.0: aligned} if config.temperature == 1 and not scale else found
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.check(path, kept["config"], config)
@@ -191,20 +202,38 @@ class Runs:
                     write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         return {each: found[each] for each in temperatures}
 
-    def best(self, temperatures: Sequence[float], seeds: Sequence[int], changes: Changes | None = None) -> list[Record]:
-        """The base, or with `changes` what that run made of it, at the temperature of its lowest FID, and guided at
-        that of its lowest guided FID: a record a seed. Both temperatures are chosen on a seed of their own.
+    def best(
+        self,
+        temperatures: Sequence[float],
+        seeds: Sequence[int],
+        changes: Changes | None = None,
+        cfg_scales: Sequence[float] = (),
+    ) -> list[Record]:
+        """The base, or with `changes` what that run made of it, at the temperature that `merit` likes most, and guided
+        at the temperature, and that of `cfg_scales`, that it likes most with guidance: a record a seed. They are chosen
+        on a seed of their own.
         """
-        tuned = self.measured_at(temperatures, TUNING_SEED, changes)
-        chosen = {"temperature": min(tuned, key=lambda each: tuned[each]["fid"])}
-        if "cfg" in tuned[chosen["temperature"]]:
-            chosen["cfg_temperature"] = min(tuned, key=lambda each: tuned[each]["cfg"]["fid"])
+        scales = cfg_scales or (self.config(TUNING_SEED, {}).cfg_scale,)
+        tuned = {scale: self.measured_at(temperatures, TUNING_SEED, changes, scale) for scale in scales}
+        plain = tuned[scales[0]]
+        chosen = {"temperature": max(plain, key=lambda each: merit(plain[each]))}
+        if "cfg" in plain[chosen["temperature"]]:
+            found = {(scale, each): merit(of[each]["cfg"]) for scale, of in tuned.items() for each in of}
+            scale, chosen["cfg_temperature"] = max(found, key=lambda each: found[each])
+            chosen |= {"cfg_scale": scale} if cfg_scales else {}
         records = []
         for seed in seeds:
-            found = self.measured_at(dict.fromkeys(chosen.values()), seed, changes)
-            guided = {"cfg": found[chosen["cfg_temperature"]]["cfg"]} if "cfg_temperature" in chosen else {}
-            records.append({"seed": seed, "aligned": found[chosen["temperature"]] | guided} | chosen)
+            aligned = self.measured_at((chosen["temperature"],), seed, changes, scales[0])[chosen["temperature"]]
+            if "cfg_temperature" in chosen:
+                place = chosen["cfg_temperature"]
+                aligned = aligned | {"cfg": self.measured_at((place,), seed, changes, scale)[place]["cfg"]}
+            records.append({"seed": seed, "aligned": aligned} | chosen)
         return records
+
+
+def merit(scores: Record) -> float:
+    """What samples are chosen by: GenEval where it is known, else the lowest FID."""
+    return scores["geneval"]["overall"] if "geneval" in scores else -scores["fid"]
 
 
 def mean_and_error(values: Sequence[float], alone: float | None = None) -> tuple[float, float | None]:
@@ -221,6 +250,8 @@ def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
         for key in SCORES if scores else ():
             mean, error = mean_and_error([s[key] for s in scores], scores[0][f"{key}_se"])
             cells.append(f"{mean:.2f} ± {error:.2f}")
+        if scores and "geneval" in scores[0]:
+            cells.append(overall(scores))
         if scores is figures:
             cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall")]
             mean, error = mean_and_error([-f["mse"] - f["lpips"] for f in figures])  # the full reward for all
@@ -234,20 +265,58 @@ def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
 def table(records: dict[str, list[Record]]) -> str:
     """Markdown, of kept records by row: the base's own from the first of them that is of runs."""
     runs = next(each for each in records.values() if "base" in each[0])
-    header = ["", "FID↓", "IS↑", "precision", "recall", "reward"]
+    judged = "geneval" in runs[0]["base"]
+    header = ["", "FID↓", "IS↑", *(["GenEval↑"] if judged else []), "precision", "recall", "reward"]
     if "cfg" in runs[0]["base"]:
-        header += ["FID, CFG", "IS, CFG"]
+        header += ["FID, CFG", "IS, CFG", *(["GenEval, CFG"] if judged else [])]
     if "entropy" in runs[0]["base"]:
         header += ["entropy", "held-out CE", "alignment, s"]
     lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|" + "---|" * len(header)]
     lines.append(row("base", [run["base"] for run in runs]))
     for name, each in records.items():
-        if "temperature" in each[0]:
-            name += f" ({each[0]['temperature']:g}"
-            name += f", with CFG {each[0]['cfg_temperature']:g})" if "cfg_temperature" in each[0] else ")"
+        name += tuned(each[0])
         # By the median step: a resumed run's seconds are those of its last part.
         seconds = [run["step_seconds"] * run["steps"] for run in each if run.get("steps") and run["step_seconds"]]
         lines.append(row(name, [run["aligned"] for run in each], seconds))
+    return "\n".join(lines)
+
+
+def tuned(record: Record) -> str:
+    """What a row's name says of how its samples are drawn, where that was chosen for it."""
+    if "temperature" not in record:
+        return ""
+    guided = f", with CFG {record['cfg_temperature']:g}" if "cfg_temperature" in record else ""
+    scale = f" at scale {record['cfg_scale']:g}" if "cfg_scale" in record else ""
+    return f" ({record['temperature']:g}{guided}{scale})"
+
+
+def overall(scores: Sequence[Record]) -> str:
+    """GenEval of one or several measurements; the error of one is that over its prompts."""
+    found = [each["geneval"] for each in scores]
+    mean, error = mean_and_error([each["overall"] for each in found], found[0]["overall_se"])
+    return f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}"
+
+
+def tasks(records: dict[str, list[Record]]) -> str:
+    """Markdown: GenEval by task, of the guided samples where there are some."""
+    runs = next(each for each in records.values() if "base" in each[0])
+    rows = {"base": [run["base"] for run in runs]}
+    rows |= {name + tuned(each[0]): [run["aligned"] for run in each] for name, each in records.items()}
+    names = list(runs[0]["base"]["geneval"]["tasks"])
+    guided = "cfg" in runs[0]["base"]
+    titles = [name.replace("_", " ") for name in names]
+    lines = [
+        f"| GenEval{', CFG' if guided else ''} | {' | '.join(titles)} | overall |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for name, each in rows.items():
+        scores = [record["cfg"] if guided else record for record in each]
+        cells = []
+        for task in names:
+            found = [record["geneval"]["tasks"][task] for record in scores]
+            mean, error = mean_and_error([one["score"] for one in found], found[0]["se"])
+            cells.append(f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} | {overall(scores)} |")
     return "\n".join(lines)
 
 
@@ -256,8 +325,9 @@ def figures_of(record: Record) -> dict[str, float]:
     plain = {"FID": record["fid"], "IS": record["inception_score"]}
     plain |= {name: record[name] for name in ("precision", "recall")}
     plain |= {"reward": -record["mse"] - record["lpips"], "MSE": record["mse"], "LPIPS": record["lpips"]}
-    guided = record.get("cfg")
-    return plain | ({"FID, CFG": guided["fid"], "IS, CFG": guided["inception_score"]} if guided else {})
+    plain |= {"GenEval": record["geneval"]["overall"]} if "geneval" in record else {}
+    guided = figures_of(plain | record["cfg"] | {"mse": 0.0, "lpips": 0.0}) if "cfg" in record else {}
+    return plain | {f"{name}, CFG": guided[name] for name in ("FID", "IS", "GenEval") if name in guided}
 
 
 def difference(records: dict[str, list[Record]], one: str, other: str) -> str:
@@ -321,12 +391,16 @@ def curves(records: dict[str, list[Record]]) -> str:
 def report(name: str, records: dict[str, list[Record]]) -> str:
     """All that is printed of a table."""
     parts = [curves(records) if name == "steps" else table(records)]
+    if "geneval" in next(each[0]["base"] for each in records.values() if "base" in each[0]):
+        parts.append(tasks(records))
     if VAPI in records:
         parts += [difference(records, VAPI, other) for other in (RANDOM, SHUFFLED, PRIOR) if other in records]
     return "\n\n".join(parts)
 
 
-def make(name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[float]) -> dict[str, list[Record]]:
+def make(
+    name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[float], cfg_scales: Sequence[float] = ()
+) -> dict[str, list[Record]]:
     """All runs of a table, every row's of the first seed first; what is finished is kept in the folder."""
     if TUNING_SEED in seeds:
         raise ConfigError(f"--seeds {TUNING_SEED} is the one that temperatures are chosen on: leave it out")
@@ -335,9 +409,9 @@ def make(name: str, runs: Runs, seeds: Sequence[int], temperatures: Sequence[flo
     for seed in seeds:
         for row_name, changes in rows.items():
             records.setdefault(row_name, []).append(runs.finished(seed, changes))
-    records[TEMPERATURE] = runs.best(temperatures, seeds)
+    records[TEMPERATURE] = runs.best(temperatures, seeds, cfg_scales=cfg_scales)
     if name == "controls":
-        records[TEMPERED] = runs.best(temperatures, seeds, rows[VAPI])
+        records[TEMPERED] = runs.best(temperatures, seeds, rows[VAPI], cfg_scales)
     text = json.dumps(records, ensure_ascii=False, indent=1) + "\n"
     (runs.folder / f"{name}.json").write_text(text, encoding="utf-8")
     return records
@@ -355,6 +429,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=TEMPERATURES, help="of which the best are found"
     )
+    parser.add_argument(
+        "--cfg-scales", type=float, nargs="+", default=(), help="likewise (default: that of all runs alone)"
+    )
     options, others = parser.parse_known_args(arguments)
     align_parser = argparse.ArgumentParser(prog=parser.prog, allow_abbrev=False)
     add_command_flags(align_parser, "align")
@@ -365,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         if refused := [name for field, name in NO_TABLE.items() if field in common]:
             raise ConfigError(f"{refused[0]} does not go with a table: leave it out")
-        records = make(options.table, Runs(options.output_dir, common), seeds, options.temperatures)
+        records = make(options.table, Runs(options.output_dir, common), seeds, options.temperatures, options.cfg_scales)
         print(report(options.table, records))
 
     return run_command(run, lambda: "interrupted; the same command goes on", OUT_OF_MEMORY)

@@ -20,9 +20,10 @@ from vapi_fast import commands
 from vapi_fast.data.geneval import Clause, Prompt, make_prompts
 from vapi_fast.data.pictures import MAX_CELL, marked
 from vapi_fast.evaluation.config import GenevalConfig
-from vapi_fast.evaluation.geneval import Score, evaluate_geneval, shown
+from vapi_fast.evaluation.geneval import evaluate_geneval, shown
 from vapi_fast.evaluation.geneval_detections import Found, Mask, read_detections
 from vapi_fast.evaluation.geneval_rules import Verdict, colorless, counting, judge, relations
+from vapi_fast.evaluation.geneval_scores import Score
 from vapi_fast.runtime.errors import ConfigError, DataError
 
 BOX = (0.0, 0.0, 10.0, 10.0)

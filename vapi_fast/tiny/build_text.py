@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def build_scenes(output: TextFiles) -> None:
         print(f"{path.name}: {len(rows)} scenes, {path.stat().st_size / 1e6:.1f} MB")
     lines = [json.dumps(prompt.to_json()) + "\n" for prompt in scenes.heldout_prompts(PROMPTS_A_TASK, HELDOUT_SEED)]
     write_atomically(output.prompts, lambda path: path.write_text("".join(lines), "utf-8"))
+
+
+def load_scenes(path: Path) -> tuple[list[str], Tensor]:
+    """A parquet file's captions, and its images float32 `[N,3,32,32]` in [−1, 1]."""
+    with tempfile.TemporaryDirectory() as cache:
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in table["image"]])
+        captions = list(table["caption"])
+    return captions, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def png(image: np.ndarray) -> bytes:

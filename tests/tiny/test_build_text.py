@@ -1,0 +1,140 @@
+"""The preset tiny-text that ships: its scenes, networks, sizes, and that its build makes them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from vapi_fast import ops, tiny
+from vapi_fast.data import scenes
+from vapi_fast.data.geneval import TASKS, parse_prompt
+from vapi_fast.data.prompts import read_prompts
+from vapi_fast.data.text import padded
+from vapi_fast.data.words import WordVectors
+from vapi_fast.evaluation.scene_detector import SceneDetector
+from vapi_fast.evaluation.scene_judge import SceneJudge
+from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.tiny import TEXT_FILES, images
+
+needs_font = pytest.mark.skipif(not images.FONT.exists(), reason="Debian's emoji font not installed")
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    pytest.importorskip("datasets")
+    return importlib.import_module("vapi_fast.tiny.build_text")
+
+
+@pytest.fixture(scope="module")
+def heldout(build: ModuleType) -> tuple[list[str], torch.Tensor]:
+    """Captions and images as shipped."""
+    return build.load_scenes(TEXT_FILES.heldout_images)
+
+
+def test_shipped_files_are_small() -> None:
+    assert sum(path.stat().st_size for path in TEXT_FILES) <= 14e6
+
+
+def test_scenes_are_four_samples_of_each_prompt_with_half_as_many_pictures(
+    build: ModuleType, heldout: tuple[list[str], torch.Tensor]
+) -> None:
+    prompts = read_prompts(TEXT_FILES.prompts, parse_prompt)
+    assert {prompt.tag for prompt in prompts} == set(TASKS)
+    assert heldout[0] == [prompt.text for prompt in prompts] * 2
+    captions, pixels = build.load_scenes(TEXT_FILES.train_images)
+    assert not any(scenes.held_out(scenes.parse(caption)) for caption in captions)
+    assert len(pixels) == 960  # thirty steps of 32
+    assert {scenes.parse(caption).tag for caption in captions} == set(TASKS)
+
+
+def test_detector_judges_real_scenes_right(heldout: tuple[list[str], torch.Tensor]) -> None:
+    """The real images are right by the rules, at least 98 of a hundred; of others' captions hardly one is."""
+    captions, pixels = heldout
+    judge = SceneJudge.of(captions, torch.device("cpu"))
+    assert judge is not None
+    right = judge.correct(pixels, torch.arange(len(pixels)))
+    assert sum(correct for _, correct in right) / len(right) >= 0.98
+    wrong = judge.correct(pixels.roll(1, 0), torch.arange(len(pixels)))
+    assert sum(correct for _, correct in wrong) / len(wrong) < 0.05
+    found = SceneDetector.from_checkpoint(TEXT_FILES.detector).objects(torch.ones(1, 3, 32, 32) * 0.6)
+    assert found == [[]]  # nothing
+
+
+def test_judge_groups_the_samples_of_a_prompt() -> None:
+    captions = ["a photo of a cat", "a photo of two dogs", "a photo of a cat"]
+    judge = SceneJudge.of(captions, torch.device("cpu"))
+    assert judge is not None
+    scores = judge.scores([(0, True), (1, False), (2, False), (3, True), (4, True), (5, True)])
+    assert scores.tasks["single_object"].images == 4
+    assert scores.tasks["single_object"].prompts == 1
+    assert scores.tasks["single_object"].score == 0.75
+    assert scores.overall == (0.75 + 0.5) / 2
+    assert SceneJudge.of([*captions, "whatever else"], torch.device("cpu")) is None
+
+
+def test_tokenizer_keeps_what_scenes_show(heldout: tuple[list[str], torch.Tensor]) -> None:
+    """A decoded image is still right for nine prompts of ten."""
+    captions, pixels = heldout[0][:317], heldout[1][:317]
+    tokenizer = VQTokenizer.from_checkpoint(TEXT_FILES.tokenizer, "scenes")
+    judge = SceneJudge.of(captions, torch.device("cpu"))
+    assert judge is not None
+    with torch.no_grad():
+        tokens = tokenizer.encode(pixels)
+        decoded = tokenizer.decode(tokens).clamp(-1, 1)
+    assert tokens.shape == (317, 64)
+    right = judge.correct(decoded, torch.arange(317))
+    assert sum(correct for _, correct in right) / 317 > 0.9
+    assert (decoded - pixels).square().mean() < 0.02
+
+
+def test_generator_reads_captions(heldout: tuple[list[str], torch.Tensor]) -> None:
+    """Held-out tokens are likelier under their own captions than under those of other images."""
+    captions, pixels = heldout[0][:128], heldout[1][:128]
+    tokenizer = VQTokenizer.from_checkpoint(TEXT_FILES.tokenizer, "scenes")
+    generator = LlamaGen.from_checkpoint(TEXT_FILES.generator, "tiny-text").eval()
+    features, mask = padded(list(WordVectors(TEXT_FILES.words).states(captions, 12)), 12)
+    with torch.no_grad():
+        tokens = tokenizer.encode(pixels)
+        own, others = (
+            ops.linear_cross_entropy(
+                generator(tokens[:, :-1], features.roll(by, 0), condition_mask=mask.roll(by, 0), return_hidden=True),
+                generator.output.weight,
+                tokens,
+            )
+            for by in (0, 1)
+        )
+    assert own < 2.6  # uniform: ln 512 = 6.24
+    assert others > own + 0.3
+
+
+@needs_font
+def test_build_makes_every_part(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few scenes and a few steps of each network: the files load, and the scenes are those that ship."""
+    files = tiny.text_files(tmp_path)
+    build.build_scenes(files)
+    for built, shipped in zip(files, TEXT_FILES, strict=True):
+        if built.suffix == ".parquet":
+            assert torch.equal(build.load_scenes(built)[1], build.load_scenes(shipped)[1])
+    assert files.prompts.read_bytes() == TEXT_FILES.prompts.read_bytes()
+    files.words.write_bytes(TEXT_FILES.words.read_bytes())
+    build.train_perceptual(files, steps=3, batch_size=8)
+    build.train_detector(files, steps=3, batch_size=8)
+    build.train_tokenizer(files, steps=4, batch_size=8, continuous_steps=2)
+    build.train_generator(files, steps=20, batch_size=8)
+    assert LPIPS.from_checkpoint(files.perceptual, "scenes").classifier is not None
+    assert SceneDetector.from_checkpoint(files.detector) is not None
+    assert VQTokenizer.from_checkpoint(files.tokenizer, "scenes").codebook().norm(dim=1).sub(1).abs().max() < 1e-3
+    assert LlamaGen.from_checkpoint(files.generator, "tiny-text").config.condition == (12, 520)
+
+
+@needs_font
+def test_words_come_of_their_package(build: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("wordllama")
+    build.build_words(tiny.text_files(tmp_path))
+    built, shipped = (WordVectors(path) for path in (tmp_path / "words.safetensors", TEXT_FILES.words))
+    assert built.rows == shipped.rows
+    assert torch.equal(built.vectors, shipped.vectors)
