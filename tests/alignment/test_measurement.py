@@ -14,12 +14,14 @@ from torch import Tensor
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import measurement
 from vapi_fast.alignment.measurement import Evaluator
-from vapi_fast.alignment.models import Models
+from vapi_fast.alignment.models import Models, load_models
+from vapi_fast.alignment.report import tasks_table
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation import networks
 from vapi_fast.evaluation.config import EvaluateConfig
 from vapi_fast.evaluation.inception import InceptionV3
 from vapi_fast.evaluation.metrics import ImageFeatures
+from vapi_fast.evaluation.scene_judge import SceneJudge
 from vapi_fast.evaluation.scoring import evaluate
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.generation.folder import Sampler
@@ -153,3 +155,21 @@ def test_align_scores_tokens_as_generate_and_evaluate_do(
     report = evaluate(EvaluateConfig(model="xxl", **options))
     assert report.fid > 0.01
     assert fid == pytest.approx(report.fid, rel=1e-4)
+
+
+def test_samples_of_scenes_are_judged_by_their_captions(tmp_path: Path) -> None:
+    """GenEval without and with guidance, of the preset whose captions a detector can judge; printed by task."""
+    config = AlignConfig(model="tiny-text", eval_samples=40, eval_batch=20, micro_batch=8, output_dir=tmp_path / "run")
+    models = load_models(config, torch.device("cpu"))
+    test = Evaluator(config, models, torch.device("cpu"))
+    record = test.measure(models.generator, "base").as_record()
+    for scores in (record, record["cfg"]):
+        found = scores["geneval"]
+        assert 0 < found["overall"] < 1
+        assert sum(task["images"] for task in found["tasks"].values()) == 40
+    lines = tasks_table({"base": record}, config.cfg_scale)
+    assert [line.split(",")[0].split()[0] for line in lines] == ["GenEval", "base", "base"]
+    assert f"{record['geneval']['overall']:.3f}" in lines[1]
+    assert f"{record['cfg']['geneval']['overall']:.3f}" in lines[2]
+    others = [caption.replace("a photo of", "a picture of") for caption in test.captions]
+    assert SceneJudge.of(others, torch.device("cpu")) is None

@@ -107,8 +107,9 @@ def test_the_base_s_temperature_is_chosen_on_another_seed(monkeypatch: pytest.Mo
     fids = {0.8: (12.0, 9.0), 0.9: (10.0, 9.5), 1.0: (15.0, 10.0)}
     asked = []
 
-    def measured_at(self: Runs, temperatures: Any, seed: int, changes: Any) -> dict[float, dict[str, Any]]:
+    def measured_at(self: Runs, temperatures: Any, seed: int, changes: Any, scale: float) -> dict[float, Any]:
         assert changes is None
+        assert scale == 1.5
         asked.append((seed, list(temperatures)))
         found = {each: measurement(fids[each][0] + seed) for each in temperatures}
         for each in found:
@@ -117,7 +118,7 @@ def test_the_base_s_temperature_is_chosen_on_another_seed(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Runs, "measured_at", measured_at)
     best = Runs(tmp_path, {}).best(tuple(fids), [3, 4])
-    assert asked == [(ablation.TUNING_SEED, [0.8, 0.9, 1.0]), (3, [0.9, 0.8]), (4, [0.9, 0.8])]
+    assert asked == [(ablation.TUNING_SEED, [0.8, 0.9, 1.0]), *((seed, [t]) for seed in (3, 4) for t in (0.9, 0.8))]
     assert [(each["aligned"]["fid"], each["aligned"]["cfg"]["fid"]) for each in best] == [(13, 12), (14, 13)]
     text = ablation.table({VAPI: [record(3, 15, 9), record(4, 15, 10)], TEMPERATURE: best})
     line = text.splitlines()[-1]
@@ -138,6 +139,50 @@ def test_a_table_has_means_and_standard_errors() -> None:
     assert alone.startswith("| alone | 8.00 ± 0.50 | 2.00 ± 0.10 | ")  # of its one sample set
     assert alone.endswith(" | 4.000 |  |")
     assert " | 0.700 | -0.5000 | " in alone
+
+
+def judged(plain: float, guided: float) -> dict[str, Any]:
+    """A measurement with GenEval, of one task."""
+
+    def geneval(overall: float) -> dict[str, Any]:
+        return {"tasks": {"two_object": {"score": overall, "se": 0.02}}, "overall": overall, "overall_se": 0.03}
+
+    found = measurement(10.0)
+    return found | {"geneval": geneval(plain), "cfg": found["cfg"] | {"geneval": geneval(guided)}}
+
+
+def test_captions_are_judged_and_the_base_is_guided_as_is_best_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured_at(self: Runs, temperatures: Any, seed: int, changes: Any, scale: float) -> dict[float, Any]:
+        guided = 0.9 - abs(scale - 3) / 10
+        return {each: judged(each / 2, guided - abs(each - 0.9)) for each in temperatures}
+
+    monkeypatch.setattr(Runs, "measured_at", measured_at)
+    best = Runs(tmp_path, {}).best((0.8, 0.9, 1.0), [0, 1], cfg_scales=(1.5, 3.0, 5.0))
+    assert {key: best[0][key] for key in ("temperature", "cfg_temperature", "cfg_scale")} == {
+        **{"temperature": 1.0, "cfg_temperature": 0.9, "cfg_scale": 3.0}
+    }
+    assert best[0]["aligned"]["geneval"]["overall"] == 0.5
+    assert best[0]["aligned"]["cfg"]["geneval"]["overall"] == pytest.approx(0.9)
+    runs = [
+        record(seed, 0, 0) | {"base": judged(0.3, 0.4), "aligned": judged(0.35 + seed / 10, 0.5)} for seed in (0, 1)
+    ]
+    rows = {VAPI: runs, TEMPERATURE: best}
+    header, _, base, vapi, tuned = ablation.table(rows).splitlines()
+    assert "| IS↑ | GenEval↑ | precision |" in header
+    assert "| IS, CFG | GenEval, CFG | entropy |" in header
+    assert "| 0.300 ± 0.000 | 0.900 |" in base
+    assert "| 0.400 ± 0.050 | 0.900 |" in vapi
+    assert tuned.startswith(f"| {TEMPERATURE} (1, with CFG 0.9 at scale 3) |")
+    tasks = ablation.tasks(rows).splitlines()
+    assert tasks[0] == "| GenEval, CFG | two object | overall |"
+    assert tasks[3] == f"| {VAPI} | 0.500 ± 0.000 | 0.500 ± 0.000 |"
+    assert ablation.tasks(rows) in ablation.report("noise", rows)
+    one = ablation.tasks({VAPI: runs[:1]}).splitlines()[3]
+    assert one == f"| {VAPI} | 0.500 ± 0.020 | 0.500 ± 0.030 |"  # of its prompts
+    text = ablation.difference({VAPI: runs, RANDOM: runs}, VAPI, RANDOM)
+    assert text.splitlines()[0].endswith("| GenEval | FID, CFG | IS, CFG | GenEval, CFG |")
 
 
 def test_without_guidance_a_table_has_no_column_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
