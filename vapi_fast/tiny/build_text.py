@@ -192,7 +192,7 @@ def train_detector(output: TextFiles, steps: int = 2500, batch_size: int = 64) -
     save_half(model, output.detector)
 
 
-def train_tokenizer(output: TextFiles, steps: int = 1700, batch_size: int = 48, continuous_steps: int = 200) -> None:
+def train_tokenizer(output: TextFiles, steps: int = 1250, batch_size: int = 48, continuous_steps: int = 150) -> None:
     """As `fit_tokenizer` says, on endless scenes."""
     painted = sprites()
     source = scenes.stream(painted, TOKENIZER_SEED)
@@ -209,7 +209,7 @@ def train_tokenizer(output: TextFiles, steps: int = 1700, batch_size: int = 48, 
     save_half(model, output.tokenizer)
 
 
-def train_generator(output: TextFiles, steps: int = 2800, batch_size: int = 32) -> None:
+def train_generator(output: TextFiles, steps: int = 2500, batch_size: int = 32) -> None:
     """Next-token cross-entropy on endless scenes, one caption in ten left out for guidance.
 
     No scene comes twice, so there is nothing to learn by heart and no dropout.
