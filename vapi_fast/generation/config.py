@@ -37,13 +37,17 @@ class ModelOptions:
     )
     gpt_ckpt: Path | None = option(
         PRESET,
-        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or `.safetensors`",
+        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or "
+        "`.safetensors`; or Janus-Pro's folder",
         shown="required (shipped)",
         file="file or folder",
     )
     ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
-        PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="required (shipped)", file="file or folder"
+        PRESET,
+        "LlamaGen's VQ tokenizer, in the same forms; of Janus-Pro the same folder",
+        shown="required (shipped)",
+        file="file or folder",
     )
     image_size: int = option(
         PRESET,
@@ -126,9 +130,11 @@ class GenerateConfig(DrawOptions, ModelOptions):
         file="file",
     )
     top_k: int = option(
-        PRESET, "keep the k likeliest tokens in the draws; 0: all", at_least=0, shown="0; GenEval: 2000"
+        PRESET, "keep the k likeliest tokens in the draws; 0: all", at_least=0, shown="0; GenEval: 2000 (Janus-Pro 0)"
     )
-    cfg_scale: float = option(PRESET, "classifier-free guidance; 1: none", at_least=1, shown="1; GenEval: 7.5")
+    cfg_scale: float = option(
+        PRESET, "classifier-free guidance; 1: none", at_least=1, shown="1; GenEval: 7.5; Janus-Pro: 5"
+    )
     cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
     cfg_schedule: str = option(
         "constant",
@@ -173,7 +179,8 @@ class GenerateConfig(DrawOptions, ModelOptions):
         official = self.prompts is not None and str(self.prompts) == GENEVAL
         if self.format is None:
             object.__setattr__(self, "format", GENEVAL if official else "png")
-        for name, value in (DRAWN_FOR_GENEVAL if self.format == GENEVAL else DRAWN_WITH).items():
+        drawn = DRAWN_FOR_GENEVAL if self.format == GENEVAL else DRAWN_WITH
+        for name, value in (drawn | catalog.entry(self.model).drawn).items():
             if getattr(self, name) is PRESET:
                 object.__setattr__(self, name, value)
         one_each = self.num is PRESET

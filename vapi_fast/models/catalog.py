@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vapi_fast import tiny
-from vapi_fast.models.sizes import LLAMAGEN_CONFIGS
+from vapi_fast.models.sizes import JANUS_CONFIGS, LLAMAGEN_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import PRESET, check, fill_in
 
@@ -21,6 +21,7 @@ class Entry:
 
     recipe: the default one of align's.
     recipes: where a recipe has other values for this model than for others.
+    drawn: values of draws that `generate` has for this model, also for GenEval.
     """
 
     tokenizer: str  # of `sizes.VQ_CONFIGS`
@@ -32,6 +33,7 @@ class Entry:
     evaluate: Mapping[str, Any]
     recipe: str = "va-pi"
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    drawn: Mapping[str, Any] = field(default_factory=dict)
 
     def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
         """What a command's fields are by default; of `align`, under a recipe."""
@@ -64,6 +66,7 @@ LEAN: dict[str, Any] = {  # one forward an image without dropout: what the rollo
     "beta2": 0.999,
 }
 DROPOUT = {"dropout": 0.1, "label_dropout": 0.1}  # LlamaGen's own, in training mode
+JANUS_STEPS = {"batch_size": 64, "steps": 100, "lr": 1e-7, "noise_prob": 1.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "lean": LEAN,
     "va-pi": LEAN | DROPOUT | {"rollout_mode": "eval"},  # train_c2i_grpo_8gpu.sh: `--sample-model-mode train`
@@ -75,6 +78,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"rollouts": "free", "rollout_cfg_scale": 2.0, "reward": "clip:5,clip-levels,hpsv2:5,hpsv2-levels"}
     | {"advantage_eps": 1e-4, "advantage_clip": 0.0, "prior": "kl"}
     | {"batch_size": 4, "steps": 400, "lr": 1e-5, "weight_decay": 0.0, "noise_prob": 0.0},
+    # run_t2i_grpo_janus_deepspeed_16g_hf.sh, with each token scored by the state that predicts it
+    "janus": LEAN | JANUS_STEPS,
 }
 
 NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "data", "eval_data", "reference"))  # the user's
@@ -105,6 +110,16 @@ TEXT = replace(
     generate={"num": 30_000},
     recipes={"ar-grpo": {"batch_size": 8, "steps": 600, "rollout_cfg_scale": 4.0, "prior_weight": 1.0}},
 )
+# Janus-Pro: 384², 64 images a step, all of whose context is noise; LPIPS on AlexNet, the pip package's default.
+JANUS = replace(
+    PAPER,
+    lpips="alex",
+    align={**PAPER.align, **JANUS_STEPS, "eval_samples": 30_000, "cfg_scale": 5.0},
+    generate={"num": 30_000},
+    recipe="janus",
+    recipes=TEXT.recipes,
+    drawn={"top_k": 0, "cfg_scale": 5.0},
+)
 TINY = Entry(
     tokenizer="tiny",
     lpips="tiny",
@@ -133,6 +148,7 @@ TINY = Entry(
 )
 
 CATALOG: dict[str, Entry] = dict.fromkeys(LLAMAGEN_CONFIGS, PAPER) | {"t2i-xl": TEXT, "tiny": TINY}
+CATALOG |= {name: JANUS for name in JANUS_CONFIGS if name.startswith("janus-pro")}
 
 
 def entry(name: str) -> Entry:
