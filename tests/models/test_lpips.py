@@ -8,10 +8,12 @@ from urllib.error import URLError
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.models import LPIPS
+from vapi_fast.models.frozen import FrozenLPIPS
 from vapi_fast.models.lpips import VGG16_URL
 from vapi_fast.runtime.errors import CheckpointError
 
@@ -134,8 +136,8 @@ def test_tiny_round_trip(tiny: LPIPS, tmp_path: Path) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown LPIPS network 'alex': choose one of vgg16, tiny"):
-        LPIPS.from_name("alex")
+    with pytest.raises(ValueError, match="unknown LPIPS network 'squeeze': choose one of vgg16, alex, tiny"):
+        LPIPS.from_name("squeeze")
 
 
 def test_another_file_than_vgg16_is_named(tmp_path: Path) -> None:
@@ -170,3 +172,52 @@ def test_vgg16_online_uses_the_download(monkeypatch: pytest.MonkeyPatch, vgg16: 
     model = LPIPS.from_name("vgg16")
     assert asked == [("https://download.pytorch.org/models/vgg16-397923af.pth", True, True)]
     assert torch.equal(model.features[28].weight, vgg16.features[28].weight)
+
+
+# ---- AlexNet, which Janus-Pro's alignment is rewarded by
+
+
+def alexnet_weights() -> dict[str, Tensor]:
+    """A state dict laid out like torchvision's AlexNet file."""
+    shapes = {0: [64, 3, 11, 11], 3: [192, 64, 5, 5], 6: [384, 192, 3, 3], 8: [256, 384, 3, 3], 10: [256, 256, 3, 3]}
+    weights = {f"features.{index}.weight": shape for index, shape in shapes.items()}
+    biases = {f"features.{index}.bias": shape[:1] for index, shape in shapes.items()}
+    return golden.formula_weights(weights | biases | {"classifier.1.weight": [8, 8], "classifier.1.bias": [8]})
+
+
+@pytest.fixture(scope="module")
+def alex(tmp_path_factory: pytest.TempPathFactory) -> LPIPS:
+    path = tmp_path_factory.mktemp("alex") / "alexnet-owt-7be5be79.pth"
+    torch.save(alexnet_weights(), path)
+    return LPIPS.from_checkpoint(path, "alex").requires_grad_(False)
+
+
+def test_alexnet_is_the_published_networks_formula(alex: LPIPS) -> None:
+    """Five taps behind the ReLUs; poolings of side 3 that halve; each pixel's vector of unit length, then weighted."""
+    weights, a, b = alexnet_weights(), *(torch.rand(2, 2, 3, 64, 64) * 2 - 1)
+    stored = torch.load(
+        str(files("torchmetrics") / "functional/image/lpips_models/alex.pth"), map_location="cpu", weights_only=True
+    )
+    total = torch.zeros(2)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    maps = [(x - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for x in (a, b)]
+    steps = ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1))
+    for level, (index, stride, padding) in enumerate(steps):
+        if level in (1, 2):
+            maps = [F.max_pool2d(x, 3, 2) for x in maps]
+        kernel, bias = weights[f"features.{index}.weight"], weights[f"features.{index}.bias"]
+        maps = [F.relu(F.conv2d(x, kernel, bias, stride, padding)) for x in maps]
+        first, second = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in maps)
+        total += F.conv2d((first - second).square(), stored[f"lin{level}.model.1.weight"]).mean((1, 2, 3))
+    assert golden.relative_error(alex(a, b), total) <= TOLERANCE
+    frozen = FrozenLPIPS(alex, torch.float32)
+    assert golden.relative_error(frozen(b[:, None], a)[:, 0], total) <= TOLERANCE
+
+
+def test_alexnets_maps_have_the_sides_that_its_config_says(alex: LPIPS) -> None:
+    for side in (31, 64, 384):
+        found = [level.shape[-1] for level in alex.feature_maps(torch.zeros(1, 3, side, side))]
+        assert found == alex.config.sides(side)
+    assert alex.config.sides(384) == [95, 47, 23, 23, 23]
+    with pytest.raises(ValueError, match="of at least 31 pixels a side"):
+        alex.feature_maps(torch.zeros(1, 3, 30, 30))

@@ -243,7 +243,9 @@ def test_its_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert costs.parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.hidden(torch.zeros(2, 8, dtype=torch.long), Condition(prompts(5, 5).rows))
-    around = 2 * 2 * (8 * (8 * 16 + 16 * 16) + 9 * 16 * 16)  # of aligner and MLP
+    aligner, mlp = costs.around(model.config)
+    assert aligner == (8 * 16 + 16 * 16, 16 + 16 + 8)  # codes in, the first product, and what GELU makes of it
+    assert mlp == (16 * 16, 16 + 16)
     hidden_scores = 2 * 2 * 2 * 13**2 * 16  # PyTorch counts the masked half as well
     forward, _ = costs.transformer_costs(model.config, 2, passes=1)
-    assert counter.get_total_flops() == forward.flops + around + hidden_scores
+    assert counter.get_total_flops() == forward.flops + hidden_scores

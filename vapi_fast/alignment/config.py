@@ -34,7 +34,7 @@ VGG_STRIDE = 16  # pixels of the image to one of the last map of features
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
 # Besides run.json; the others are added to.
-RESULTS = ("aligned.pt", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
+RESULTS = ("aligned.pt", "aligned", "samples.png", "originals.png", "reward.png", "stages.png", "fid.png")
 
 
 def settings(values: Mapping[str, Any], beside: str) -> list[str]:
@@ -144,10 +144,10 @@ class RolloutOptions(DrawOptions):
 class RewardOptions:
     """What a rollout's image is worth."""
 
-    lpips: str = option(PRESET, choices=("vgg16", *tiny.NETWORKS))
+    lpips: str = option(PRESET, choices=("vgg16", "alex", *tiny.NETWORKS))
     vgg_weights: Path | None = option(
         PRESET,
-        "torchvision's VGG16 file for LPIPS, for machines that are offline",
+        "torchvision's file for LPIPS, of VGG16 or with Janus-Pro of AlexNet, for machines that are offline",
         shown="download (shipped)",
         file="file or folder",
     )
@@ -400,6 +400,10 @@ class AlignConfig(
         if self.credit_window > self.grid_size:
             raise ConfigError(
                 f"--credit-window must be at most {self.grid_size}, the tokens of a side, got {self.credit_window}"
+            )
+        if self.lpips == "alex":
+            raise ConfigError(
+                "--credit-window needs --lpips vgg16: the pixels of AlexNet's maps lie over no whole tokens"
             )
         if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +180,8 @@ def parameters(config: GeneratorConfig) -> int:
 
 
 def transformer_costs(config: GeneratorConfig, images: int, passes: int) -> tuple[Cost, Cost]:
-    """Forward and backward of the blocks, without the head, over `images` in `passes` micro-batches.
+    """Forward and backward of the blocks and the networks around them, without the head, over `images` in `passes`
+    micro-batches.
 
     A layer's products have 4·D² + 3·D·H weights: 2 FLOPs each and position forward, 4 backward. Attention takes
     2·S²·D FLOPs a layer and image forward, as half of its scores are masked, and twice that backward.
@@ -202,7 +203,43 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int) -> tupl
     forward = Cost(products + attention, BF16 * (forward_elements + passes * weights) + cast)
     gradients = FP32 * (2 * passes - 1) * weights
     backward = Cost(2 * (products + attention), BF16 * (backward_elements + passes * weights) + gradients)
+    for network, tokens in zip(around(config), (config.grid_size**2 - 1, config.grid_size**2), strict=True):
+        weights, kept = network.weights, images * tokens * network.kept
+        product = 2 * images * tokens * weights
+        forward += Cost(product, BF16 * (2 * kept + passes * weights) + (FP32 + BF16) * weights)
+        gradients = FP32 * (2 * passes - 1) * weights
+        backward += Cost(2 * product, BF16 * (3 * kept + passes * weights) + gradients)
     return forward, backward
+
+
+class Network(NamedTuple):
+    """`weights` of a network's products, and the elements of a token that are `kept` for its backward."""
+
+    weights: int
+    kept: int
+
+
+@functools.cache
+def around(config: GeneratorConfig) -> tuple[Network, Network]:
+    """What a generator has between a token's embedding and the blocks, and between these and the head."""
+    with torch.device("meta"):
+        generator = random_generator(config)
+
+    def network(compute: Callable[[int], Tensor]) -> Network:
+        sizes = []
+        with FlopCounterMode(display=False) as counter:
+            compute(1)
+        for tokens in (1, 2):  # the weights that are kept do not count
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+                compute(tokens)
+            sizes.append(sum(x.numel() for x in kept if x.is_floating_point()))
+        return Network(counter.get_total_flops() // 2, sizes[1] - sizes[0])
+
+    return (
+        network(lambda tokens: generator.embed_tokens(torch.zeros(1, tokens, dtype=torch.int64, device="meta"))),
+        network(lambda tokens: generator.readout(torch.zeros(1, tokens, config.width, device="meta"))),
+    )
 
 
 def head_costs(config: GeneratorConfig, tokens: int, passes: int) -> tuple[Cost, Cost]:
@@ -300,5 +337,5 @@ def feature_cost(config: LPIPSConfig, image_size: int) -> Cost:
     with torch.device("meta"):
         lpips = LPIPS(config)
     cost, _ = network_cost(lpips.features, 3, image_size)
-    maps = sum(width * (image_size >> level) ** 2 for level, (width, _) in enumerate(config.levels))
+    maps = sum(width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True))
     return cost + Cost(0, BF16 * maps)

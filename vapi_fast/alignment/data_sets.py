@@ -11,7 +11,8 @@ from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.features import CachedFeatures, FeatureSource, FolderFeatures
 from vapi_fast.data.hub import local_source
-from vapi_fast.models.sizes import Captions, Classes
+from vapi_fast.data.prompt_tokens import PromptTokens
+from vapi_fast.models.sizes import Captions, Classes, Prompts
 from vapi_fast.runtime.distributed import world_size
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import flag
@@ -19,12 +20,13 @@ from vapi_fast.runtime.options import flag
 if TYPE_CHECKING:
     from pathlib import Path
 
-OF_CAPTIONS = ("caption_column", "text_encoder", "caption_cache", "caption_features", "short_caption_features")
+OF_FEATURES = ("text_encoder", "caption_cache", "caption_features", "short_caption_features")
+OF_CAPTIONS = ("caption_column", *OF_FEATURES)
 
 
 def open_data(
     config: AlignConfig,
-    condition: Classes | Captions,
+    condition: Classes | Captions | Prompts,
     device: torch.device,
     *,
     held_out: bool = False,
@@ -64,10 +66,17 @@ def source_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None]:
     return local_source(source, split, held_out, config.hub_rows)
 
 
-def feature_source(config: AlignConfig, condition: Captions, device: torch.device) -> FeatureSource:
-    """The files that `config` names, or else the text encoder and its cache."""
+def feature_source(config: AlignConfig, condition: Captions | Prompts, device: torch.device) -> FeatureSource:
+    """The files that `config` names, or else the text encoder and its cache; of prompts the checkpoint's tokenizer."""
     if config.class_index is not None:
         raise ConfigError("--class-index: this model is conditioned on captions, leave it out")
+    if isinstance(condition, Prompts):
+        if given := [flag(name) for name in OF_FEATURES if getattr(config, name) is not None]:
+            raise ConfigError(f"{given[0]}: this model reads captions by its own tokenizer, leave it out")
+        if config.gpt_ckpt is None:
+            raise ConfigError("--gpt-ckpt is required with --data: the tokenizer of its prompts lies beside it")
+        tokens, _, bos, begin_image = condition
+        return PromptTokens(config.gpt_ckpt, tokens, bos=bos, begin_image=begin_image)
     if config.caption_features is not None:
         if given := [flag(name) for name in ("text_encoder", "caption_cache") if getattr(config, name) is not None]:
             raise ConfigError(f"--caption-features and {given[0]}: features come of one of them, leave the other out")

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.costs import BF16, FP32, decoder_cost, feature_cost, largest_decoder_map, parameters
+from vapi_fast.alignment.costs import BF16, FP32, around, decoder_cost, feature_cost, largest_decoder_map, parameters
 from vapi_fast.alignment.image_text import SOURCES
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
-from vapi_fast.models.sizes import Captions
+from vapi_fast.models.sizes import Captions, Prompts
 from vapi_fast.runtime.errors import ConfigError
 
 USABLE = 0.95  # of the free memory; the allocator's rounding and gaps take the rest
@@ -159,7 +159,8 @@ def held_parts(
     share = FP32 * count // world_size
     gathered = count
     if reshard:  # embeddings and head, the block at work and the next
-        blocks = count - 2 * generator.vocab_size * generator.width
+        width = generator.width
+        blocks = generator.layers * (4 * width**2 + 3 * width * generator.hidden_width + 2 * width)
         gathered = count - blocks + 2 * blocks // generator.layers
     frozen = frozen_parameters(config.tokenizer, config.lpips)
     images = config.batch_size // world_size * (3 * config.image_size**2 + caption_numbers(generator))
@@ -179,6 +180,8 @@ def held_parts(
 
 def caption_numbers(generator: GeneratorConfig) -> int:
     """Features of an image's caption. Their encoder has left the GPU before the generator comes to it."""
+    if isinstance(generator.condition, Prompts):
+        return 2 * generator.condition.tokens  # int64
     return math.prod(generator.condition) if isinstance(generator.condition, Captions) else 0
 
 
@@ -214,12 +217,15 @@ def activation_bytes(generator: GeneratorConfig) -> int:
 
     A layer keeps its two norms' inputs, queries, keys, values and attention's output, 6·D numbers a position, gate and
     up, 2·hidden, and the scores' logsumexp in fp32, one a head; it computes norms and SwiGLU again. After the last one
-    there are the final norm's input and output and the gradient to it.
+    there are the final norm's input and output and the gradient to it; before the first and after the last, what the
+    networks keep that a family has there.
     """
     width = generator.width
     layer = BF16 * (6 * width + 2 * generator.hidden_width) + FP32 * generator.heads
     positions = generator.grid_size**2 + generator.prefix_len - 1
-    return positions * (generator.layers * layer + BF16 * 3 * width)
+    embedding, readout = around(generator)
+    beside = generator.grid_size**2 * (embedding.kept + readout.kept)
+    return positions * (generator.layers * layer + BF16 * 3 * width) + BF16 * beside
 
 
 def reward_bytes(config: AlignConfig, chunk: int) -> int:
@@ -228,7 +234,8 @@ def reward_bytes(config: AlignConfig, chunk: int) -> int:
     Comparing their tokens copies a level's maps at a time, where convolutions had two.
     """
     decoding = LIVE_MAPS * largest_decoder_map(VQ_CONFIGS[config.tokenizer], config.image_size)
-    levels = [width * (config.image_size >> n) ** 2 for n, (width, _) in enumerate(LPIPS_CONFIGS[config.lpips].levels)]
+    lpips = LPIPS_CONFIGS[config.lpips]
+    levels = [width * side**2 for (width, _), side in zip(lpips.levels, lpips.sides(config.image_size), strict=True)]
     comparing = sum(levels) + 2 * max(levels)
     return BF16 * max(chunk * decoding, max(chunk, config.group_size) * comparing)
 

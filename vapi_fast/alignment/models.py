@@ -42,10 +42,13 @@ class Models:
         return self.reward.codec
 
 
-def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | None = None) -> Models:
+def load_models(
+    config: AlignConfig, device: torch.device, reward_chunk: int | None = None, prefix: int | None = None
+) -> Models:
     """Load the checkpoints that `config` names; raises CheckpointError when one does not fit.
 
-    reward_chunk: rollouts to decode at once; None: by the image size.
+    reward_chunk: rollouts to decode at once; None: by the image size. prefix: positions of the longest condition,
+    where it is known.
     """
     generator, tokenizer, lpips = random_models(config, device) if config.random_init else read_models(config)
     for module in (tokenizer, lpips):
@@ -61,6 +64,8 @@ def load_models(config: AlignConfig, device: torch.device, reward_chunk: int | N
             f"{config.gpt_ckpt} takes captions of {taken.tokens} × {taken.width} numbers, and --model {config.model} "
             f"those of {expected.tokens} × {expected.width}: pass a checkpoint of LlamaGen's text model"
         )
+    if prefix is not None:
+        generator.fit_prefix(prefix)
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)

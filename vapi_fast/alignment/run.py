@@ -29,11 +29,11 @@ from vapi_fast.alignment.step import make_trainer
 from vapi_fast.data.dataset import ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
-from vapi_fast.models.sizes import Captions, Classes
+from vapi_fast.models.sizes import Classes, Prompts
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
 from vapi_fast.runtime.ceilings import measure
-from vapi_fast.runtime.checkpoint import identity, save_generator
+from vapi_fast.runtime.checkpoint import identity
 from vapi_fast.runtime.clock import StageClock
 from vapi_fast.runtime.distributed import (
     gather_objects,
@@ -187,16 +187,20 @@ class Run:
         plan = memory_plan(config, device, source)
         self.outcome = Outcome(config, device, StageClock(device), ceilings, EnergyMeter(device, nvml()), plan)
         condition = generator_config(config.model).condition
-        if (captions := isinstance(condition, Captions)) and not config.synthetic_data:
+        prefix = None
+        if (captions := not isinstance(condition, Classes)) and not config.synthetic_data:
             self.data = open_data(config, condition, device)  # their encoder needs the room of what is loaded next
+            prefix = self.data.features.tokens
         with kernels_compiled(config, device):
-            self.models = load_models(config, device, plan.reward_chunk if plan else None)
+            self.models = load_models(config, device, plan.reward_chunk if plan else None, prefix)
             loaded = time.perf_counter()
         compiling = time.perf_counter() - loaded
         generator = self.models.generator
         condition = generator.config.condition
         if config.synthetic_data:
-            kind = {"caption": condition} if captions else {"num_classes": condition.count}
+            kind: dict[str, Any] = {"num_classes": condition.count} if isinstance(condition, Classes) else {}
+            if captions:
+                kind = {"prompt" if isinstance(condition, Prompts) else "caption": condition}
             self.data = SyntheticData(config.image_size, **kind)
         elif not captions:
             self.data = open_data(config, condition, device)
@@ -342,7 +346,7 @@ class Run:
         weights = whole_state(self.models.generator)
         try:
             if rank() == 0:
-                save_generator(output / "aligned.pt", weights)
+                self.models.generator.save(output, weights, None if self.config.random_init else self.config.gpt_ckpt)
                 report.write_pictures(self.outcome, output)
             self.outcome.skipped_images = self.data.skipped
             self.outcome.seconds["total"] = time.perf_counter() - started

@@ -67,19 +67,20 @@ class CaptionedData(ImageStream):
         return {"split": self.split, "images": len(self), "classes": {}, "captions": captions}
 
     def condition(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features float32 `[n,tokens,width]` of images' captions, by their ids int64 `[n]`, and their mask."""
+        """Features of images' captions, as of a batch, by the images' ids int64 `[n]`, and their mask."""
         features, mask = self._caption_room(len(labels))
         for place, image_id in enumerate(labels.tolist()):
             self._fill_caption(features[place], mask[place], image_id)
         return torch.from_numpy(features), torch.from_numpy(mask)
 
     def _caption_room(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = count, self.features.tokens
-        return np.zeros((*shape, self.features.width), dtype=np.float32), np.zeros(shape, dtype=bool)
+        shape, width = (count, self.features.tokens), self.features.width
+        features = np.zeros((*shape, width), dtype=np.float32) if width else np.zeros(shape, dtype=np.int64)
+        return features, np.zeros(shape, dtype=bool)
 
     def _fill_caption(self, features: np.ndarray, mask: np.ndarray, image_id: int) -> None:
-        states = self.features.states(self._captions[image_id]).float().numpy()
-        features[-len(states) :] = states
+        states = self.features.states(self._captions[image_id])
+        features[-len(states) :] = (states.float() if states.is_floating_point() else states).numpy()
         mask[-len(states) :] = True
 
     def _room(self, count: int) -> tuple[np.ndarray, ...]:

@@ -41,7 +41,8 @@ class ImageBatch(NamedTuple):
     sample_ids: Tensor  # int64 [b]: slot of the image in its step, 0 .. batch_size - 1 over all ranks
     image_ids: Tensor  # int64 [b]: row of the image in the data set
     # Of captions, whose labels are the images' rows:
-    features: Tensor | None = None  # float [b, tokens, width], behind zeros where the caption is shorter
+    # float [b, tokens, width], or token ids int64 [b, tokens], behind zeros where the caption is shorter
+    features: Tensor | None = None
     mask: Tensor | None = None  # bool [b, tokens], False at those zeros
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ImageBatch:

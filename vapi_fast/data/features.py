@@ -30,7 +30,7 @@ SHARD = 512  # captions in a file of the cache: what a crash loses at most, on e
 
 
 class FeatureSource(Protocol):
-    """Features of captions, `[n,width]` with n ≤ `tokens`."""
+    """Features of captions, `[n,width]` with n ≤ `tokens`; where `width` is 0, their token ids int64 `[n]`."""
 
     tokens: int
     width: int

@@ -12,6 +12,7 @@ from vapi_fast.data.dataset import ImageBatch
 
 COARSE = 8  # pixels a side of the noise that an image is enlarged from: smooth, as photographs are
 EPOCH = 1 << 20  # images
+SENTENCE = 64  # tokens
 
 
 class SyntheticData:
@@ -20,11 +21,20 @@ class SyntheticData:
     skipped: tuple[str, ...] = ()
     class_names: dict[int, str] | None = None
 
-    def __init__(self, image_size: int, num_classes: int = 0, *, caption: tuple[int, int] = (0, 0)) -> None:
-        """caption: positions of a caption and their width, in place of classes."""
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int = 0,
+        *,
+        caption: tuple[int, int] = (0, 0),
+        prompt: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        """caption: positions of one and their width, in place of classes; or prompt: its positions, the vocabulary, its
+        first token and its last."""
         self.image_size = image_size
         self.num_classes = num_classes
-        self.caption = caption
+        self.caption_shape = caption
+        self.prompt = prompt
 
     def __len__(self) -> int:
         return EPOCH
@@ -53,7 +63,18 @@ class SyntheticData:
         images = F.interpolate(noise, size, mode="bicubic", align_corners=False).clamp(-1, 1)
         if self.num_classes:
             return ImageBatch(images, image_ids % self.num_classes, slots, image_ids)
-        tokens, width = self.caption
+        if self.prompt:
+            return ImageBatch(images, image_ids, slots, image_ids, *self.prompts(image_ids, draws))
+        tokens, width = self.caption_shape
         features = torch.stack([torch.randn(tokens, width, generator=draw) for draw in draws])
         mask = torch.arange(tokens) >= (image_ids % tokens)[:, None]  # of all lengths
         return ImageBatch(images, image_ids, slots, image_ids, features * mask[..., None], mask)
+
+    def prompts(self, image_ids: torch.Tensor, draws: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, of the lengths that prompts of a sentence have."""
+        tokens, vocabulary, first, last = self.prompt
+        used = 2 + image_ids % min(tokens - 1, SENTENCE)
+        rows = torch.stack([torch.randint(vocabulary, (tokens,), generator=draw) for draw in draws])
+        rows[torch.arange(len(rows)), tokens - used], rows[:, -1] = first, last
+        mask = torch.arange(tokens) >= (tokens - used)[:, None]
+        return rows * mask, mask

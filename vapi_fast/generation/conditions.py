@@ -1,4 +1,4 @@
-"""What samples are drawn from: class ids, or caption features of a text encoder."""
+"""What samples are drawn from: class ids, caption features of a text encoder, or prompts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.features import checked_encoder
+from vapi_fast.data.prompt_tokens import PromptTokens, padded_prompts
 from vapi_fast.data.text import cleaned, padded
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
-from vapi_fast.models.sizes import Classes
+from vapi_fast.models.sizes import Captions, Prompts
 from vapi_fast.runtime.checkpoint import load_file_checked
 from vapi_fast.runtime.errors import ConfigError
 
@@ -46,16 +47,17 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Texts:
-    """Conditions of encoded texts, kept without padding: thirty thousand fit into memory."""
+    """Conditions of encoded texts, or of prompts, kept without padding: thirty thousand fit into memory."""
 
-    states: list[Tensor]  # [n,width], n ≤ tokens
+    states: list[Tensor]  # [n,width], or token ids [n], n ≤ tokens
     tokens: int
     kind = "caption"
     masked = True
 
     def of(self, ids: Tensor, device: torch.device) -> Condition:
-        features, mask = padded([self.states[i] for i in (ids % len(self.states)).tolist()], self.tokens)
-        return Condition(features.to(device), mask.to(device))
+        picked = [self.states[i] for i in (ids % len(self.states)).tolist()]
+        rows, mask = (padded if picked[0].ndim > 1 else padded_prompts)(picked, self.tokens)
+        return Condition(rows.to(device), mask.to(device))
 
     def numbers(self, count: int) -> Tensor:
         return torch.arange(count) % len(self.states)
@@ -64,10 +66,15 @@ class Texts:
 def read_conditions(config: GenerateConfig, generator: Generator, device: torch.device) -> Conditions | Texts:
     """What `config` names: class ids (default: all), caption features, or prompts, which `device` encodes.
 
-    Raises ConfigError where the generator takes another kind, and what reading them raises.
+    Of prompts the generator is fitted to the longest. Raises ConfigError where it takes another kind, and what reading
+    them raises.
     """
     taken = generator.config.condition
-    if not isinstance(taken, Classes):
+    if isinstance(taken, Prompts):
+        found = read_prompt_tokens(config, taken)
+        generator.fit_prefix(found.tokens)
+        return found
+    if isinstance(taken, Captions):
         if config.texts:
             return encoded(config.texts, config.text_encoder, device, *taken)
         if config.caption_features is None:
@@ -92,6 +99,17 @@ def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, to
     """Features of texts by the encoder `source`, which leaves the device's memory again."""
     states = checked_encoder(source, device, width).states([cleaned(text) for text in texts], tokens)
     return Texts([each.clone() for each in states], tokens)  # a view would keep its batch's padding
+
+
+def read_prompt_tokens(config: GenerateConfig, taken: Prompts) -> Texts:
+    """Token ids of the prompts, by the tokenizer beside the checkpoint."""
+    if config.text_encoder is not None:
+        raise ConfigError("--text-encoder: this model reads prompts by its own tokenizer, leave it out")
+    if not config.texts:
+        raise ConfigError("--prompt or --prompts is required: this model draws from prompts alone")
+    tokens = PromptTokens(config.gpt_ckpt, taken.tokens, bos=taken.bos, begin_image=taken.begin_image)
+    ids = [tokens.ids(text) for text in config.texts]
+    return Texts(ids, max(map(len, ids)))
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:

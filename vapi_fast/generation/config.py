@@ -23,6 +23,7 @@ CFG_SCHEDULES = ("constant", "power-cosine", "rar")
 LARGEST_BATCH = 256
 GENEVAL = "geneval"
 DRAWN_WITH: dict[str, Any] = {"top_k": 0, "cfg_scale": 1.0}
+DRAWN_FOR_GENEVAL: dict[str, Any] = {"num": 4, "top_k": 2000, "cfg_scale": 7.5}  # LlamaGen's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,17 @@ class ModelOptions:
     )
     gpt_ckpt: Path | None = option(
         PRESET,
-        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or `.safetensors`",
+        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or "
+        "`.safetensors`; or Janus-Pro's folder",
         shown="required (shipped)",
         file="file or folder",
     )
     ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
-        PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="required (shipped)", file="file or folder"
+        PRESET,
+        "LlamaGen's VQ tokenizer, in the same forms; of Janus-Pro the same folder",
+        shown="required (shipped)",
+        file="file or folder",
     )
     image_size: int = option(
         PRESET,
@@ -128,9 +133,11 @@ class GenerateConfig(DrawOptions, ModelOptions):
         file="file",
     )
     top_k: int = option(
-        PRESET, "keep the k likeliest tokens in the draws; 0: all", at_least=0, shown="0; GenEval: 2000"
+        PRESET, "keep the k likeliest tokens in the draws; 0: all", at_least=0, shown="0; GenEval: 2000 (Janus-Pro 0)"
     )
-    cfg_scale: float = option(PRESET, "classifier-free guidance; 1: none", at_least=1, shown="1; GenEval: 7.5")
+    cfg_scale: float = option(
+        PRESET, "classifier-free guidance; 1: none", at_least=1, shown="1; GenEval: 7.5; Janus-Pro: 5"
+    )
     cfg_interval: int = option(-1, "guide tokens up to this one only, as LlamaGen counts; -1: all", at_least=-1)
     cfg_schedule: str = option(
         "constant",
@@ -176,7 +183,8 @@ class GenerateConfig(DrawOptions, ModelOptions):
         official = self.prompts is not None and str(self.prompts) == GENEVAL
         if self.format is None:
             object.__setattr__(self, "format", GENEVAL if official else "png")
-        for name, value in (model.geneval if self.format == GENEVAL else DRAWN_WITH).items():
+        drawn = DRAWN_FOR_GENEVAL if self.format == GENEVAL else DRAWN_WITH
+        for name, value in (drawn | model.drawn).items():
             if getattr(self, name) is PRESET:
                 object.__setattr__(self, name, value)
         one_each = self.num is PRESET

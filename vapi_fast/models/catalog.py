@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi_fast import tiny
-from vapi_fast.models.sizes import LLAMAGEN_CONFIGS
+from vapi_fast.models.sizes import JANUS_CONFIGS, LLAMAGEN_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import PRESET, check, fill_in
 
@@ -22,7 +22,8 @@ class Entry:
 
     recipe: the default one of align's.
     recipes: where a recipe has other values for this model than for others.
-    geneval: how images for GenEval are drawn; `geneval_prompts`: of which prompts, None for its own.
+    drawn: values of draws that `generate` has for this model, also for GenEval.
+    geneval_prompts: what `--prompts geneval` are for it; None: GenEval's own.
     """
 
     tokenizer: str  # of `sizes.VQ_CONFIGS`
@@ -34,9 +35,7 @@ class Entry:
     evaluate: Mapping[str, Any]
     recipe: str = "va-pi"
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    geneval: Mapping[str, Any] = field(
-        default_factory=lambda: {"num": 4, "top_k": 2000, "cfg_scale": 7.5}
-    )  # LlamaGen's
+    drawn: Mapping[str, Any] = field(default_factory=dict)
     geneval_prompts: Path | None = None
 
     def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
@@ -70,6 +69,7 @@ LEAN: dict[str, Any] = {  # one forward an image without dropout: what the rollo
     "beta2": 0.999,
 }
 DROPOUT = {"dropout": 0.1, "label_dropout": 0.1}  # LlamaGen's own, in training mode
+JANUS_STEPS = {"batch_size": 64, "steps": 100, "lr": 1e-7, "noise_prob": 1.0}
 RECIPES: dict[str, dict[str, Any]] = {
     "lean": LEAN,
     "va-pi": LEAN | DROPOUT | {"rollout_mode": "eval"},  # train_c2i_grpo_8gpu.sh: `--sample-model-mode train`
@@ -81,6 +81,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"rollouts": "free", "rollout_cfg_scale": 2.0, "reward": "clip:5,clip-levels,hpsv2:5,hpsv2-levels"}
     | {"advantage_eps": 1e-4, "advantage_clip": 0.0, "prior": "kl"}
     | {"batch_size": 4, "steps": 400, "lr": 1e-5, "weight_decay": 0.0, "noise_prob": 0.0},
+    # run_t2i_grpo_janus_deepspeed_16g_hf.sh, with each token scored by the state that predicts it
+    "janus": LEAN | JANUS_STEPS,
 }
 
 # The user's.
@@ -111,6 +113,16 @@ TEXT = replace(
     align={**PAPER.align, "steps": 200, "noise_prob": 0.5, "eval_samples": 30_000, "cfg_scale": 7.5},
     generate={"num": 30_000},
     recipes={"ar-grpo": {"batch_size": 8, "steps": 600, "rollout_cfg_scale": 4.0, "prior_weight": 1.0}},
+)
+# Janus-Pro: 384², 64 images a step, all of whose context is noise; LPIPS on AlexNet, the pip package's default.
+JANUS = replace(
+    PAPER,
+    lpips="alex",
+    align={**PAPER.align, **JANUS_STEPS, "eval_samples": 30_000, "cfg_scale": 5.0},
+    generate={"num": 30_000},
+    recipe="janus",
+    recipes=TEXT.recipes,
+    drawn={"top_k": 0, "cfg_scale": 5.0},
 )
 TINY = Entry(
     tokenizer="tiny",
@@ -154,7 +166,7 @@ TINY_TEXT = replace(
         "reference": tiny.TEXT_FILES.heldout_images,
     },
     align={**TINY.align, "noise_prob": 0.5, "eval_samples": 1268, "eval_batch": 317, "cfg_scale": 2.0},
-    geneval={"num": 4, "top_k": 0, "cfg_scale": 2.0},
+    drawn={"cfg_scale": 2.0, "top_k": 0},
     geneval_prompts=tiny.TEXT_FILES.prompts,
 )
 
@@ -163,6 +175,7 @@ CATALOG: dict[str, Entry] = dict.fromkeys(LLAMAGEN_CONFIGS, PAPER) | {
     "tiny": TINY,
     "tiny-text": TINY_TEXT,
 }
+CATALOG |= {name: JANUS for name in JANUS_CONFIGS if name.startswith("janus-pro")}
 
 
 def entry(name: str) -> Entry:

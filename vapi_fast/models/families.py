@@ -7,12 +7,13 @@ from pathlib import Path
 
 from vapi_fast.runtime.errors import CheckpointError
 
+from .janus import Janus
 from .llamagen import LlamaGen
-from .sizes import GeneratorConfig, LlamaGenConfig, named_size
+from .sizes import GeneratorConfig, JanusConfig, LlamaGenConfig, named_size
 from .tokenizer import VQTokenizer
 from .transformer import Generator
 
-FAMILIES: dict[type[GeneratorConfig], type[Generator]] = {LlamaGenConfig: LlamaGen}
+FAMILIES: dict[type[GeneratorConfig], type[Generator]] = {LlamaGenConfig: LlamaGen, JanusConfig: Janus}
 
 
 def generator_config(name: str) -> GeneratorConfig:

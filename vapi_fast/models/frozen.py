@@ -274,7 +274,9 @@ class Layer(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    pool: bool  # halve the resolution first
+    stride: int
+    padding: int
+    pool: int  # side of the pooling before it, which halves the resolution; 0: none
     tap: bool  # the result is one of the feature maps
 
 
@@ -286,15 +288,17 @@ class FrozenLPIPS:
         self.shift, self.scale = frozen_bias(lpips.shift, dtype), frozen_bias(lpips.scale, dtype)
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
         self.layers = []
-        pool = False
+        pool = 0
         for index, module in enumerate(lpips.features):
-            pool = pool or isinstance(module, nn.MaxPool2d)
+            if isinstance(module, nn.MaxPool2d):
+                pool = module.kernel_size
             if isinstance(module, nn.Conv2d):
                 weight, bias = module.weight.detach(), module.bias.detach().to(dtype, copy=True)
                 if not self.layers and weight.is_cuda:
                     weight = F.pad(weight, (0, 0, 0, 0, 0, TENSOR_CORE_CHANNELS - weight.shape[1]))
-                self.layers.append(Layer(frozen_weight(weight, dtype), bias, pool, index + 1 in lpips.taps))
-                pool = False
+                steps = module.stride[0], module.padding[0]
+                self.layers.append(Layer(frozen_weight(weight, dtype), bias, *steps, pool, index + 1 in lpips.taps))
+                pool = 0
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
@@ -303,7 +307,8 @@ class FrozenLPIPS:
         h = F.pad(h, (0, 0, 0, 0, 0, self.layers[0].weight.shape[1] - h.shape[1]))
         maps = []
         for layer in self.layers:
-            h = conv_relu(F.max_pool2d(h, 2) if layer.pool else h, layer.weight, layer.bias)
+            h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h
+            h = conv_relu(h, layer.weight, layer.bias, layer.stride, layer.padding)
             if layer.tap:
                 maps.append(h)
         return maps
@@ -319,8 +324,8 @@ class FrozenLPIPS:
         return maps, self.feature_maps(images)
 
 
-def conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU of a 3×3 convolution, padded by one: one kernel on CUDA."""
+def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
+    """ReLU of a convolution, by default a 3×3 one padded by one: one kernel on CUDA."""
     if x.is_cuda:
-        return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
-    return F.relu(F.conv2d(x, weight, bias, padding=1), inplace=True)
+        return torch.cudnn_convolution_relu(x, weight, bias, (stride, stride), (padding, padding), (1, 1), 1)
+    return F.relu(F.conv2d(x, weight, bias, stride, padding), inplace=True)

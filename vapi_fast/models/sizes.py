@@ -23,6 +23,15 @@ class Captions(NamedTuple):
     width: int
 
 
+class Prompts(NamedTuple):
+    """A condition is a prompt's token ids int64 `[tokens]`, from `bos` to `begin_image`, behind padding if shorter."""
+
+    tokens: int
+    vocabulary: int
+    bos: int
+    begin_image: int
+
+
 @dataclass(frozen=True)
 class GeneratorConfig(ABC):
     """What all generators have. `grid_size`: tokens along one side of the image.
@@ -50,7 +59,7 @@ class GeneratorConfig(ABC):
 
     @property
     @abstractmethod
-    def condition(self) -> Classes | Captions:
+    def condition(self) -> Classes | Captions | Prompts:
         """What one condition is."""
 
     @property
@@ -92,6 +101,48 @@ LLAMAGEN_CONFIGS = {
     "tiny": LlamaGenConfig(layers=6, heads=6, width=192, vocab_size=512, grid_size=8, num_classes=9),
     "tiny-text": LlamaGenConfig(
         layers=5, heads=4, width=256, vocab_size=512, grid_size=8, caption_tokens=12, caption_width=520
+    ),
+}
+
+
+@dataclass(frozen=True)
+class JanusConfig(GeneratorConfig):
+    """`prompt_tokens`: the longest prompt; `bos`, `pad`, `begin_image`: its special tokens' ids."""
+
+    hidden_width: int = 5632
+    code_width: int = 8
+    text_vocab: int = 102400
+    prompt_tokens: int = 512
+    bos: int = 100000
+    pad: int = 100002
+    begin_image: int = 100016
+
+    norm_eps: ClassVar[float] = 1e-6
+
+    @property
+    def condition(self) -> Prompts:
+        return Prompts(self.prompt_tokens, self.text_vocab, self.bos, self.begin_image)
+
+    @property
+    def prefix_len(self) -> int:
+        return self.prompt_tokens
+
+
+JANUS_CONFIGS = {
+    "janus-pro-1b": JanusConfig(layers=24, heads=16, width=2048),
+    "janus-pro-7b": JanusConfig(layers=30, heads=32, width=4096, hidden_width=11008),
+    "tiny-janus": JanusConfig(
+        layers=6,
+        heads=6,
+        width=192,
+        vocab_size=512,
+        grid_size=8,
+        hidden_width=512,
+        text_vocab=128,
+        prompt_tokens=64,
+        bos=1,
+        pad=0,
+        begin_image=2,
     ),
 }
 

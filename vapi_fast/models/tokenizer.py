@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi_fast import ops
+from vapi_fast.models import janus_files
 from vapi_fast.models.sizes import VQ_CONFIGS, VQTokenizerConfig
 from vapi_fast.runtime.checkpoint import load_into, load_state_dict
 
@@ -192,9 +193,9 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, name: str) -> VQTokenizer:
-        """The tokenizer `name` with the weights of a LlamaGen checkpoint (`.pt`) or `.safetensors` file."""
+        """The tokenizer `name` with the weights of a LlamaGen checkpoint (`.pt`), `.safetensors` file, or Janus-Pro."""
         tokenizer = cls.from_name(name)
-        state = load_state_dict(path)
+        state = janus_files.tokenizer_weights(load_state_dict(path, skip=janus_files.NO_TOKENIZER))
         load_into(tokenizer, state, path, hint=f"pass the checkpoint of a {name} tokenizer")
         return tokenizer
 

@@ -1,7 +1,7 @@
 """The core of all generators: Llama-style blocks over a prefix, which the condition fills, and the image's tokens.
 
-A family (`llamagen`) is a `Generator` with its embeddings, its head and its file format. What lies above `models/` is
-written against `Generator` and its `GeneratorConfig` alone.
+A family (`llamagen`, `janus`) is a `Generator` with its embeddings, its head and its file format. What lies above
+`models/` is written against `Generator` and its `GeneratorConfig` alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vapi_fast import ops
 from vapi_fast.models.sizes import GeneratorConfig
 from vapi_fast.reference.philox import LABEL_DROPOUT, default_sample_ids, philox, seed_key
 from vapi_fast.runtime.accelerators import causal_attention
+from vapi_fast.runtime.checkpoint import save_generator
 
 from .recompute import norm_linear, rotated_heads, swiglu_linear
 
@@ -31,7 +32,9 @@ class Condition(NamedTuple):
     all others.
     """
 
-    rows: Tensor  # as `GeneratorConfig.condition` says: class ids int64 [B], or caption features [B, prefix_len, ·]
+    # As `GeneratorConfig.condition` says: class ids int64 [B], caption features [B, prefix_len, ·], or prompts' token
+    # ids int64 [B, prefix_len].
+    rows: Tensor
     mask: Tensor | None = None  # bool [B, prefix_len], False at positions without content; None: there are none
 
     def take(self, index: Tensor | slice) -> Condition:
@@ -205,6 +208,16 @@ class Generator(nn.Module, ABC):
         """Raise ValueError where no condition stands for "none": `what` needs it."""
         if not self.config.has_unconditional:
             raise ValueError(f"{what} needs an unconditional class, and this model was built without one")
+
+    def save(self, folder: Path, weights: dict[str, Tensor], source: Path | None) -> None:
+        """Write `weights` of the generator, whole ones by its names, as `aligned.pt`, or as a family has its files.
+
+        source: the checkpoint that it was read from, if from one. An OSError names what could not be written.
+        """
+        save_generator(folder / "aligned.pt", weights)
+
+    def fit_prefix(self, tokens: int) -> None:
+        """Take conditions of up to so many positions from now on, where a family leaves their number open."""
 
     def token_table(self) -> Tensor:
         """What each token of the vocabulary enters as, `[V,D]`."""

@@ -54,7 +54,7 @@ SHOWN = 3  # of what was left out
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that are cast to a model's own
 
 
-def load_state_dict(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, *, averaged: bool = False, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The weights in a file or folder, by the names that the model itself has for them.
 
     A file is read by its content: PyTorch's (bare, under `model`, `module` or `state_dict`, or under another name if
@@ -64,12 +64,14 @@ def load_state_dict(path: str | Path, *, averaged: bool = False) -> dict[str, Te
     Args:
         averaged: the exponential moving average instead of the weights. It is taken, and said, also where it is all
             there is.
+        skip: what the names of weights begin with that are of no concern here: they are neither read nor checked.
 
     Raises:
         CheckpointError: nothing that could be read, or a weight that is no finite, dense, floating-point tensor.
     """
     path = Path(path)
     state = contained(load_file_checked(path), path, averaged)
+    state = {key: value for key, value in state.items() if not (skip and unwrapped(str(key)).startswith(skip))}
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         found = ", ".join(printable(key) for key in list(state)[:5])
