@@ -117,6 +117,8 @@ def test_a_measured_run_is_another_step_of_the_same(make: Make, tmp_path: Path) 
     record = vapi_fast.align(make(recipe="ar-grpo", reward="pixel", steps=1, batch_size=2, micro_batch=2))
     assert record["base"]["cfg"]["fid"] != record["base"]["fid"] > 0
     assert record["aligned"]["reward"] < 0
+    assert record["text"]["kl"] > 0
+    assert record["text"]["tokens"] > 80
     assert (tmp_path / "run" / "samples.png").stat().st_size > 1000
 
 
