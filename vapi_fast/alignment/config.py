@@ -408,7 +408,7 @@ class AlignConfig(
             )
         if self.lpips == "alex":
             raise ConfigError(
-                "--credit-window needs --lpips vgg16: the pixels of AlexNet's maps lie over no whole tokens"
+                "--credit-window goes without Janus-Pro's LPIPS: the pixels of AlexNet's maps lie over no whole tokens"
             )
         if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
             raise ConfigError(

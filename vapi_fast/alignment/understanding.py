@@ -57,6 +57,6 @@ class TextCheck:
 
 
 def text_check(generator: Generator, source: Path, tokenized: Callable[[str], Tensor]) -> TextCheck | None:
-    """Of a generator as it was read from `source`; None where it does not write, or its file lacks what it writes by."""
+    """Of a generator as it was read from `source`; None where it does not write, or its file has nothing for that."""
     head = generator.language_head(source)
     return None if head is None else TextCheck(generator, head, tokenized)
