@@ -11,8 +11,18 @@ from comparison import Comparison, published_bytes
 from torch import Tensor
 
 from vapi_fast import AlignConfig, ops
+from vapi_fast.alignment import costs
 from vapi_fast.alignment.memory import activation_bytes, check, chunks, frozen_parameters, plan
-from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, Dropout, LlamaGen, LlamaGenConfig
+from vapi_fast.models import (
+    LLAMAGEN_CONFIGS,
+    Condition,
+    Dropout,
+    Generator,
+    Janus,
+    JanusConfig,
+    LlamaGen,
+    LlamaGenConfig,
+)
 from vapi_fast.runtime.errors import ConfigError
 
 XXL = LLAMAGEN_CONFIGS["xxl"]
@@ -120,7 +130,7 @@ class KernelDropout(Dropout):
             return super().states(x, site)
 
 
-def kept_bytes(model: LlamaGen, images: int, dropout: float) -> int:
+def kept_bytes(model: Generator, images: int, dropout: float) -> int:
     """Memory that autograd keeps for the backward of a forward in bf16; each allocation once."""
     kept: dict[int, Tensor] = {}
 
@@ -131,7 +141,8 @@ def kept_bytes(model: LlamaGen, images: int, dropout: float) -> int:
     tokens = torch.zeros(images, model.config.grid_size**2 - 1, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         masks = KernelDropout(dropout, dropout, 0, torch.arange(images)) if dropout else None
-        model.hidden(tokens, Condition(torch.zeros(images, dtype=torch.long)), masks)
+        prompt = (model.config.prefix_len,) if isinstance(model, Janus) else ()
+        model.hidden(tokens, Condition(torch.zeros(images, *prompt, dtype=torch.long)), masks)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -142,6 +153,16 @@ def test_activations_are_what_autograd_keeps(layers: int, dropout: float) -> Non
     model = LlamaGen(generator)
     kept = kept_bytes(model, 3, dropout) - kept_bytes(model, 2, dropout)  # weights' copies are in both
     assert activation_bytes(generator) == pytest.approx(kept, rel=0.02)
+
+
+def test_activations_around_the_blocks_are_counted() -> None:
+    """Of Janus-Pro's image aligner, and of the layer before its head."""
+    sizes = {"hidden_width": 200, "text_vocab": 40, "prompt_tokens": 5}
+    generator = JanusConfig(layers=1, heads=4, width=128, vocab_size=100, grid_size=8, **sizes)
+    model = Janus(generator)
+    kept = kept_bytes(model, 3, 0.0) - kept_bytes(model, 2, 0.0)
+    assert activation_bytes(generator) == pytest.approx(kept, rel=0.05)
+    assert costs.around(generator) == ((8 * 128 + 128 * 128, 8 + 2 * 128), (128 * 128, 2 * 128))
 
 
 def test_the_heads_buffers_are_those_of_the_kernels() -> None:

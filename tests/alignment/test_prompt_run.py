@@ -117,6 +117,8 @@ def test_a_measured_run_is_another_step_of_the_same(make: Make, tmp_path: Path) 
     record = vapi_fast.align(make(recipe="ar-grpo", reward="pixel", steps=1, batch_size=2, micro_batch=2))
     assert record["base"]["cfg"]["fid"] != record["base"]["fid"] > 0
     assert record["aligned"]["reward"] < 0
+    assert record["text"]["kl"] > 0
+    assert record["text"]["tokens"] > 80
     assert (tmp_path / "run" / "samples.png").stat().st_size > 1000
 
 
@@ -135,7 +137,7 @@ def test_what_does_not_go_together_is_refused(make: Make, files: Path, tmp_path:
     for changes, message in (
         ({"text_encoder": "t5"}, "--text-encoder: this model reads captions by its own tokenizer, leave it out"),
         ({"random_init": True, "gpt_ckpt": None}, "--gpt-ckpt is required with --data: the tokenizer of its prompts"),
-        ({"lpips": "alex", "credit_window": 3}, "--credit-window needs --lpips vgg16"),
+        ({"lpips": "alex", "credit_window": 3}, "--credit-window goes without Janus-Pro's LPIPS"),
     ):
         with pytest.raises(ConfigError, match=message):
             vapi_fast.align(make(evaluate=False, **changes))

@@ -23,6 +23,7 @@ from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import MOST, PRESET, as_text, check_output, flag, option
 from vapi_fast.runtime.packages import installed
 
+TRAINED = ("all", "head", "lora")
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
@@ -250,6 +251,13 @@ class OptimizerOptions:
     weight_decay: float = option(PRESET, "AdamW's, of all weights but norms'", at_least=0)
     beta2: float = option(PRESET, "AdamW's second β", at_least=0, below=1)
     clip_grad_norm: float = option(1.0, above=0)
+    train: str = option(
+        "all",
+        "what is trained, where memory is short: `all`; `head`, the last layers alone; or `lora`, low-rank adapters of "
+        "the blocks, which the checkpoint has added to its weights, at an `--lr` as of 1e-4",
+        choices=TRAINED,
+    )
+    lora_rank: int = option(16, "of `--train lora`", at_least=1, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,7 +411,7 @@ class AlignConfig(
             )
         if self.lpips == "alex":
             raise ConfigError(
-                "--credit-window needs --lpips vgg16: the pixels of AlexNet's maps lie over no whole tokens"
+                "--credit-window goes without Janus-Pro's LPIPS: the pixels of AlexNet's maps lie over no whole tokens"
             )
         if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
             raise ConfigError(

@@ -15,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.families import generator_config, random_generator
+from vapi_fast.models.lora import train_only
 from vapi_fast.models.lpips import LPIPS_CONFIGS, LPIPSConfig
-from vapi_fast.models.sizes import Captions
+from vapi_fast.models.sizes import Captions, Prompts
 from vapi_fast.models.tokenizer import VQTokenizerConfig
 from vapi_fast.runtime.ceilings import Ceilings
 
 TRANSFORMER_STAGES = ("forward", "sample", "loss", "backward")
 BF16, FP32 = 2, 4  # bytes
+PROMPT = 40  # tokens of a usual prompt; what a model takes at most is many times as much
 
 aten = torch.ops.aten
 
@@ -75,6 +77,8 @@ def step_costs(
     """
     length = (image_size // tokenizer.downsample) ** 2
     generator = replace(generator, grid_size=image_size // tokenizer.downsample)
+    if isinstance(generator.condition, Prompts):
+        generator = generator.fitted(min(PROMPT, generator.prefix_len))
     passes = -(-batch_size // micro_batch)
     forward, backward = transformer_costs(generator, batch_size, passes)
     logits, gradients = head_costs(generator, batch_size * length, passes)
@@ -122,8 +126,10 @@ def has_second_forward(config: Mapping[str, Any]) -> bool:
 
 
 def config_costs(config: Mapping[str, Any], *, processes: int = 1) -> dict[str, Cost]:
-    """`step_costs` of a run's config, as `run.json` holds it, for one of its processes; none of free rollouts."""
-    if config.get("rollouts") == "free":  # how much their sampling has to move depends on how many are drawn at once
+    """`step_costs` of a run's config, as `run.json` holds it, for one of its processes; none of free rollouts, or where
+    a part is trained."""
+    # How much free rollouts have to move depends on how many are drawn at once.
+    if config.get("rollouts") == "free" or config.get("train", "all") != "all":
         return {}
     return step_costs(
         generator_config(config["model"]),
@@ -173,10 +179,12 @@ def model_flop_utilisation(costs: Mapping[str, Cost], seconds: float, ceilings: 
 
 
 @functools.cache
-def parameters(config: GeneratorConfig) -> int:
-    """Number of weights of a generator."""
+def parameters(config: GeneratorConfig, train: str = "all", rank: int = 1) -> int:
+    """Number of weights of a generator that are trained (`vapi_fast.models.lora.train_only`): all, by default."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in random_generator(config).parameters())
+        generator = random_generator(config)
+        train_only(generator, train, rank)
+        return sum(parameter.numel() for parameter in generator.parameters() if parameter.requires_grad)
 
 
 def transformer_costs(config: GeneratorConfig, images: int, passes: int) -> tuple[Cost, Cost]:

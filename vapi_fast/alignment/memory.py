@@ -154,9 +154,9 @@ def chunks(group_size: int) -> list[int]:
 def held_parts(
     config: AlignConfig, generator: GeneratorConfig, micro_batch: int, world_size: int, reshard: bool
 ) -> dict[str, int]:
-    count = parameters(generator)
+    count, trained = parameters(generator), parameters(generator, config.train, config.lora_rank)
     passes = -(-config.batch_size // (world_size * micro_batch))
-    share = FP32 * count // world_size
+    share, trained_share = FP32 * count // world_size, FP32 * trained // world_size
     gathered = count
     if reshard:  # embeddings and head, the block at work and the next
         width = generator.width
@@ -165,10 +165,10 @@ def held_parts(
     frozen = frozen_parameters(config.tokenizer, config.lpips)
     images = config.batch_size // world_size * (3 * config.image_size**2 + caption_numbers(generator))
     return {
-        "weights": share,
+        "weights": share + (FP32 * trained if config.train == "lora" else 0),
         # Until the last micro-batch of a step, each process sums up whole gradients.
-        "gradients": share + (FP32 * count if world_size > 1 and passes > 1 else 0),
-        "optimizer": 2 * share,
+        "gradients": trained_share + (FP32 * count if world_size > 1 and passes > 1 else 0),
+        "optimizer": 2 * trained_share,
         "bf16 weights": BF16 * gathered,
         "base model": BF16 * count if config.prior == "kl" else 0,
         "reward networks": sum(SOURCES[name].bytes for name in config.networks),
@@ -201,6 +201,8 @@ def step_parts(config: AlignConfig, generator: GeneratorConfig, micro_batch: int
     if config.prior == "kl":
         loss += 3 * FP32 * tokens * vocab  # the base model's logits, scaled, and their log-softmax
     activations = micro_batch * activation_bytes(generator)
+    if config.train == "head":
+        activations = BF16 * tokens * (around(generator)[1].kept + width)
     if config.method == "ste":  # what convolutions and norms of decoder and LPIPS read, in fp32
         tokenizer, lpips = VQ_CONFIGS[config.tokenizer], LPIPS_CONFIGS[config.lpips]
         moved = decoder_cost(tokenizer, config.image_size) + feature_cost(lpips, config.image_size)

@@ -20,6 +20,7 @@ from vapi_fast.models.families import (
     require_unconditional,
 )
 from vapi_fast.models.frozen import PixelCodec
+from vapi_fast.models.lora import train_only
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Captions
 from vapi_fast.runtime.errors import CheckpointError
@@ -68,6 +69,7 @@ def load_models(
         generator.fit_prefix(prefix)
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
+    train_only(generator, config.train, config.lora_rank, config.seed)
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk)
     return Models(generator.train(), tokenizer, reward, base)
 

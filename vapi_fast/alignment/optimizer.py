@@ -13,13 +13,15 @@ from vapi_fast.runtime.accelerators import apex_fused_adam
 
 
 def make_optimizer(generator: nn.Module, config: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel; norm weights do not decay.
+    """AdamW over what is trained, in one fused kernel; norm weights do not decay.
 
     apex's FusedAdam where it is installed and all parameters are plain CUDA tensors, else PyTorch's fused AdamW.
     """
-    norms = [p for name, p in generator.named_parameters() if "norm" in name]
-    others = [p for name, p in generator.named_parameters() if "norm" not in name]
-    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    trained = [(name, p) for name, p in generator.named_parameters() if p.requires_grad]
+    norms = [p for name, p in trained if "norm" in name]
+    others = [p for name, p in trained if "norm" not in name]
+    groups = [{"params": others, "weight_decay": config.weight_decay}]
+    groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
     betas = (0.9, config.beta2)
     fused_adam = apex_fused_adam()
     if fused_adam and all(p.is_cuda and not isinstance(p, DTensor) for p in generator.parameters()):

@@ -39,6 +39,7 @@ class Outcome:
     compared: int = 0  # steps at the end that something else ran beside
     comparison: dict[str, Any] = field(default_factory=dict)  # what it found, for `run.json`
     data: dict[str, Any] = field(default_factory=dict)  # `ImageData.summary`
+    text: dict[str, float] = field(default_factory=dict)  # of a generator that also writes: nats from its start
     skipped_images: Sequence[Path | str] = ()
 
     def step_seconds(self, wait: bool = True) -> float | None:

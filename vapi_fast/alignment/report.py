@@ -44,6 +44,7 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "commit": commit(),
         **outcome.measured,
         "evaluations": outcome.evaluations,
+        "text": outcome.text or None,
         "reward": outcome.curves["reward"],
         "curves": outcome.curves,
         "seconds": outcome.seconds | {"stages": outcome.clock.seconds(wait=True)},

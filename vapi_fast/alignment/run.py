@@ -26,9 +26,11 @@ from vapi_fast.alignment.models import load_models
 from vapi_fast.alignment.outcome import Outcome
 from vapi_fast.alignment.snapshots import Snapshots
 from vapi_fast.alignment.step import make_trainer
+from vapi_fast.alignment.understanding import text_check
 from vapi_fast.data.dataset import ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
+from vapi_fast.models.lora import merged
 from vapi_fast.models.sizes import Classes, Prompts
 from vapi_fast.runtime import packages
 from vapi_fast.runtime.accelerators import attention_backend, nvml
@@ -111,13 +113,19 @@ def align(
                 run.snapshots.finish()
 
 
-def memory_plan(config: AlignConfig, device: torch.device, source: GradientSource) -> memory.MemoryPlan | None:
-    """How to use the GPUs' free memory, alike on all ranks; None on a CPU. Raises ConfigError if it will not fit."""
+def memory_plan(
+    config: AlignConfig, device: torch.device, source: GradientSource, prefix: int | None = None
+) -> memory.MemoryPlan | None:
+    """How to use the GPUs' free memory, alike on all ranks; None on a CPU. Raises ConfigError if it will not fit.
+
+    prefix: positions of the longest condition, where it is known.
+    """
     if device.type != "cuda":
         return None
     free = min(gather_objects(torch.cuda.mem_get_info(device)[0]))
     beside = source.memory(config, world_size())
-    return memory.check(config, generator_config(config.model), free, world_size(), beside)
+    generator = generator_config(config.model)
+    return memory.check(config, generator.fitted(prefix) if prefix else generator, free, world_size(), beside)
 
 
 def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -172,6 +180,8 @@ class Run:
     """The parts of a run: models, optimizer, data, evaluator, states, and what it has found so far."""
 
     def __init__(self, config: AlignConfig, device: torch.device, source: GradientSource, started: float) -> None:
+        if config.train != "all" and world_size() > 1:
+            raise ConfigError(f"--train {config.train} needs one process: several share all weights, pass --train all")
         if config.batch_size % world_size():
             raise ConfigError(f"--batch-size {config.batch_size} does not divide over {world_size()} processes")
         if not config.synthetic_data:
@@ -184,13 +194,15 @@ class Run:
         if device.type == "cuda":  # the measurement's own memory
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        plan = memory_plan(config, device, source)
-        self.outcome = Outcome(config, device, StageClock(device), ceilings, EnergyMeter(device, nvml()), plan)
-        condition = generator_config(config.model).condition
-        prefix = None
-        if (captions := not isinstance(condition, Classes)) and not config.synthetic_data:
-            self.data = open_data(config, condition, device)  # their encoder needs the room of what is loaded next
+        condition, prefix = generator_config(config.model).condition, None
+        captions, prompts = not isinstance(condition, Classes), isinstance(condition, Prompts)
+        if prompts and not config.synthetic_data:
+            self.data = open_data(config, condition, device)  # its longest prompt decides how much fits
             prefix = self.data.features.tokens
+        plan = memory_plan(config, device, source, prefix)
+        self.outcome = Outcome(config, device, StageClock(device), ceilings, EnergyMeter(device, nvml()), plan)
+        if captions and not prompts and not config.synthetic_data:
+            self.data = open_data(config, condition, device)  # their encoder needs the room of what is loaded next
         with kernels_compiled(config, device):
             self.models = load_models(config, device, plan.reward_chunk if plan else None, prefix)
             loaded = time.perf_counter()
@@ -200,7 +212,7 @@ class Run:
         if config.synthetic_data:
             kind: dict[str, Any] = {"num_classes": condition.count} if isinstance(condition, Classes) else {}
             if captions:
-                kind = {"prompt" if isinstance(condition, Prompts) else "caption": condition}
+                kind = {"prompt" if prompts else "caption": condition}
             self.data = SyntheticData(config.image_size, **kind)
         elif not captions:
             self.data = open_data(config, condition, device)
@@ -218,6 +230,9 @@ class Run:
         used = {} if config.random_init else {"gpt_ckpt": config.gpt_ckpt, "vq_ckpt": config.vq_ckpt}
         self.files = {name: identity(path) for name, path in used.items()}
         self.evaluator = Evaluator(config, self.models, device, self.data.features) if config.evaluate else None
+        self.text = None
+        if config.evaluate and prompts:  # needs a checkpoint and data
+            self.text = text_check(generator, config.gpt_ckpt, self.data.features.text_ids)
         shard(generator, reshard_after_forward=plan is None or plan.reshard_after_forward)
         self.trainer = make_trainer(self.models, config, self.outcome.clock)
         self.snapshots = Snapshots(config.snapshots)
@@ -268,6 +283,11 @@ class Run:
         self.save_state(self.config.steps)  # what follows can fail, and take longer than the alignment
         if self.evaluator:
             self.outcome.measured["aligned"] = self.measured("aligned")
+            if self.text:
+                moved = self.text.divergence(whole_copy(self.models.generator))
+                self.outcome.text = {"kl": moved, "tokens": self.text.tokens}
+                if rank() == 0:
+                    print(f"text: {moved:.2g} nats a token from what it was, over {self.text.tokens} tokens")
             if self.config.eval_every and rank() == 0 and (writer := report.curve_writer()):
                 with writer(str(self.config.output_dir / "tensorboard")) as curves:
                     report.write_scores(curves, self.outcome.measured["aligned"], self.config.steps)
@@ -343,7 +363,7 @@ class Run:
         """The aligned checkpoint, the pictures, `run.json` and the table; the snapshots go."""
         output = self.config.output_dir
         self.snapshots.finish()  # a state is whole, or has given up its room, before the rest needs some
-        weights = whole_state(self.models.generator)
+        weights = merged(whole_state(self.models.generator))
         try:
             if rank() == 0:
                 self.models.generator.save(output, weights, None if self.config.random_init else self.config.gpt_ckpt)

@@ -66,6 +66,10 @@ class PromptTokens:
             )
         return torch.tensor(found)
 
+    def text_ids(self, text: str) -> Tensor:
+        """Of a text without a template, BOS first: int64 `[n]`."""
+        return torch.tensor([self.bos, *self.tokenizer.encode(text, add_special_tokens=False).ids])
+
     def prepare(self, captions: Iterable[Caption]) -> None:
         """Take no more `tokens` than the longest prompt of all these has; of a later, longer one the image is left out.
 

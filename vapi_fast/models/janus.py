@@ -90,16 +90,26 @@ class Janus(Generator):
         angles = positions[:, None] * frequencies
         return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
+    def language_head(self, source: Path) -> Tensor | None:
+        return janus_files.language_head(source)
+
+    def text_states(self, ids: Tensor) -> Tensor:
+        h, rotary = self.text_embeddings(ids), self.rotary[: ids.shape[1]]
+        for i, layer in enumerate(self.layers):
+            h = layer(h, rotary, None, None, i, None)
+        return self.norm(h)
+
     def save(self, folder: Path, weights: dict[str, Tensor], source: Path | None) -> None:
         """A folder `aligned` with all files of `source`, in its layout; of random weights the generator's alone."""
         if source is not None:
-            janus_files.save_weights(folder / "aligned", source, weights, self.config)
+            changed = {name: weights[name] for name in self.trained_names()}
+            janus_files.save_weights(folder / "aligned", source, changed, self.config)
         else:
             found = janus_files.to_file(weights, janus_files.ORIGINAL, self.config)
             save_generator(folder / "aligned" / "pytorch_model.bin", found)
 
     def fit_prefix(self, tokens: int) -> None:
-        self.config = replace(self.config, prompt_tokens=tokens)
+        self.config = self.config.fitted(tokens)
         self.rotary = self.rotary_table().to(self.rotary.device)
 
     def embed_condition(self, rows: Tensor) -> Tensor:
@@ -119,6 +129,7 @@ class Janus(Generator):
     def unconditional(self, rows: Tensor) -> Tensor:
         """All between a prompt's BOS and its `<begin_of_image>` becomes padding that is seen, as in Janus."""
         begins = rows == self.config.bos
+        begins[:, :-1] &= ~begins[:, 1:]  # what lies before a prompt may look like BOS, too
         keep = begins & (begins.cumsum(1) == 1)
         keep[:, -1] = True
         return rows.where(keep, self.config.pad)

@@ -138,6 +138,13 @@ def load_weights(path: str | Path, name: str, *, averaged: bool = False) -> tupl
     return from_file(state, layout, config, path), {"vocab_size": len(codes), "text_vocab": len(embeddings)}
 
 
+def language_head(path: str | Path) -> Tensor | None:
+    """`lm_head`, or of tied weights the embeddings; None where a file has neither."""
+    state = {unwrapped(str(key)): value for key, value in contained(load_file_checked(path), Path(path), False).items()}
+    embeddings = (f"{layout.language}embed_tokens.weight" for layout in (ORIGINAL, TRANSFORMERS))
+    return next((state[name] for name in (*HEADS, *embeddings) if isinstance(state.get(name), Tensor)), None)
+
+
 def check_size(path: str | Path, name: str, layers: int, width: int) -> None:
     config = named_size(JANUS_CONFIGS, name)
     if (layers, width) != (config.layers, config.width):
@@ -229,8 +236,8 @@ def names(layout: Layout, config: JanusConfig) -> Iterator[tuple[str, str]]:
 
 
 def to_file(weights: dict[str, Tensor], layout: Layout, config: JanusConfig) -> dict[str, Tensor]:
-    """`Janus`'s weights under a file's names: the inverse of `from_file`."""
-    found = {theirs: weights[ours] for ours, theirs in names(layout, config)}
+    """`Janus`'s weights, or some of them, under a file's names: the inverse of `from_file`."""
+    found = {theirs: weights[ours] for ours, theirs in names(layout, config) if ours in weights}
     for ours, weight in weights.items():
         if layer := FUSED.fullmatch(ours):
             q, k, v = weight.chunk(3)
@@ -254,7 +261,7 @@ def tokenizer_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_weights(folder: Path, source: Path, weights: dict[str, Tensor], config: JanusConfig) -> None:
-    """Write `source`, a file or folder, to `folder` with `weights` of `Janus` in place of its own.
+    """Write `source`, a file or folder, to `folder` with `weights` of `Janus`, or some of them, in place of its own.
 
     Files have the names and layout that they have there, and what else lies beside them (configuration, tokenizer) is
     copied. `weights` keep their dtype: float32 where they were trained, as the grid of bf16 is coarser than what an

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -67,6 +70,10 @@ class GeneratorConfig(ABC):
     def prefix_len(self) -> int:
         """Positions that the condition fills in front of the image tokens."""
 
+    def fitted(self, tokens: int) -> Self:
+        """With conditions of up to so many positions, where a family leaves their number open."""
+        return self
+
 
 @dataclass(frozen=True)
 class LlamaGenConfig(GeneratorConfig):
@@ -118,6 +125,9 @@ class JanusConfig(GeneratorConfig):
     begin_image: int = 100016
 
     norm_eps: ClassVar[float] = 1e-6
+
+    def fitted(self, tokens: int) -> Self:
+        return replace(self, prompt_tokens=tokens)
 
     @property
     def condition(self) -> Prompts:

@@ -7,6 +7,7 @@ A family (`llamagen`, `janus`) is a `Generator` with its embeddings, its head an
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -209,6 +210,19 @@ class Generator(nn.Module, ABC):
         if not self.config.has_unconditional:
             raise ValueError(f"{what} needs an unconditional class, and this model was built without one")
 
+    def language_head(self, source: Path) -> Tensor | None:
+        """Of a generator that also writes, what makes logits of text of `text_states`, `[V,D]`, from its checkpoint."""
+        return None
+
+    def text_states(self, ids: Tensor) -> Tensor:
+        """Of a generator that also writes: the states `[B,n,D]` after each of a text's tokens, int64 `[B,n]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no text")
+
+    def trained_names(self) -> set[str]:
+        """Of the weights that training changes, those of adapters by the name of what they are added to."""
+        names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return {re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name) for name in names}
+
     def save(self, folder: Path, weights: dict[str, Tensor], source: Path | None) -> None:
         """Write `weights` of the generator, whole ones by its names, as `aligned.pt`, or as a family has its files.
 
@@ -217,7 +231,7 @@ class Generator(nn.Module, ABC):
         save_generator(folder / "aligned.pt", weights)
 
     def fit_prefix(self, tokens: int) -> None:
-        """Take conditions of up to so many positions from now on, where a family leaves their number open."""
+        """Be of `config.fitted(tokens)` from now on."""
 
     def token_table(self) -> Tensor:
         """What each token of the vocabulary enters as, `[V,D]`."""
