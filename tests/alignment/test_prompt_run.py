@@ -17,6 +17,7 @@ pytest.importorskip("ftfy")
 import datasets
 import janus_models
 from PIL import Image
+from processes import become, on_ranks
 
 import vapi_fast
 from vapi_fast import AlignConfig
@@ -60,19 +61,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ENTRY = dataclasses.replace(
+    catalog.JANUS,
+    tokenizer="tiny",
+    lpips="tiny",
+    image_size=32,
+    files={**catalog.TINY.files, "gpt_ckpt": None, "vq_ckpt": None, "data": None, "eval_data": None},
+)
+
+
 @pytest.fixture(autouse=True)
 def small(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--model janus-pro-1b` at the tiny preset's size, with its networks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setitem(JANUS_CONFIGS, "janus-pro-1b", dataclasses.replace(SIZE))
-    entry = dataclasses.replace(
-        catalog.JANUS,
-        tokenizer="tiny",
-        lpips="tiny",
-        image_size=32,
-        files={**catalog.TINY.files, "gpt_ckpt": None, "vq_ckpt": None, "data": None, "eval_data": None},
-    )
-    monkeypatch.setitem(catalog.CATALOG, "janus-pro-1b", entry)
+    monkeypatch.setitem(JANUS_CONFIGS, "janus-pro-1b", SIZE)
+    monkeypatch.setitem(catalog.CATALOG, "janus-pro-1b", ENTRY)
 
 
 @pytest.fixture
@@ -131,6 +134,25 @@ def test_made_up_prompts_and_random_weights(make: Make, tmp_path: Path) -> None:
     assert record["curves"]["reward"][0] < 0
     again = Janus.from_checkpoint(tmp_path / "run" / "aligned", "janus-pro-1b")
     assert again.config.condition == Prompts(16, 40, 0, 3)
+
+
+def train_rank(rank: int, world_size: int, port: int, output: Path, checkpoint: Path) -> None:
+    become(rank, world_size, port)
+    JANUS_CONFIGS["janus-pro-1b"], catalog.CATALOG["janus-pro-1b"] = SIZE, ENTRY
+    small = {"batch_size": 4, "micro_batch": 1, "group_size": 4, "steps": 2, "lr": 1e-3, "noise_prob": 0.5}
+    files = {"gpt_ckpt": checkpoint, "vq_ckpt": checkpoint, "synthetic_data": True}
+    vapi_fast.align(AlignConfig(model="janus-pro-1b", output_dir=output, **files, **small))
+
+
+def test_runs_do_not_depend_on_ranks(files: Path, tmp_path: Path) -> None:
+    """Embeddings, aligner and head's layers are sharded with the root, and used outside of the blocks."""
+    for world_size in (1, 2):
+        on_ranks(train_rank, world_size, tmp_path / str(world_size), files / "model")
+    start, one, two = (
+        torch.cat([p.detach().double().flatten() for p in Janus.from_checkpoint(path, "janus-pro-1b").parameters()])
+        for path in (files / "model", tmp_path / "1" / "aligned", tmp_path / "2" / "aligned")
+    )
+    assert (one - two).norm() < 1e-3 * (one - start).norm()
 
 
 def test_what_does_not_go_together_is_refused(make: Make, files: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vapi_fast import AlignConfig
 from vapi_fast.alignment import run
 from vapi_fast.generation import sequences as generation
 from vapi_fast.generation.engine import Engine
-from vapi_fast.models import LlamaGen, llamagen
+from vapi_fast.models import Generator, Janus, LlamaGen, janus, llamagen
 
 from .watch import Watch
 
@@ -61,9 +61,26 @@ def generate(
     if captions:
         condition = torch.randn(images, 120, model.config.caption_width)
         mask = torch.ones(images, 120, dtype=torch.bool)
+    draw(watch, model, condition, mask, autocast=autocast, **options)
+
+
+def draw(
+    watch: Watch,
+    model: Generator,
+    condition: torch.Tensor,
+    mask: torch.Tensor | None,
+    autocast: bool = True,
+    **options: Any,
+) -> None:
     defaults = {"group_size": 1, "batch_size": 256}
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast), watch.steps():
         generation.sample_groups(model, condition, condition_mask=mask, **(defaults | options))
+
+
+def generate_from_prompts(watch: Watch, images: int = 64, tokens: int = 40, **options: Any) -> None:
+    with DEVICE:
+        model = Janus(janus.JANUS_CONFIGS["janus-pro-1b"].fitted(tokens)).eval()
+    draw(watch, model, torch.ones(images, tokens, dtype=torch.int64), torch.ones(images, tokens).bool(), **options)
 
 
 def operations(watch: Watch, dtype: torch.dtype) -> None:
@@ -155,6 +172,8 @@ SCENES: dict[str, Scene] = {
     "align 3B": partial(align, model="3b"),
     "align XL at 256²": partial(align, model="xl", image_size=256),
     "align on captions": partial(align, model="t2i-xl"),
+    "align on prompts": partial(align, model="janus-pro-1b"),
+    "adapters": partial(align, model="janus-pro-1b", train="lora", batch_size=4),
     "operations in bf16": partial(operations, dtype=torch.bfloat16),
     "operations in fp32": partial(operations, dtype=torch.float32),
     "rates": rates,
@@ -169,18 +188,21 @@ SCENES: dict[str, Scene] = {
     "generate in fp32": partial(generate, images=64, autocast=False),
     "generate by 3B": partial(generate, images=64, name="3b", cfg_scale=2.0),
     "generate groups": partial(generate, images=16, group_size=8, batch_size=128),
+    "generate from prompts": partial(generate_from_prompts, cfg_scale=5.0),
     "generate from captions": partial(generate, images=64, name="xl", captions=True, cfg_scale=2.0),
 }
 
 
 @contextlib.contextmanager
 def layers(count: int | None) -> Iterator[None]:
-    """Inside the `with` block every size of LlamaGen has so many blocks; None: its own."""
+    """Inside the `with` block every size has so many blocks; None: its own."""
     if count is None:
         yield
         return
-    cut = {name: dataclasses.replace(config, layers=count) for name, config in llamagen.LLAMAGEN_CONFIGS.items()}
-    with mock.patch.dict(llamagen.LLAMAGEN_CONFIGS, cut):
+    with contextlib.ExitStack() as stack:
+        for sizes in (llamagen.LLAMAGEN_CONFIGS, janus.JANUS_CONFIGS):
+            cut = {name: dataclasses.replace(config, layers=count) for name, config in sizes.items()}
+            stack.enter_context(mock.patch.dict(sizes, cut))
         yield
 
 
@@ -190,7 +212,8 @@ def set_ups(watch: Watch) -> Iterator[None]:
     from comparison import Comparison
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((LlamaGen, "checked_condition"), (Engine, "__init__"), (Comparison, "gradients")):
+        checks = ((LlamaGen, "checked_condition"), (Janus, "checked_condition"))
+        for owner, name in (*checks, (Engine, "__init__"), (Comparison, "gradients")):
             stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))
         stack.enter_context(mock.patch.object(run, "kernels_compiled", return_value=contextlib.nullcontext()))
         yield
