@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError, DataError
-from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
+from vapi_fast.runtime.options import CHECKPOINT, LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
 
 if TYPE_CHECKING:
     from vapi_fast.data.geneval import Prompt
@@ -37,13 +37,14 @@ class ModelOptions:
     )
     gpt_ckpt: Path | None = option(
         PRESET,
-        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or `.safetensors`",
-        shown="required (shipped)",
-        file="file or folder",
+        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`), `.safetensors`, "
+        "or of the hub: `hub:owner/name[@revision][/file]`",
+        shown="the hub's (shipped)",
+        file=CHECKPOINT,
     )
     ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
-        PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="required (shipped)", file="file or folder"
+        PRESET, "LlamaGen's VQ tokenizer, in the same forms", shown="the hub's (shipped)", file=CHECKPOINT
     )
     image_size: int = option(
         PRESET,
@@ -63,7 +64,8 @@ class ModelOptions:
         """Raise ConfigError where a file is missing that the model does not bring, or names none."""
         for name in names:
             if getattr(self, name) is None:
-                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
+                at = f" and --image-size {self.image_size}" * (name == "gpt_ckpt")
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}{at}")
         check_files(self)
 
     @property
@@ -163,7 +165,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         choices=("fp8",),
     )
     compare_ckpt: Path | None = option(
-        None, "another generator: `comparison.png` shows both at equal seeds", file="file or folder"
+        None, "another generator: `comparison.png` shows both at equal seeds", file=CHECKPOINT
     )
     entropy_maps: bool = option(False, "also draw where the generator is unsure: `entropy.png`")
 
