@@ -168,3 +168,14 @@ def redirect(package: object, endpoint: str, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("HF_ENDPOINT", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HUB_DATASETS_URL"):
         if (value := getattr(package, name, None)) is not None:
             monkeypatch.setattr(package, name, value.replace("https://huggingface.co", endpoint))
+
+
+def with_data(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the package `datasets` ask that hub too, and keep what it and ours fetch below `folder`."""
+    import datasets
+    import torch
+
+    redirect(datasets.config, hub.endpoint, monkeypatch)
+    monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # which asks another machine
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "torch"))

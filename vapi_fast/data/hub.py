@@ -36,6 +36,8 @@ def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> 
     if not on_hub(source):
         return source, split
     name = parse(source)
+    if name.file:
+        raise DataError(f"--data {source}: expected hub:owner/name, a data set of Hugging Face's hub")
     folder = folder_of(name, split, held_out, rows)
     if (folder / COMPLETE).exists():
         return folder, None

@@ -177,9 +177,7 @@ def check_files(config: Any) -> None:
         if path is None or not expected:
             continue
         if on_hub(path) and ("hub" in expected or expected == CHECKPOINT):
-            name = parse(path)
-            if name.file and expected != CHECKPOINT:
-                raise ConfigError(f"{flag(field.name)} {path}: expected hub:owner/name, a data set without a file")
+            parse(path)
             continue
         try:
             there = path.stat()
