@@ -16,7 +16,8 @@ pytest.importorskip("datasets")
 from hub_server import COMMIT, Hub, serving, with_data
 from huggingface_hub import constants
 
-from vapi_fast import cli, tiny
+from vapi_fast import AlignConfig, cli, tiny
+from vapi_fast.alignment.run import comparable
 from vapi_fast.models import catalog
 from vapi_fast.runtime import hub as names
 from vapi_fast.runtime.checkpoint import identity
@@ -91,6 +92,18 @@ def test_a_name_alone_aligns_and_generates(
     assert code == 2
     assert f"fetch {hub.endpoint}/owner/other/resolve/main/x.pt; then pass --compare-ckpt FILE" in error
     assert not Path("d").exists()
+
+
+def test_what_a_resumed_run_is_compared_by() -> None:
+    """Names of the hub from anywhere, and the rows that its steps made a run fetch."""
+    config = AlignConfig(model="tiny", data="hub:owner/set", gpt_ckpt="hub:owner/name/a.pt", steps=3, batch_size=4)
+    assert {name: comparable(config)[name] for name in ("data", "gpt_ckpt", "hub_rows")} == {
+        "data": "hub:owner/set",
+        "gpt_ckpt": "hub:owner/name/a.pt",
+        "hub_rows": "12",
+    }
+    assert config.rows(held_out=True) == config.eval_samples
+    assert comparable(AlignConfig(model="tiny", steps=3))["hub_rows"] == "None"
 
 
 def test_without_a_network_one_line_says_what_to_fetch(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_a_download_goes_on_where_it_stopped(
     assert hub.ranges == [None, "bytes=4000-"]
     blobs = names.local_path("hub:owner/model/a.pt").resolve().parent
     assert not list(blobs.glob("*.incomplete"))
+
+
+def test_of_several_at_once_one_downloads(hub: Hub) -> None:
+    """Ranks are processes; the lock is one of open files, so that threads show it too."""
+    hub.put("owner/model/a.pt", CONTENT)
+    looked_up = names.located("hub:owner/model/a.pt", *names.place())
+    assert looked_up.here is None
+    with ThreadPoolExecutor(4) as ranks:
+        paths = set(ranks.map(names.fetch, [looked_up] * 4))
+    assert [path.read_bytes() for path in paths] == [CONTENT]
+    assert hub.ranges == [None]
 
 
 def test_what_arrives_damaged_is_not_kept(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,8 +138,10 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
 
 
 def comparable(config: AlignConfig) -> dict[str, str]:
-    """A configuration's values as text that tells two of them apart: a path as it is from anywhere."""
-    return {key: str(anywhere(value)) for key, value in dataclasses.asdict(config).items()}
+    """A configuration's values as text that tells two of them apart: a path as it is from anywhere, and of a data set
+    on the hub how many rows the steps have it read."""
+    rows = {"hub_rows": config.rows(held_out=False)} if on_hub(config.data or "") else {}
+    return {key: str(anywhere(value)) for key, value in (dataclasses.asdict(config) | rows).items()}
 
 
 def anywhere(value: Any) -> Any:

@@ -64,8 +64,8 @@ class ModelOptions:
         """Raise ConfigError where a file is missing that the model does not bring, or names none."""
         for name in names:
             if getattr(self, name) is None:
-                at = f" and --image-size {self.image_size}" * (name == "gpt_ckpt")
-                raise ConfigError(f"{flag(name)} is required for --model {self.model}{at}")
+                why = f": the hub has none for --image-size {self.image_size}" * (name == "gpt_ckpt")
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}{why}")
         check_files(self)
 
     @property
