@@ -86,7 +86,7 @@ LLAMAGEN_TEXT = "hub:peizesun/llamagen_t2i@276f5c5a3d915b922899a03f1912605531574
 IMAGENET = "hub:ILSVRC/imagenet-1k"
 SIZES = {"b": (256, 384), "l": (256, 384), "xl": (384,), "xxl": (384,), "3b": (384,)}  # in pixels, as released
 
-NO_FILES = dict.fromkeys(("vgg_weights", "data", "eval_data", "reference"))  # the user's, or downloaded
+NO_FILES = dict.fromkeys(("vq_ckpt", "vgg_weights", "data", "eval_data", "reference"))  # the user's, or downloaded
 # The paper's recipe: 384², 128 images × G 8 a step, 100 steps, AdamW at 1e-6.
 PAPER = Entry(
     tokenizer="vq-16",
