@@ -1,4 +1,4 @@
-"""The main job: `torchrun benchmarks/e2e_align.py --model tiny` (or xxl with --vq-ckpt, --gpt-ckpt and --data).
+"""The main job: `torchrun benchmarks/e2e_align.py --model tiny`, or xxl, whose files and images come from the hub.
 
 Beside the flags of `vapi-fast align` it has `--path`: the published recipe in place of our steps, or beside them.
 """

@@ -45,7 +45,10 @@ def vapi_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 USAGE = [
     (["--model", "huge"], "invalid choice: 'huge'"),
-    (["--model", "xxl"], "--vq-ckpt is required for --model xxl"),
+    (["--model", "xxxl"], "--gpt-ckpt is required for --model xxxl: the hub has none for --image-size 384"),
+    (["--model", "xxl", "--image-size", "256"], "for --model xxl: the hub has none for --image-size 256"),
+    (["--model", "t2i-xl"], "--data is required for --model t2i-xl"),
+    (["--model", "tiny", "--gpt-ckpt", "hub:a/../b"], "hub:a/../b: expected hub:owner/name"),
     (["--model", "tiny", "--steps", "0"], "--steps must be at least 1, got 0"),
     (["--model", "tiny", "--steps", "many"], "invalid int value: 'many'"),
     (["--model", "tiny", "--group-size", "1"], "--group-size must be at least 2"),

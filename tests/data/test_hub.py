@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
-import torch
 
 pytest.importorskip("datasets")
 import datasets
-import huggingface_hub
 from captioned import TEXTS, Numbered, write
+from hub_server import Hub, serving, with_data
+from huggingface_hub import constants
 from inputs import grey_png
 
 from vapi_fast.data import hub
@@ -24,93 +20,15 @@ from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.hub import local_source
 from vapi_fast.runtime.errors import DataError
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """The files of a folder as the data set `owner/set`; `asked` has the paths of all requests."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.folder = folder
-        self.asked: list[str] = []
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *message: object) -> None:
-        pass
-
-    def listed(self) -> list[dict[str, object]]:
-        files = [path for path in sorted(self.server.folder.rglob("*")) if path.is_file()]
-        return [
-            {
-                "type": "file",
-                "path": str(path.relative_to(self.server.folder)),
-                "size": path.stat().st_size,
-                "oid": "0" * 40,
-            }
-            for path in files
-        ]
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"X-Repo-Commit": SHA, "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def respond(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(path)
-        if path.startswith("/api/datasets/owner/set"):
-            rest = path.removeprefix("/api/datasets/owner/set").strip("/").split("/")
-            if rest[0] == "tree" and len(rest) > 2:  # there are no folders
-                return self.answer(404, b"", X_Error_Code="EntryNotFound")
-            if rest[0] in ("tree", "paths-info"):
-                wanted = unquote(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
-                files = [each for each in self.listed() if rest[0] == "tree" or str(each["path"]) in wanted]
-                return self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
-            siblings = [{"rfilename": each["path"]} for each in self.listed()]
-            about = {"id": "owner/set", "sha": SHA, "siblings": siblings, "private": False, "disabled": False}
-            return self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
-        resolved = f"/datasets/owner/set/resolve/{SHA}/"
-        file = self.server.folder / path.removeprefix(resolved)
-        if not path.startswith(resolved) or not file.is_file():
-            found = path.startswith(("/datasets/owner/set", "/api/datasets/owner/set"))
-            return self.answer(404, b"", X_Error_Code="EntryNotFound" if found else "RepoNotFound")
-        content, status, headers = file.read_bytes(), 200, {"ETag": '"0"', "Accept_Ranges": "bytes"}
-        if wanted := self.headers.get("Range"):
-            first, last = wanted.removeprefix("bytes=").split("-")
-            last = min(int(last or len(content) - 1), len(content) - 1)
-            headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
-            content, status = content[int(first) : last + 1], 206
-        return self.answer(status, content, **headers)
-
-    do_GET = do_HEAD = do_POST = respond
+FOLDER = "datasets/owner/set"
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    (tmp_path / "hub").mkdir()
-    with Hub(tmp_path / "hub") as found:
-        thread = threading.Thread(target=found.serve_forever)
-        thread.start()
-        endpoint = f"http://127.0.0.1:{found.server_port}"
-        # As HF_ENDPOINT would, which is read when these packages are first imported.
-        for place in (datasets.config, huggingface_hub.constants):
-            for name in ("HF_ENDPOINT", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HUB_DATASETS_URL"):
-                if (value := getattr(place, name, None)) is not None:
-                    monkeypatch.setattr(place, name, value.replace("https://huggingface.co", endpoint))
-        monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # which asks another machine
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    with serving(tmp_path, monkeypatch) as found:
+        with_data(found, tmp_path, monkeypatch)
+        (found.folder / FOLDER).mkdir(parents=True)
         yield found
-        found.shutdown()
-        thread.join()
 
 
 def values(data: ImageData | CaptionedData) -> list[int]:
@@ -127,8 +45,8 @@ def labelled(path: Path, count: int, start: int = 0) -> None:
 
 def test_the_first_rows_are_fetched_once(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """And are files from then on: a second start asks for nothing, one that was interrupted for the rest."""
-    labelled(server.folder / "train-00000-of-00001.parquet", 11)
-    labelled(server.folder / "validation-00000-of-00001.parquet", 3, start=100)
+    labelled(server.folder / FOLDER / "train-00000-of-00001.parquet", 11)
+    labelled(server.folder / FOLDER / "validation-00000-of-00001.parquet", 3, start=100)
     monkeypatch.setattr(hub, "ROWS_A_FILE", 3)
     write_table = hub.write_table
 
@@ -159,7 +77,7 @@ def test_the_first_rows_are_fetched_once(server: Hub, monkeypatch: pytest.Monkey
 
 
 def test_captions_stream_too(server: Hub, tmp_path: Path) -> None:
-    write(server.folder, "json-tar", list(TEXTS))
+    write(server.folder / FOLDER, "json-tar", list(TEXTS))
     folder, split = local_source(Path("hub:owner/set"), None, False, 5)
     data = CaptionedData(folder, 8, features=Numbered(), split=split)
     assert [data.caption(i) for i in range(len(data))] == TEXTS[:5]
@@ -167,9 +85,28 @@ def test_captions_stream_too(server: Hub, tmp_path: Path) -> None:
     assert data.summary()["captions"]["column"] == "json.caption"
 
 
-def test_what_cannot_be_fetched_is_told(server: Hub, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--data hub:owner/none: cannot be fetched"):
+def test_what_cannot_be_fetched_is_told(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="--data hub:owner/none: the hub has no owner/none, or a private one"):
         local_source(Path("hub:owner/none"), None, False, 8)
+    with pytest.raises(DataError, match="--data hub:owner/set@v2: owner/set has no revision v2: pass another"):
+        local_source(Path("hub:owner/set@v2"), None, False, 8)
     with pytest.raises(DataError, match="--data hub:x/y/z: expected hub:owner/name"):
         local_source(Path("hub:x/y/z"), None, False, 8)
     assert local_source(tmp_path, "val", False, 8) == (tmp_path, "val")
+    server.gated.add(FOLDER)
+    page = f"{server.endpoint}/{FOLDER}"
+    with pytest.raises(DataError, match=f"--data hub:owner/set: accept its terms at {page}, then run `hf auth login`"):
+        local_source(Path("hub:owner/set"), None, False, 8)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reason = r"cannot be fetched \(offline mode is on: HF_HUB_OFFLINE\); fetch it elsewhere and pass its folder"
+    with pytest.raises(DataError, match=reason):
+        local_source(Path("hub:owner/set"), None, False, 8)
+
+
+def test_a_revision_is_another_set(server: Hub) -> None:
+    labelled(server.folder / FOLDER / "train-00000-of-00001.parquet", 3)
+    main, _ = local_source(Path("hub:owner/set"), None, False, 2)
+    server.revisions["v1"] = server.revisions["main"]
+    pinned, _ = local_source(Path("hub:owner/set@v1"), None, False, 2)
+    assert pinned != main
+    assert values(ImageData(pinned, 8)) == [0, 1]

@@ -325,7 +325,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"image_size": 30}, "--image-size must be a multiple of 4"),
         ({"format": "jpg"}, "--format jpg: choose one of png, npz"),
         ({"model": "huge"}, "--model huge: unknown"),
-        ({"model": "xxl"}, "--gpt-ckpt is required for --model xxl"),
+        ({"model": "xxxl"}, "--gpt-ckpt is required for --model xxxl: the hub has none for --image-size 384"),
         ({"gpt_ckpt": Path("absent.pt")}, "--gpt-ckpt absent.pt: no such file"),
         ({"class_ids": "0,x"}, "--class-ids 0,x: expected numbers and ranges"),
         ({"class_ids": "5-3"}, "5-3 is not a range from low to high"),

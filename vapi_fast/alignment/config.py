@@ -15,12 +15,12 @@ from typing import Any
 from vapi_fast import tiny
 from vapi_fast.alignment.reward_terms import RewardTerm, reward_terms
 from vapi_fast.alignment.user_reward import reward_function
-from vapi_fast.data.config import HUB_ROWS, SHORT_SHARE
+from vapi_fast.data.config import SHORT_SHARE
 from vapi_fast.generation.config import DrawOptions, ModelOptions
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import MOST, PRESET, as_text, check_output, flag, option
+from vapi_fast.runtime.options import CHECKPOINT, MOST, PRESET, as_text, check_output, flag, hub_checkpoints, option
 from vapi_fast.runtime.packages import installed
 
 TRAINED = ("all", "head", "lora")
@@ -57,7 +57,7 @@ class DataOptions:
         PRESET,
         "images: folder of class folders, `save_to_disk` folder, parquet, WebDataset tars, or `hub:owner/name`; with "
         "captions for a text-conditioned model: the same but for class folders, or lists of paths (`.jsonl`, `.csv`)",
-        shown="required (shipped)",
+        shown=f"`{catalog.IMAGENET}`, text: required (shipped)",
         file="file, folder or hub",
     )
     split: str | None = option(
@@ -71,7 +71,13 @@ class DataOptions:
         shown="in the order of the names",
         file="file",
     )
-    hub_rows: int = option(HUB_ROWS, "rows of a `hub:` data set, from its start on", at_least=1, at_most=MOST)
+    hub_rows: int | None = option(
+        None,
+        "rows of a `hub:` data set, from its start on",
+        at_least=1,
+        at_most=MOST,
+        shown="`--steps` × `--batch-size`; held-out: `--eval-samples`",
+    )
     caption_column: str | None = option(
         None,
         "where `--data` has its captions; `NAME:K`: of several of an image the K-th, from 0 on",
@@ -150,7 +156,7 @@ class RewardOptions:
         PRESET,
         "torchvision's file for LPIPS, of VGG16 or with Janus-Pro of AlexNet, for machines that are offline",
         shown="download (shipped)",
-        file="file or folder",
+        file=CHECKPOINT,
     )
     reward: str | None = option(
         PRESET,
@@ -275,7 +281,7 @@ class EvaluationOptions:
         None,
         "the network of FID and IS, for machines that are offline",
         shown="download (none)",
-        file="file or folder",
+        file=CHECKPOINT,
     )
     eval_samples: int = option(PRESET, "images drawn for each evaluation", at_least=4, at_most=MOST)
     eval_batch: int = option(
@@ -418,6 +424,18 @@ class AlignConfig(
                 f"--credit-window needs an --image-size that is a multiple of {VGG_STRIDE}, as a pixel of VGG16's last "
                 f"map has to lie over whole tokens, got {self.image_size}"
             )
+
+    def rows(self, held_out: bool) -> int:
+        """How many of a `hub:` data set are read: as many as the steps need, or a measurement."""
+        return self.hub_rows or (self.eval_samples if held_out else self.steps * self.batch_size)
+
+    @property
+    def hub_checkpoints(self) -> dict[str, Path]:
+        """What the run reads of Hugging Face's hub, by field."""
+        if self.random_init:
+            return {}
+        unread = set() if self.evaluate else {"inception_weights"}
+        return {name: path for name, path in hub_checkpoints(self).items() if name not in unread}
 
     def measures_after(self, step: int) -> bool:
         """Whether `eval_every` has the generator measured between two steps, this one and the next."""

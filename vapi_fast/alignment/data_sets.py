@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
@@ -10,15 +10,16 @@ from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.features import CachedFeatures, FeatureSource, FolderFeatures
-from vapi_fast.data.hub import local_source
+from vapi_fast.data.hub import is_here, local_source
 from vapi_fast.data.prompt_tokens import PromptTokens
+from vapi_fast.evaluation.inception import INCEPTION_URL
+from vapi_fast.models.families import generator_config
+from vapi_fast.models.lpips import PUBLISHED
 from vapi_fast.models.sizes import Captions, Classes, Prompts
 from vapi_fast.runtime.distributed import world_size
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.hub import local_path, look_up
 from vapi_fast.runtime.options import flag
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 OF_FEATURES = ("text_encoder", "caption_cache", "caption_features", "short_caption_features")
 OF_CAPTIONS = ("caption_column", *OF_FEATURES)
@@ -38,9 +39,8 @@ def open_data(
     the first call belongs before the generator comes to `device`; another one can go on with its `features`.
     Raises ConfigError for flags that do not go with the condition or with each other, DataError as the sets do.
     """
+    check_flags(config, condition)
     if isinstance(condition, Classes):
-        if given := [flag(name) for name in OF_CAPTIONS if getattr(config, name) is not None]:
-            raise ConfigError(f"{given[0]}: this model is conditioned on classes, leave it out")
         source, split = source_of(config, held_out)
         options = {"num_classes": condition.count, "class_index": config.class_index, "held_out": held_out}
         return ImageData(source, config.image_size, split=split, **options)
@@ -61,28 +61,77 @@ def open_data(
     return data
 
 
+def fetch_inputs(config: AlignConfig) -> None:
+    """Fetch the images and checkpoints that the run reads of Hugging Face's hub, images first: their terms come late.
+
+    Raises ConfigError where a flag does not go with the model, before anything is fetched; DataError and
+    CheckpointError, in one line, for what cannot be had.
+    """
+    if not config.synthetic_data:
+        check_flags(config, generator_config(config.model).condition)
+    parts = () if config.synthetic_data else (False, True) if config.evaluate else (False,)
+    data = [split_of(config, held_out) for held_out in parts]
+    sources = {flag(name): path for name, path in config.hub_checkpoints.items()}
+    otherwise = "; or, to time the model alone, leave files and images to --random-init --synthetic-data"
+    if not all(is_here(*each) for each in data):
+        otherwise = f", and images in class folders, or as docs/captions.md says, with --data FOLDER{otherwise}"
+    look_up(sources, missing_downloads(config), otherwise)
+    for each in data:
+        local_source(*each)
+    for path in sources.values():
+        local_path(path)
+
+
+def missing_downloads(config: AlignConfig) -> dict[str, str]:
+    """What the run would have to download that is not the hub's: addresses by flag."""
+    wanted = {}
+    if config.lpips in PUBLISHED and config.vgg_weights is None and not config.random_init:
+        wanted["--vgg-weights"] = PUBLISHED[config.lpips].url
+    if config.lpips in PUBLISHED and config.inception_weights is None and config.evaluate:
+        wanted["--inception-weights"] = INCEPTION_URL
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return {name: url for name, url in wanted.items() if not (folder / url.rpartition("/")[2]).exists()}
+
+
 def source_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None]:
+    return local_source(*split_of(config, held_out))
+
+
+def split_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None, bool, int]:
+    """Where the images are, which split of them, and how many rows of a data set on the hub."""
     source, split = (config.eval_data or config.data, None) if held_out else (config.data, config.split)
-    return local_source(source, split, held_out, config.hub_rows)
+    return source, split, held_out, config.rows(held_out)
+
+
+def check_flags(config: AlignConfig, condition: Classes | Captions | Prompts) -> None:
+    """Raise ConfigError for a flag that does not go with what the generator is conditioned on."""
+    if isinstance(condition, Classes):
+        if given := [flag(name) for name in OF_CAPTIONS if getattr(config, name) is not None]:
+            raise ConfigError(f"{given[0]}: this model is conditioned on classes, leave it out")
+        return
+    if config.class_index is not None:
+        raise ConfigError("--class-index: this model is conditioned on captions, leave it out")
+    given = [flag(name) for name in OF_FEATURES if getattr(config, name) is not None]
+    if isinstance(condition, Prompts):
+        if given:
+            raise ConfigError(f"{given[0]}: this model reads captions by its own tokenizer, leave it out")
+        return
+    given = [name for name in given if name in ("--text-encoder", "--caption-cache")]
+    if config.caption_features is not None and given:
+        raise ConfigError(f"--caption-features and {given[0]}: features come of one of them, leave the other out")
+    if config.caption_features is None and config.short_caption_features is not None:
+        raise ConfigError("--short-caption-features needs --caption-features, which they take the place of")
 
 
 def feature_source(config: AlignConfig, condition: Captions | Prompts, device: torch.device) -> FeatureSource:
     """The files that `config` names, or else the text encoder and its cache; of prompts the checkpoint's tokenizer."""
-    if config.class_index is not None:
-        raise ConfigError("--class-index: this model is conditioned on captions, leave it out")
     if isinstance(condition, Prompts):
-        if given := [flag(name) for name in OF_FEATURES if getattr(config, name) is not None]:
-            raise ConfigError(f"{given[0]}: this model reads captions by its own tokenizer, leave it out")
         if config.gpt_ckpt is None:
             raise ConfigError("--gpt-ckpt is required with --data: the tokenizer of its prompts lies beside it")
         tokens, _, bos, begin_image = condition
         return PromptTokens(config.gpt_ckpt, tokens, bos=bos, begin_image=begin_image)
     if config.caption_features is not None:
-        if given := [flag(name) for name in ("text_encoder", "caption_cache") if getattr(config, name) is not None]:
-            raise ConfigError(f"--caption-features and {given[0]}: features come of one of them, leave the other out")
         return FolderFeatures(
             config.caption_features, *condition, config.short_caption_features, config.short_caption_share
         )
-    if config.short_caption_features is not None:
-        raise ConfigError("--short-caption-features needs --caption-features, which they take the place of")
     return CachedFeatures(config.text_encoder, device, *condition, config.caption_cache)

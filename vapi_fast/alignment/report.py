@@ -17,6 +17,7 @@ import torch
 from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.alignment.outcome import Outcome
+from vapi_fast.runtime import hub
 from vapi_fast.runtime.accelerators import attention_backend
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, world_size
@@ -42,6 +43,7 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "processes": world_size(),
         "data": outcome.data,
         "commit": commit(),
+        "hub": {name: hub.record(path) for name, path in outcome.config.hub_checkpoints.items()},
         **outcome.measured,
         "evaluations": outcome.evaluations,
         "text": outcome.text or None,

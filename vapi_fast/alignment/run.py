@@ -17,7 +17,7 @@ from vapi_fast import tiny
 from vapi_fast.alignment import memory, report
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.control import SAID, sheet_label
-from vapi_fast.alignment.data_sets import open_data
+from vapi_fast.alignment.data_sets import fetch_inputs, open_data
 from vapi_fast.alignment.figures import METRICS
 from vapi_fast.alignment.image_text import class_texts, load_networks
 from vapi_fast.alignment.loop import GradientSource, Loop
@@ -48,6 +48,7 @@ from vapi_fast.runtime.distributed import (
 )
 from vapi_fast.runtime.energy import EnergyMeter
 from vapi_fast.runtime.errors import CheckpointError, ConfigError, NonFiniteError
+from vapi_fast.runtime.hub import on_hub
 from vapi_fast.runtime.options import flag
 from vapi_fast.runtime.ownership import not_written, owned
 
@@ -146,11 +147,15 @@ def kernels_compiled(config: AlignConfig, device: torch.device) -> contextlib.Ab
 
 
 def comparable(config: AlignConfig) -> dict[str, str]:
-    """A configuration's values as text that tells two of them apart: a path as it is from anywhere."""
-    return {
-        key: str(value.resolve() if isinstance(value, Path) else value)
-        for key, value in dataclasses.asdict(config).items()
-    }
+    """A configuration's values as text that tells two of them apart: a path as it is from anywhere, and of a data set
+    on the hub how many rows the steps have it read."""
+    rows = {"hub_rows": config.rows(held_out=False)} if on_hub(config.data or "") else {}
+    return {key: str(anywhere(value)) for key, value in (dataclasses.asdict(config) | rows).items()}
+
+
+def anywhere(value: Any) -> Any:
+    """A path as it is from any folder; a name of the hub, or anything else, as it is."""
+    return value.resolve() if isinstance(value, Path) and not on_hub(value) else value
 
 
 @torch.no_grad()
@@ -197,9 +202,11 @@ class Run:
         condition, prefix = generator_config(config.model).condition, None
         captions, prompts = not isinstance(condition, Classes), isinstance(condition, Prompts)
         if prompts and not config.synthetic_data:
+            fetch_inputs(config)
             self.data = open_data(config, condition, device)  # its longest prompt decides how much fits
             prefix = self.data.features.tokens
         plan = memory_plan(config, device, source, prefix)
+        fetch_inputs(config)
         self.outcome = Outcome(config, device, StageClock(device), ceilings, EnergyMeter(device, nvml()), plan)
         if captions and not prompts and not config.synthetic_data:
             self.data = open_data(config, condition, device)  # their encoder needs the room of what is loaded next
@@ -338,7 +345,7 @@ class Run:
         for key, value in comparable(self.config).items():
             before = extra["config"].get(key, value)  # a field that came later
             if isinstance(getattr(self.config, key), Path):
-                before = str(Path(before).resolve())
+                before = str(anywhere(Path(before)))
             if key not in RESUMABLE and before != value:
                 raise ConfigError(
                     f"--resume: {self.config.snapshots} was started with {flag(key)} {before}, now it is {value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import re
@@ -14,8 +15,8 @@ from vapi_fast.data.dataset import reader
 from vapi_fast.data.splits import choose_split
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import rank
-from vapi_fast.runtime.errors import DataError, Error, one_line
-from vapi_fast.runtime.options import on_hub
+from vapi_fast.runtime.errors import DataError, Error
+from vapi_fast.runtime.hub import MAIN, HubName, answer, no_network, on_hub, parse, why
 from vapi_fast.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -34,11 +35,10 @@ def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> 
     """
     if not on_hub(source):
         return source, split
-    name = str(source).removeprefix("hub:")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    name = parse(source)
+    if name.file:
         raise DataError(f"--data {source}: expected hub:owner/name, a data set of Hugging Face's hub")
-    which = re.sub(r"\W", "-", split or ("held-out" if held_out else "training"))
-    folder = Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / name.replace("/", "--") / f"{which}-{rows}"
+    folder = folder_of(name, split, held_out, rows)
     if (folder / COMPLETE).exists():
         return folder, None
     reader()
@@ -51,20 +51,39 @@ def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> 
             except (Error, MemoryError):
                 raise
             except Exception as error:  # whatever the hub's client or a reader of its files raises
+                if known := answer(error, name.repository, name.revision, "datasets/"):
+                    raise DataError(f"--data {source}: {known}") from error
                 raise DataError(
-                    f"--data {source}: cannot be fetched ({one_line(error)[:300] or type(error).__name__}); the same "
-                    "command goes on where it stopped"
+                    f"--data {source}: cannot be fetched ({why(error)}); "
+                    + (
+                        "fetch it elsewhere and pass its folder"
+                        if no_network(error)
+                        else "the same command goes on where it stopped"
+                    )
                 ) from error
     return folder, None
 
 
-def fetch(name: str, split: str | None, held_out: bool, rows: int, folder: Path) -> None:
+def is_here(source: Path, split: str | None, held_out: bool, rows: int) -> bool:
+    """Whether nothing has to be fetched of it."""
+    return not on_hub(source) or (folder_of(parse(source), split, held_out, rows) / COMPLETE).exists()
+
+
+def folder_of(name: HubName, split: str | None, held_out: bool, rows: int) -> Path:
+    which = re.sub(r"\W", "-", split or ("held-out" if held_out else "training"))
+    stem = name.repository.replace("/", "--") + (f"@{name.revision}" if name.revision != MAIN else "")
+    return Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / stem / f"{which}-{rows}"
+
+
+def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: Path) -> None:
     """Write the first rows as parquet files, those that are not there; images stay encoded."""
     import datasets
 
+    ask(name)
     datasets.disable_progress_bars()  # one a file, beside ours
-    splits = datasets.load_dataset(name, streaming=True)
-    chosen = choose_split(list(splits), split, held_out, Path(f"hub:{name}"))
+    revision = None if name.revision == MAIN else name.revision
+    splits = datasets.load_dataset(name.repository, revision=revision, streaming=True)
+    chosen = choose_split(list(splits), split, held_out, Path(str(name)))
     stream = splits[chosen]
     if stream.features is None:
         stream = stream._resolve_features()
@@ -73,7 +92,7 @@ def fetch(name: str, split: str | None, held_out: bool, rows: int, folder: Path)
             stream = stream.cast_column(column, datasets.Image(decode=False))
     done = len(list(folder.glob("[!.]*.parquet"))) * ROWS_A_FILE
     coming = iter(stream.skip(done).take(max(rows - done, 0)))
-    with progress_bar(rows, desc=f"hub:{name}", unit="row", initial=done, disable=rank() > 0) as progress:
+    with progress_bar(rows, desc=str(name), unit="row", initial=done, disable=rank() > 0) as progress:
         for number in itertools.count(done // ROWS_A_FILE):
             part = list(itertools.islice(coming, ROWS_A_FILE))
             if not part:
@@ -82,6 +101,16 @@ def fetch(name: str, split: str | None, held_out: bool, rows: int, folder: Path)
             write_table(folder / f"{chosen}-{number:05d}.parquet", table)
             progress.update(len(part))
     write_atomically(folder / COMPLETE, lambda temporary: temporary.write_text(f"{name} {chosen}\n", "utf-8"))
+
+
+def ask(name: HubName) -> None:
+    """Whether the data set may be read, before its files are: `datasets` itself would not say what is to be done."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import EntryNotFoundError
+
+    url = hf_hub_url(name.repository, "README.md", repo_type="dataset", revision=name.revision)
+    with contextlib.suppress(EntryNotFoundError):
+        get_hf_file_metadata(url)
 
 
 def write_table(path: Path, table: datasets.Dataset) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 from vapi_fast import tiny
 from vapi_fast.models import catalog
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check, check_files, check_output, fill_in, option
+from vapi_fast.runtime.options import (
+    CHECKPOINT,
+    LARGEST_SIDE,
+    MOST,
+    PRESET,
+    check,
+    check_files,
+    check_output,
+    fill_in,
+    option,
+)
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -40,7 +50,7 @@ class EvaluateConfig:
         None,
         "`weights-inception-2015-12-05-6726825d.pth`, for machines that are offline",
         shown="download (none)",
-        file="file or folder",
+        file=CHECKPOINT,
     )
     batch_size: int = option(PRESET, "images in the network at once", at_least=1, at_most=MOST)
     image_size: int = option(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vapi_fast.models import catalog
 from vapi_fast.models.sizes import VQ_CONFIGS
 from vapi_fast.runtime.errors import ConfigError, DataError
-from vapi_fast.runtime.options import LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
+from vapi_fast.runtime.options import CHECKPOINT, LARGEST_SIDE, MOST, PRESET, check_files, check_output, flag, option
 
 if TYPE_CHECKING:
     from vapi_fast.data.geneval import Prompt
@@ -37,17 +37,17 @@ class ModelOptions:
     )
     gpt_ckpt: Path | None = option(
         PRESET,
-        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`) or "
-        "`.safetensors`; or Janus-Pro's folder",
-        shown="required (shipped)",
-        file="file or folder",
+        "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`), `.safetensors`, "
+        "or of the hub: `hub:owner/name[@revision][/file]`; or Janus-Pro's folder",
+        shown="the hub's (shipped)",
+        file=CHECKPOINT,
     )
     ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
         PRESET,
         "LlamaGen's VQ tokenizer, in the same forms; of Janus-Pro the same folder",
-        shown="required (shipped)",
-        file="file or folder",
+        shown="the hub's (shipped)",
+        file=CHECKPOINT,
     )
     image_size: int = option(
         PRESET,
@@ -67,7 +67,8 @@ class ModelOptions:
         """Raise ConfigError where a file is missing that the model does not bring, or names none."""
         for name in names:
             if getattr(self, name) is None:
-                raise ConfigError(f"{flag(name)} is required for --model {self.model}")
+                why = f": the hub has none for --image-size {self.image_size}" * (name == "gpt_ckpt")
+                raise ConfigError(f"{flag(name)} is required for --model {self.model}{why}")
         check_files(self)
 
     @property
@@ -172,7 +173,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
         choices=("fp8",),
     )
     compare_ckpt: Path | None = option(
-        None, "another generator: `comparison.png` shows both at equal seeds", file="file or folder"
+        None, "another generator: `comparison.png` shows both at equal seeds", file=CHECKPOINT
     )
     entropy_maps: bool = option(False, "also draw where the generator is unsure: `entropy.png`")
 

@@ -32,10 +32,11 @@ from vapi_fast.models import Generator, VQTokenizer
 from vapi_fast.models.families import check_vocabulary, load_generator, require_unconditional
 from vapi_fast.models.frozen import PixelCodec
 from vapi_fast.models.tokenizer import resized_images
+from vapi_fast.runtime import hub
 from vapi_fast.runtime.checkpoint import identity, read_regular, write_atomically
 from vapi_fast.runtime.distributed import gather_objects, process_group, rank, world_size
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
-from vapi_fast.runtime.options import LIMIT
+from vapi_fast.runtime.options import LIMIT, flag, hub_checkpoints
 from vapi_fast.runtime.ownership import LOCK, not_written, owned
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
@@ -70,6 +71,7 @@ def draw_samples(config: GenerateConfig) -> None:
         before = read_manifest(config.out)
         if before and config.batch_size is None:
             config = dataclasses.replace(config, batch_size=before["batch_size"])
+        hub.look_up({flag(name): path for name, path in hub_checkpoints(config).items()}, {})
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
         files = sample_files(config)
@@ -280,6 +282,7 @@ def make_manifest(config: GenerateConfig, sampler: Sampler, files: SampleFiles) 
     return {
         "configuration": settings,
         "files": identities,
+        "hub": {name: hub.record(path) for name, path in hub_checkpoints(config).items()},
         "batch_size": sampler.batch_size,  # it rounds products: a restart takes the same
         "draw": DRAW,
         "images": [

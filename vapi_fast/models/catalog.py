@@ -21,6 +21,7 @@ class Entry:
     """One model. `align`, `generate` and `evaluate`: the commands' defaults, by field.
 
     recipe: the default one of align's.
+    generators: by image size, where `files` has none.
     recipes: where a recipe has other values for this model than for others.
     drawn: values of draws that `generate` has for this model, also for GenEval.
     geneval_prompts: what `--prompts geneval` are for it; None: GenEval's own.
@@ -34,13 +35,15 @@ class Entry:
     generate: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     recipe: str = "va-pi"
+    generators: Mapping[int, str] = field(default_factory=dict)
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     drawn: Mapping[str, Any] = field(default_factory=dict)
     geneval_prompts: Path | None = None
 
-    def preset(self, command: str, recipe: str | None = None) -> dict[str, Any]:
-        """What a command's fields are by default; of `align`, under a recipe."""
-        found = {"tokenizer": self.tokenizer, "lpips": self.lpips, "image_size": self.image_size, **self.files}
+    def preset(self, command: str, recipe: str | None = None, image_size: int | None = None) -> dict[str, Any]:
+        """What a command's fields are by default; of `align`, under a recipe; the generator's file, at a size."""
+        found = {"tokenizer": self.tokenizer, "lpips": self.lpips, "image_size": self.image_size}
+        found |= {"gpt_ckpt": self.generators.get(image_size or self.image_size), **self.files}
         found |= getattr(self, command)
         if command == "align":
             recipe = recipe or self.recipe
@@ -85,14 +88,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "janus": LEAN | JANUS_STEPS,
 }
 
-# The user's.
-NO_FILES = dict.fromkeys(("vq_ckpt", "gpt_ckpt", "vgg_weights", "text_encoder", "data", "eval_data", "reference"))
+# On Hugging Face's hub; the commits are those that other public projects pin as well.
+LLAMAGEN = "hub:FoundationVision/LlamaGen@81e41139272c038412e4fe8f1c52a51ebbf95b8b"
+LLAMAGEN_TEXT = "hub:peizesun/llamagen_t2i@276f5c5a3d915b922899a03f1912605531574747"
+IMAGENET = "hub:ILSVRC/imagenet-1k"
+SIZES = {"b": (256, 384), "l": (256, 384), "xl": (384,), "xxl": (384,), "3b": (384,)}  # in pixels, as released
+
+# The user's, or downloaded.
+NO_FILES = dict.fromkeys(("vq_ckpt", "vgg_weights", "text_encoder", "data", "eval_data", "reference"))
 # The paper's recipe: 384², 128 images × G 8 a step, 100 steps, AdamW at 1e-6.
 PAPER = Entry(
     tokenizer="vq-16",
     lpips="vgg16",
     image_size=384,
-    files=NO_FILES,
+    files=NO_FILES | {"vq_ckpt": f"{LLAMAGEN}/vq_ds16_c2i.pt", "data": IMAGENET},
     align={
         "batch_size": 128,
         "micro_batch": 16,
@@ -110,6 +119,8 @@ PAPER = Entry(
 TEXT = replace(
     PAPER,
     image_size=256,
+    files=NO_FILES | {"vq_ckpt": f"{LLAMAGEN_TEXT}/vq_ds16_t2i.pt"},
+    generators={256: f"{LLAMAGEN_TEXT}/t2i_XL_stage1_256.pt", 512: f"{LLAMAGEN_TEXT}/t2i_XL_stage2_512.pt"},
     align={**PAPER.align, "steps": 200, "noise_prob": 0.5, "eval_samples": 30_000, "cfg_scale": 7.5},
     generate={"num": 30_000},
     recipes={"ar-grpo": {"batch_size": 8, "steps": 600, "rollout_cfg_scale": 4.0, "prior_weight": 1.0}},
@@ -118,6 +129,7 @@ TEXT = replace(
 JANUS = replace(
     PAPER,
     lpips="alex",
+    files=NO_FILES,
     align={**PAPER.align, **JANUS_STEPS, "eval_samples": 30_000, "cfg_scale": 5.0},
     generate={"num": 30_000},
     recipe="janus",
@@ -170,11 +182,10 @@ TINY_TEXT = replace(
     geneval_prompts=tiny.TEXT_FILES.prompts,
 )
 
-CATALOG: dict[str, Entry] = dict.fromkeys(LLAMAGEN_CONFIGS, PAPER) | {
-    "t2i-xl": TEXT,
-    "tiny": TINY,
-    "tiny-text": TINY_TEXT,
-}
+CATALOG: dict[str, Entry] = {
+    name: replace(PAPER, generators={side: f"{LLAMAGEN}/c2i_{name.upper()}_{side}.pt" for side in SIZES.get(name, ())})
+    for name in LLAMAGEN_CONFIGS
+} | {"t2i-xl": TEXT, "tiny": TINY, "tiny-text": TINY_TEXT}
 CATALOG |= {name: JANUS for name in JANUS_CONFIGS if name.startswith("janus-pro")}
 
 
@@ -191,7 +202,9 @@ def prepare(config: Any, command: str) -> None:
     if recipe is not PRESET and str(recipe) not in RECIPES:
         raise ConfigError(f"--recipe {recipe}: unknown, choose one of {', '.join(RECIPES)}")
     object.__setattr__(config, "model", config.model.lower())
-    fill_in(config, found.preset(command, None if recipe is PRESET else recipe))
+    side = getattr(config, "image_size", None)
+    side = side if isinstance(side, int) else None
+    fill_in(config, found.preset(command, None if recipe is PRESET else recipe, side))
     check(config)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi_fast.runtime.errors import CheckpointError, one_line, warn
+from vapi_fast.runtime.hub import CONSOLIDATED, local_path
 from vapi_fast.runtime.packages import require
 
 CONTAINERS = ("model", "module", "state_dict")  # where LlamaGen's training scripts put the weights; or bare (FSDP)
@@ -46,7 +47,6 @@ LEFTOVERS = {
     "num_batches_tracked",
     "codebook_used",
 }
-CONSOLIDATED = ("consolidated.pth", "consolidated.00.pth", "model.safetensors", "pytorch_model.bin")
 DEEPEST = 8  # containers in each other; one can hold itself
 FINGERPRINT_BYTES = 1 << 20  # of a file's start, middle and end
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16  # spread over the file
@@ -158,9 +158,10 @@ def printable(key: object) -> str:
 def load_file_checked(path: str | Path) -> dict[str, Any]:
     """What a file holds, or all files of a folder: unpickled (`weights_only`), or by safetensors, as its content is.
 
-    Raises CheckpointError with one line for any damage.
+    Of `hub:owner/name…` it is the copy on this machine, fetched if need be. Raises CheckpointError with one line for
+    any damage.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         return load_folder(path)
     if not path.is_file():
@@ -216,6 +217,7 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 def identity(path: Path) -> dict[str, Any]:
     """Name, size and fingerprint of an input: of all of it, or of samples of its files where they are large."""
+    path = local_path(path)
     digest, total = hashlib.blake2b(digest_size=16), 0
     for each in checkpoint_files(path):
         size = each.stat().st_size

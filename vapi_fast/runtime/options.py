@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.hub import on_hub, parse
 
 PRESET: Any = ...  # default of a field whose value `--model` decides
 LIMIT = 2**63  # what a number has to stay below
 MOST = 10**7  # images or sequences: so many have a size in bytes, and a list
 LARGEST_SIDE = 2**14  # pixels
+CHECKPOINT = "checkpoint"  # a path to weights: a file, a folder, or `hub:owner/name[@revision][/file]`
 KINDS = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str, Path: Path}  # what a field's values may be
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 
@@ -54,7 +56,8 @@ def option(
         shown: the default in tables and --help, where the value itself would say less.
         flags: names of the flag, if not the field's own.
         kind: what the flag's text is made into, if not the field's type.
-        file: a path that must exist: "file", "file or folder", or "file, folder or hub" of what can be fetched, too.
+        file: a path that must exist: "file", "file or folder", or one that can be fetched as well: "file, folder or
+            hub" of data, "checkpoint" of weights.
     """
     return dataclasses.field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -171,7 +174,10 @@ def check_files(config: Any) -> None:
     """Raise ConfigError for the first field that must name a file and names none."""
     for field in dataclasses.fields(config):
         path, expected = getattr(config, field.name), field.metadata["file"]
-        if path is None or not expected or (on_hub(path) and "hub" in expected):
+        if path is None or not expected:
+            continue
+        if on_hub(path) and ("hub" in expected or expected == CHECKPOINT):
+            parse(path)
             continue
         try:
             there = path.stat()
@@ -187,9 +193,14 @@ def check_files(config: Any) -> None:
             raise ConfigError(f"{flag(field.name)} {path}: neither a file nor a folder")
 
 
-def on_hub(path: Path) -> bool:
-    """Whether it is `hub:owner/name`, a data set of Hugging Face's hub."""
-    return str(path).startswith("hub:")
+def hub_checkpoints(config: Any) -> dict[str, Path]:
+    """The fields that name a checkpoint of Hugging Face's hub."""
+    named = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("file") == CHECKPOINT
+    }
+    return {name: path for name, path in named.items() if path is not None and on_hub(path)}
 
 
 def check_output(name: str, path: Path) -> None:
