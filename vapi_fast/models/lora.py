@@ -21,7 +21,7 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(torch.zeros(out, rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False):  # of the meta device there is none
             return weight + (self.b @ self.a).to(weight.dtype)
 
 
