@@ -25,8 +25,11 @@ from processes import free_port
 from public_models import LPIPS, Transformer, VQModel, randomised
 
 import vapi_fast
-from vapi_fast import tiny
+from vapi_fast import AlignConfig, tiny
+from vapi_fast.alignment import memory
 from vapi_fast.data.dataset import ImageData
+from vapi_fast.models.catalog import CATALOG
+from vapi_fast.models.families import generator_config
 from vapi_fast.runtime.checkpoint import load_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +194,25 @@ def test_tables_in_miniature(table: str) -> None:
         return
     made = ablation.curves if table == "steps" else ablation.table
     assert made(json.loads(path.read_text(encoding="utf-8"))) in PAGES["ablations.md"]
+
+
+def test_memory_of_the_models_is_the_plan_s() -> None:
+    section = README.partition("### Models\n")[2]
+    found = {}
+    for first, last in re.findall(
+        r"^\| (`\w[^|]*) \|.*\| ([^|]*) \|$", section.partition("\n\nThe memory")[0], re.MULTILINE
+    ):
+        names = re.findall(r"`([\w-]+)`", first)
+        figures = re.findall(r"(?:`(?:--train )?(lora|head)` )?(\d+)", last)
+        models = names if len(names) == len(figures) else names * len(figures)
+        found |= {(name, part or "all"): int(size) for name, (part, size) in zip(models, figures, strict=True)}
+    assert {name for name, _ in found} == set(CATALOG) - {"tiny", "tiny-text"}
+    for (name, part), size in found.items():
+        config = AlignConfig(
+            model=name, train=part, micro_batch=4, evaluate=False, random_init=True, synthetic_data=True
+        )
+        plans = (memory.plan(config, generator_config(name), gigabytes * 10**9) for gigabytes in (24, 40, 80, 141, 200))
+        assert round(next(plan for plan in plans if plan.fits).total / 1e9) == size, (name, part)
 
 
 MEASURED: dict[str, Any] = {
