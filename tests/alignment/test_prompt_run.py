@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_refused(make: Make, files: Path, tmp_path:
     for changes, message in (
         ({"text_encoder": "t5"}, "--text-encoder: this model reads captions by its own tokenizer, leave it out"),
         ({"random_init": True, "gpt_ckpt": None}, "--gpt-ckpt is required with --data: the tokenizer of its prompts"),
-        ({"lpips": "alex", "credit_window": 3}, "--credit-window goes without Janus-Pro's LPIPS"),
+        ({"lpips": "alex", "credit_window": 3}, "--credit-window goes without LPIPS on AlexNet"),
     ):
         with pytest.raises(ConfigError, match=message):
             vapi_fast.align(make(evaluate=False, **changes))
