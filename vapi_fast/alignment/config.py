@@ -23,7 +23,6 @@ from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import CHECKPOINT, MOST, PRESET, as_text, check_output, flag, hub_checkpoints, option
 from vapi_fast.runtime.packages import installed
 
-TRAINED = ("all", "head", "lora")
 METHODS = ("vapi", "ste", "ntp")
 PRIORS = ("ce", "kl")
 ROLLOUTS = ("teacher-forced", "free")
@@ -261,7 +260,7 @@ class OptimizerOptions:
         "all",
         "what is trained, where memory is short: `all`; `head`, the last layers alone; or `lora`, low-rank adapters of "
         "the blocks, which the checkpoint has added to its weights, at an `--lr` as of 1e-4",
-        choices=TRAINED,
+        choices=("all", "head", "lora"),
     )
     lora_rank: int = option(16, "of `--train lora`", at_least=1, at_most=1024)
 
@@ -416,9 +415,7 @@ class AlignConfig(
                 f"--credit-window must be at most {self.grid_size}, the tokens of a side, got {self.credit_window}"
             )
         if self.lpips == "alex":
-            raise ConfigError(
-                "--credit-window goes without Janus-Pro's LPIPS: the pixels of AlexNet's maps lie over no whole tokens"
-            )
+            raise ConfigError("--credit-window goes without LPIPS on AlexNet, whose pixels lie over no whole tokens")
         if self.lpips == "vgg16" and self.image_size % VGG_STRIDE:
             raise ConfigError(
                 f"--credit-window needs an --image-size that is a multiple of {VGG_STRIDE}, as a pixel of VGG16's last "

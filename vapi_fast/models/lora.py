@@ -40,7 +40,7 @@ def train_only(generator: Generator, part: str, rank: int, seed: int = 0) -> Non
     for block in generator.layers:
         matrices = [module for module in block.modules() if isinstance(module, nn.Linear)]
         for matrix in matrices:
-            parametrize.register_parametrization(matrix, "weight", LowRank(matrix.weight, rank))
+            parametrize.register_parametrization(matrix, "weight", LowRank(matrix.weight, rank), unsafe=True)
 
 
 def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
