@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
 from vapi_fast import ops, tiny
 from vapi_fast.data import scenes
-from vapi_fast.data.geneval import TASKS, parse_prompt
+from vapi_fast.data.geneval import TASKS, Clause, Prompt, parse_prompt
 from vapi_fast.data.prompts import read_prompts
 from vapi_fast.data.text import padded
 from vapi_fast.data.words import WordVectors
+from vapi_fast.evaluation.config import GenevalConfig
+from vapi_fast.evaluation.geneval import evaluate_geneval
 from vapi_fast.evaluation.scene_detector import SceneDetector
 from vapi_fast.evaluation.scene_judge import SceneJudge
+from vapi_fast.generation.config import GenerateConfig
+from vapi_fast.generation.folder import draw_samples
 from vapi_fast.models import LPIPS, LlamaGen, VQTokenizer
+from vapi_fast.runtime.errors import DataError, Error
 from vapi_fast.tiny import TEXT_FILES, images
 
 needs_font = pytest.mark.skipif(not images.FONT.exists(), reason="Debian's emoji font not installed")
@@ -109,6 +116,44 @@ def test_generator_reads_captions(heldout: tuple[list[str], torch.Tensor]) -> No
         )
     assert own < 2.6  # uniform: ln 512 = 6.24
     assert others > own + 0.3
+
+
+def test_scenes_are_drawn_and_scored_by_name(tmp_path: Path) -> None:
+    """`generate --prompts geneval` draws the preset's own prompts, here of two tasks, and its detector judges them."""
+    prompts = read_prompts(TEXT_FILES.prompts, parse_prompt)
+    assert GenerateConfig(model="tiny-text", prompts="geneval", out=tmp_path / "all").geneval_prompts == prompts
+    wanted = [prompt for prompt in prompts if prompt.tag in ("single_object", "colors")][16:32]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(prompt.to_json()) + "\n" for prompt in wanted))
+    config = GenerateConfig(
+        model="tiny-text", prompts=tmp_path / "some.jsonl", format="geneval", num=2, out=tmp_path / "out"
+    )
+    assert (config.cfg_scale, config.top_k) == (2, 0)
+    draw_samples(config)
+    report = evaluate_geneval(GenevalConfig(samples=tmp_path / "out", detector="tiny-text"))
+    assert report is not None
+    assert report.tasks["single_object"].images == 16
+    assert report.tasks["single_object"].score > 0.4  # most single objects are right, colors that are held out fewer
+    assert report.tasks["colors"].score < report.tasks["single_object"].score
+    again = GenevalConfig(
+        samples=tmp_path / "out", detections=tmp_path / "out" / "geneval" / "detections.jsonl", output=tmp_path / "b"
+    )
+    with pytest.raises(Error, match=r"open-clip-torch|CLIP"):  # objects in their own colors have none to read
+        evaluate_geneval(again)
+
+
+def test_other_images_and_prompts_are_none_of_the_detector_s(tmp_path: Path) -> None:
+    def sample(name: str, size: int, folder: str) -> GenevalConfig:
+        place = tmp_path / folder / "00000" / "samples"
+        place.mkdir(parents=True)
+        Image.new("RGB", (size, size)).save(place / "0000.png")
+        line = json.dumps(Prompt("single_object", f"a photo of a {name}", (Clause(name, 1),)).to_json())
+        (place.parent / "metadata.jsonl").write_text(line)
+        return GenevalConfig(samples=tmp_path / folder, detector="tiny-text")
+
+    with pytest.raises(DataError, match="asks for 'zebra', which is none of the 24 kinds of object that tiny-text has"):
+        evaluate_geneval(sample("zebra", 32, "kind"))
+    with pytest.raises(DataError, match="an image of 64x64 pixels, the detector of tiny-text takes 32x32"):
+        evaluate_geneval(sample("cat", 64, "size"))
 
 
 @needs_font
