@@ -19,7 +19,7 @@ import vapi_fast
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import loop, run
 from vapi_fast.alignment.charts import save_fid_curve
-from vapi_fast.alignment.measurement import Evaluator, HeldOut, Measurement
+from vapi_fast.alignment.measurement import Evaluator, HeldOut, Measurement, Scored
 from vapi_fast.evaluation.metrics import Scores
 from vapi_fast.models import Generator
 from vapi_fast.runtime.checkpoint import load_state_dict
@@ -47,8 +47,8 @@ def measured(image_sets: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         now[0] += SECONDS
         fid = float(sum(weight.detach().double().square().sum() for weight in generator.parameters()))
-        scores = [Scores(each, each / 10, None, 2.0, 0.1, 0.9, 0.7, 8, 8, "fake") for each in (fid, fid / 2)]
-        return Measurement(*scores, HeldOut(-fid, 0.1, 0.2, 3.0, 4.0))
+        figures = (Scores(each, each / 10, None, 2.0, 0.1, 0.9, 0.7, 8, 8, "fake") for each in (fid, fid / 2))
+        return Measurement(*(Scored(each, None) for each in figures), HeldOut(-fid, 0.1, 0.2, 3.0, 4.0))
 
     monkeypatch.setattr(loop, "align_step", timed)
     monkeypatch.setattr(Evaluator, "measure", measure)
