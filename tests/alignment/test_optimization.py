@@ -156,7 +156,7 @@ class FakeFusedAdam:
 def test_apex_is_used_for_plain_cuda_parameters_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimization, "apex_fused_adam", lambda: FakeFusedAdam)
     assert isinstance(make_optimizer(Model(), CONFIG), torch.optim.AdamW)
-    weights = {"first.weight": SimpleNamespace(is_cuda=True), "norm.weight": SimpleNamespace(is_cuda=True)}
+    weights = {name: SimpleNamespace(is_cuda=True, requires_grad=True) for name in ("first.weight", "norm.weight")}
     generator = SimpleNamespace(named_parameters=weights.items, parameters=weights.values)
     optimizer = make_optimizer(generator, CONFIG)
     assert isinstance(optimizer, FakeFusedAdam)
