@@ -85,7 +85,7 @@ def test_a_temperature_makes_samples_and_rollouts_sharper(tiny_config: Make, tin
     assert sharp.held_out.reward > plain.held_out.reward + 0.02
     for name in ("entropy", "cross_entropy"):
         assert getattr(sharp.held_out, name) == getattr(plain.held_out, name)
-    assert plain.plain.fid != sharp.plain.fid
+    assert plain.plain.scores.fid != sharp.plain.scores.fid
     tokens = [draw(generator, torch.arange(8), 1.0, temperature) for temperature in (1.0, 0.01, 0.01)]
     assert torch.equal(draw(generator, torch.arange(8), 1.0), tokens[0])
     assert not torch.equal(tokens[0], tokens[1])
@@ -104,8 +104,8 @@ def test_heldout_images_score_better_than_samples(tiny_config: Make, tiny_models
     fids = [evaluation.frechet_distance(test.reference, f) for f in features]
     base = test.measure(tiny_models.generator, "base")
     assert abs(fids[0]) < 1e-6
-    assert 0 < fids[1] < base.plain.fid
-    assert base.cfg.fid != base.plain.fid
+    assert 0 < fids[1] < base.plain.scores.fid
+    assert base.cfg.scores.fid != base.plain.scores.fid
 
 
 def test_samples_follow_the_classes_of_the_heldout_images(tiny_config: Make, tiny_models: Models) -> None:
@@ -144,7 +144,7 @@ def test_align_scores_tokens_as_generate_and_evaluate_do(
     assert [len(batch.images[0, 0]) for batch in test.rewarded] == [32] * len(test.rewarded)
     drawn, draw = [], test.draw
     test.draw = lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
-    fid = test.score(tiny_models.generator, 1.5, "base", 1.0).fid
+    fid = test.score(tiny_models.generator, 1.5, "base", 1.0).scores.fid
 
     config = GenerateConfig(model="tiny", num=24, save_size=side, out=tmp_path / "samples")
     images = Sampler.load(config, config.gpt_ckpt, torch.device("cpu")).decode(torch.cat(drawn))
