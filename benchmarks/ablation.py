@@ -61,6 +61,7 @@ SCORES = ("fid", "inception_score")
 
 def rows_of(table: str, lr: float) -> dict[str, Changes]:
     """The rows of a table that are runs, the controls included; `lr`: the learning rate without a change."""
+    beside = {RANDOM: CONTROLS[RANDOM], PRIOR: {"method": "ntp"}}
     if table == "controls":
         return {VAPI: {}, **CONTROLS, PRIOR: {"method": "ntp"}}
     if table == "reward":
@@ -83,9 +84,9 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
         weighted = {
             f"{kind.upper()}, β {w:g}": {"prior": kind, "prior_weight": w} for kind in ("ce", "kl") for w in weights
         }
-        return {"no prior": {"prior_weight": 0.0}, **weighted, **CONTROLS}
+        return {"no prior": {"prior_weight": 0.0}, **weighted, **beside}
     if table == "noise":
-        return {f"ξ {share:g}": {"noise_prob": share} for share in (0.0, 0.25, 0.5, 0.75, 0.95)} | CONTROLS
+        return {f"ξ {share:g}": {"noise_prob": share} for share in (0.0, 0.25, 0.5, 0.75, 0.95)} | beside
     if table == "group":
         sizes = {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)}
         by_token = {f"{name}, by token": sizes[name] | {"credit_window": 3} for name in ("G 2", "G 4", "G 8")}
