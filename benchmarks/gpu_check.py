@@ -205,7 +205,6 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse the parts, small, on a machine without a GPU")
     parser.add_argument("--commit", help="to record; default: the checkout's")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a part inherits it if a shell has had it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the parts under way
     try:
         return check(options, time.monotonic())

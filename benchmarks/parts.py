@@ -117,8 +117,12 @@ class Running:
 
 
 def die_with_the_check() -> None:
-    """In a part's process: if the check is killed, it goes too, and with it what it holds of the GPU's memory."""
+    """In a part's process: if the check is killed, it goes too, and with it what it holds of the GPU's memory.
+
+    Until then it hears when it is asked to stop, also where a shell has had that ignored (of what it starts with `&`).
+    """
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_together(parts: Sequence[Part], folder: Path, note: Callable[[str, dict[str, Any]], None]) -> None:
