@@ -131,7 +131,8 @@ def test_a_part_is_asked_before_it_is_killed(
     tmp_path: Path, leap: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, heard: Any
 ) -> None:
     """Also by a check that a shell has put into the background, and so made deaf to SIGINT."""
-    request.addfinalizer(lambda before=signal.signal(signal.SIGINT, heard): signal.signal(signal.SIGINT, before))
+    before = signal.signal(signal.SIGINT, heard)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(parts, "GRACE", HOUR / 2)
     script = """
 import time
