@@ -186,14 +186,22 @@ def test_tables_of_the_tiny_preset() -> None:
     assert "adds 0.014 of reward, and costs 1.8 of FID" in README
 
 
-@pytest.mark.parametrize("table", [name for name in ablation.TABLES if name != "controls"])
+TABLES = {path.stem: path for path in sorted((ROOT / "benchmarks" / "results" / "ablation").glob("*.json"))}
+
+
+@pytest.mark.parametrize("table", sorted(TABLES.keys() - {"controls"}))
 def test_tables_in_miniature(table: str) -> None:
-    path = ROOT / "benchmarks" / "results" / "ablation" / f"{table}.json"
-    if not path.exists():
-        assert f"## {table.capitalize()}" not in PAGES["ablations.md"]
-        return
+    """As the JSON has them; of captions by task, too."""
+    records, page = json.loads(TABLES[table].read_text(encoding="utf-8")), PAGES["ablations.md"]
     made = ablation.curves if table == "steps" else ablation.table
-    assert made(json.loads(path.read_text(encoding="utf-8"))) in PAGES["ablations.md"]
+    assert made(records) in page
+    if table.startswith("text-"):
+        assert ablation.tasks(records) in page
+
+
+def test_every_table_in_miniature_has_its_figures() -> None:
+    headings = re.findall(r"^## (.*)$", PAGES["ablations.md"], re.MULTILINE)
+    assert {heading.lower().replace(": ", "-") for heading in headings} == TABLES.keys() - {"controls"}
 
 
 def test_memory_of_the_models_is_the_plan_s() -> None:

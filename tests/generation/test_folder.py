@@ -190,7 +190,7 @@ def test_weights_that_do_not_fit_are_in_the_state(
         with largest_file(1_000_000):
             save_generator(path, state)
 
-    monkeypatch.setattr(vapi_fast.alignment.run, "save_generator", without_room)
+    monkeypatch.setattr(vapi_fast.models.transformer, "save_generator", without_room)
     assert run("align", *line, out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(

@@ -84,7 +84,12 @@ def test_named_tokenizers_have_the_published_weights(name: str) -> None:
 
 
 def test_pixels_per_token() -> None:
-    assert {name: config.downsample for name, config in VQ_CONFIGS.items()} == {"vq-16": 16, "vq-8": 8, "tiny": 4}
+    assert {name: config.downsample for name, config in VQ_CONFIGS.items()} == {
+        "vq-16": 16,
+        "vq-8": 8,
+        "tiny": 4,
+        "scenes": 4,
+    }
 
 
 def test_unknown_name_lists_the_known_ones() -> None:

@@ -11,12 +11,14 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vapi_fast.data.geneval import COLORS, NUMBERS, RELATIONS, TASKS, Clause, Prompt, a, make_prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SIZE = 32
 CELLS = 4  # row by row
@@ -158,6 +160,8 @@ class Sprites(NamedTuple):
     @classmethod
     def of(cls, glyphs: Iterable[Image.Image]) -> Sprites:
         """From one square RGBA image a kind."""
+        from PIL import Image
+
         colors, alphas = [], []
         for glyph in glyphs:
             pixels = np.asarray(glyph, dtype=np.float32) / 255

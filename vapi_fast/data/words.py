@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vapi_fast.runtime.checkpoint import load_file_checked
@@ -24,6 +23,8 @@ class WordVectors:
     """
 
     def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
         state = load_file_checked(path)
         with safe_open(path, "pt") as file:
             words = json.loads((file.metadata() or {}).get("words", "[]"))
