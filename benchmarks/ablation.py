@@ -244,19 +244,23 @@ def mean_and_error(values: Sequence[float], alone: float | None = None) -> tuple
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
+def cell(values: Sequence[float], alone: float | None = None, digits: int = 3) -> str:
+    """`mean_and_error` as a table has it."""
+    mean, error = mean_and_error(values, alone)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
 def row(name: str, figures: list[Record], seconds: Sequence[float] = ()) -> str:
     """Means over the seeds with their standard errors; for one seed FID and IS have that of its one sample set."""
     cells = [name]
     for scores in (figures, [f["cfg"] for f in figures if "cfg" in f]):
         for key in SCORES if scores else ():
-            mean, error = mean_and_error([s[key] for s in scores], scores[0][f"{key}_se"])
-            cells.append(f"{mean:.2f} ± {error:.2f}")
+            cells.append(cell([s[key] for s in scores], scores[0][f"{key}_se"], digits=2))
         if scores and "geneval" in scores[0]:
             cells.append(overall(scores))
         if scores is figures:
             cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("precision", "recall")]
-            mean, error = mean_and_error([-f["mse"] - f["lpips"] for f in figures])  # the full reward for all
-            cells.append(f"{mean:.4f} ± {error:.4f}" if error is not None else f"{mean:.4f}")
+            cells.append(cell([-f["mse"] - f["lpips"] for f in figures], digits=4))  # the full reward for all
     if "entropy" in figures[0]:
         cells += [f"{statistics.mean(f[key] for f in figures):.3f}" for key in ("entropy", "cross_entropy")]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
@@ -294,8 +298,7 @@ def tuned(record: Record) -> str:
 def overall(scores: Sequence[Record]) -> str:
     """GenEval of one or several measurements; the error of one is that over its prompts."""
     found = [each["geneval"] for each in scores]
-    mean, error = mean_and_error([each["overall"] for each in found], found[0]["overall_se"])
-    return f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}"
+    return cell([each["overall"] for each in found], found[0]["overall_se"])
 
 
 def tasks(records: dict[str, list[Record]]) -> str:
@@ -315,8 +318,7 @@ def tasks(records: dict[str, list[Record]]) -> str:
         cells = []
         for task in names:
             found = [record["geneval"]["tasks"][task] for record in scores]
-            mean, error = mean_and_error([one["score"] for one in found], found[0]["se"])
-            cells.append(f"{mean:.3f} ± {error:.3f}" if error is not None else f"{mean:.3f}")
+            cells.append(cell([one["score"] for one in found], found[0]["se"]))
         lines.append(f"| {name} | {' | '.join(cells)} | {overall(scores)} |")
     return "\n".join(lines)
 

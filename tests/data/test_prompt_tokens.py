@@ -8,7 +8,8 @@ import janus_models
 import pytest
 import torch
 
-from vapi_fast.data.prompt_tokens import PromptTokens, padded_prompts
+from vapi_fast.data.prompt_tokens import PromptTokens
+from vapi_fast.data.text import padded
 from vapi_fast.runtime.errors import CheckpointError, DataError
 
 IDS = {"bos": 0, "begin_image": 3}
@@ -28,7 +29,7 @@ def test_a_prompt_is_the_template_around_the_caption(tmp_path: Path) -> None:
 
 
 def test_prompts_lie_behind_padding() -> None:
-    rows, mask = padded_prompts([torch.tensor([0, 8, 3]), torch.tensor([0, 8, 9, 10, 3])], 5)
+    rows, mask = padded([torch.tensor([0, 8, 3]), torch.tensor([0, 8, 9, 10, 3])], 5)
     assert rows.tolist() == [[0, 0, 0, 8, 3], [0, 8, 9, 10, 3]]
     assert mask.tolist() == [[False, False, True, True, True], [True] * 5]
 

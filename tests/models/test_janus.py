@@ -16,7 +16,7 @@ from transformers import JanusForConditionalGeneration
 
 from vapi_fast import ops
 from vapi_fast.alignment.rollout import token_logprobs
-from vapi_fast.data.prompt_tokens import padded_prompts
+from vapi_fast.data.text import padded
 from vapi_fast.generation import generate, sample_groups
 from vapi_fast.models import Condition, Janus, VQTokenizer
 from vapi_fast.models.janus_files import ORIGINAL, halved, paired, to_file
@@ -148,7 +148,7 @@ def test_logits_and_tokens_are_those_of_janus_own_code(tmp_path: Path) -> None:
     public = golden.read("janus")
     torch.save(golden.read_weights("janus"), tmp_path / "pytorch_model.bin")
     model = Janus.from_checkpoint(tmp_path, NAME)
-    rows, mask = padded_prompts([public[f"prompts.{n}"] for n in range(3)], SMALL.prompt_tokens)
+    rows, mask = padded([public[f"prompts.{n}"] for n in range(3)], SMALL.prompt_tokens)
     tokens = torch.stack([public[f"tokens.{n}"] for n in range(3)])
     assert torch.equal(generate(model, rows, condition_mask=mask, cfg_scale=5.0, top_k=1), tokens)
     for half, condition in enumerate((rows, model.unconditional(rows))):

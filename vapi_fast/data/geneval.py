@@ -147,7 +147,7 @@ def make_prompts(each: int, seed: int, names: Sequence[str] = OBJECTS) -> list[P
     """
     draw = random.Random(seed)
     colored = [name for name in names if name != COLORLESS]
-    prompts = [Prompt(TASKS[0], f"a photo of {a(name)}", (Clause(name, 1),)) for name in draw.sample(names, len(names))]
+    prompts = [alone(name) for name in draw.sample(names, len(names))]
     for task in TASKS[1:]:
         prompts += (make_prompt(task, draw, names, colored) for _ in range(each))
     return list(dict.fromkeys(prompts))
@@ -160,7 +160,7 @@ def make_prompt(task: str, draw: random.Random, names: Sequence[str], colored: S
         return Prompt(task, f"a photo of {a(first)} and {a(second)}", (Clause(first, 1), Clause(second, 1)))
     if task == "counting":
         count = draw.randrange(len(NUMBERS))
-        text = f"a photo of {NUMBERS[count]} {first}{'es' if first.endswith('s') else 's'}"
+        text = f"a photo of {NUMBERS[count]} {plural(first)}"
         return Prompt(task, text, (Clause(first, count + 2),), (Clause(first, count + 3),))
     if task == "position":
         relation = draw.choice(RELATIONS)
@@ -171,6 +171,15 @@ def make_prompt(task: str, draw: random.Random, names: Sequence[str], colored: S
         return Prompt(task, f"a photo of {a(red)} {first}", (Clause(first, 1, red),))
     text = f"a photo of {a(red)} {first} and {a(blue)} {second}"
     return Prompt(task, text, (Clause(first, 1, red), Clause(second, 1, blue)))
+
+
+def alone(name: str) -> Prompt:
+    """The one of the first task for a class."""
+    return Prompt(TASKS[0], f"a photo of {a(name)}", (Clause(name, 1),))
+
+
+def plural(name: str) -> str:
+    return f"{name}{'es' if name.endswith('s') else 's'}"
 
 
 def a(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,13 +85,3 @@ class PromptTokens:
         if len(found) > self.tokens:
             raise DataError(f"a prompt has {len(found)} tokens, and none of the foreseen ones more than {self.tokens}")
         return found
-
-
-def padded_prompts(prompts: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
-    """Prompts `[n]`, n ≤ tokens, behind zeros: int64 `[N,tokens]`, and a mask bool, False before each."""
-    rows = torch.zeros(len(prompts), tokens, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), tokens, dtype=torch.bool)
-    for row, own in enumerate(prompts):
-        rows[row, tokens - len(own) :] = own
-        mask[row, tokens - len(own) :] = True
-    return rows, mask

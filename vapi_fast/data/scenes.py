@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vapi_fast.data.geneval import COLORS, NUMBERS, RELATIONS, TASKS, Clause, Prompt, a, make_prompt
+from vapi_fast.data.geneval import COLORS, NUMBERS, RELATIONS, TASKS, Clause, Prompt, alone, make_prompt, plural
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,11 +50,6 @@ class Thing(NamedTuple):
     cell: int
 
 
-def plural(name: str) -> str:
-    """As GenEval's prompts have it."""
-    return f"{name}{'es' if name.endswith('s') else 's'}"
-
-
 SINGULAR = {plural(name): name for name in KINDS}
 
 
@@ -70,7 +65,7 @@ def parse(caption: str) -> Prompt:
                     name, count = SINGULAR[parts["first"]], NUMBERS.index(parts["number"]) + 2
                     return Prompt(task, caption, (Clause(name, count),), (Clause(name, count + 1),))
                 if task == "position":
-                    placed = first.__class__(parts["first"], 1, position=(parts["relation"], 0))
+                    placed = Clause(parts["first"], 1, position=(parts["relation"], 0))
                     return Prompt(task, caption, (Clause(parts["second"], 1), placed))
                 second = [Clause(parts["second"], 1, parts.get("other"))] if "second" in parts else []
                 return Prompt(task, caption, (first, *second))
@@ -123,8 +118,7 @@ def training_prompt(draw: random.Random) -> Prompt:
     while True:
         task = draw.choice(TASKS)
         if task == TASKS[0]:
-            name = draw.choice(KINDS)
-            return Prompt(task, f"a photo of {a(name)}", (Clause(name, 1),))
+            return alone(draw.choice(KINDS))
         prompt = make_prompt(task, draw, KINDS, KINDS)
         if not held_out(prompt):
             return prompt
@@ -133,7 +127,7 @@ def training_prompt(draw: random.Random) -> Prompt:
 def heldout_prompts(each: int, seed: int) -> list[Prompt]:
     """Every kind alone, then up to `each` of every other task that have what is held out; none twice."""
     draw = random.Random(seed)
-    prompts = [Prompt(TASKS[0], f"a photo of {a(name)}", (Clause(name, 1),)) for name in KINDS]
+    prompts = [alone(name) for name in KINDS]
     for task in TASKS[1:]:
         tries = (make_prompt(task, draw, KINDS, KINDS) for _ in range(400 * each))
         prompts += list(dict.fromkeys(filter(held_out, tries)))[:each]

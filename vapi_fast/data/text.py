@@ -83,8 +83,10 @@ def text_encoder(source: str | Path | None, device: torch.device) -> TextEncoder
 
 
 def padded(states: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
-    """States `[n,width]` of at least one caption, n ≤ tokens, as `TextEncoder.encode` gives them."""
-    features = torch.zeros(len(states), tokens, states[0].shape[1])
+    """States `[n,width]` of at least one caption, n ≤ tokens, as `TextEncoder.encode` gives them; or prompts' token ids
+    int64 `[n]`, as int64 `[N,tokens]`."""
+    dtype = torch.float32 if states[0].is_floating_point() else torch.int64
+    features = torch.zeros(len(states), tokens, *states[0].shape[1:], dtype=dtype)
     mask = torch.zeros(len(states), tokens, dtype=torch.bool)
     for row, own in enumerate(states):
         features[row, tokens - len(own) :] = own

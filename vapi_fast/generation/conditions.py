@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vapi_fast.data.features import checked_encoder
-from vapi_fast.data.prompt_tokens import PromptTokens, padded_prompts
+from vapi_fast.data.prompt_tokens import PromptTokens
 from vapi_fast.data.text import cleaned, padded
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
@@ -56,7 +56,7 @@ class Texts:
 
     def of(self, ids: Tensor, device: torch.device) -> Condition:
         picked = [self.states[i] for i in (ids % len(self.states)).tolist()]
-        rows, mask = (padded if picked[0].ndim > 1 else padded_prompts)(picked, self.tokens)
+        rows, mask = padded(picked, self.tokens)
         return Condition(rows.to(device), mask.to(device))
 
     def numbers(self, count: int) -> Tensor:

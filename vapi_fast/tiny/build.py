@@ -7,7 +7,6 @@ Needs Debian's packages fonts-noto-color-emoji and unicode-data for the images.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.tiny import CLASSES, FILES, IMAGE_SIZE, TinyFiles, tiny_files
 from vapi_fast.tiny.images import render_all
-from vapi_fast.tiny.training import SEED, batches, fit, fit_generator, fit_tokenizer, save_half
+from vapi_fast.tiny.training import SEED, batches, build_parts, fit, fit_generator, fit_tokenizer, save_half
 
 HELDOUT_SHARE = 5  # one image in five
 
@@ -179,16 +178,5 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vapi_fast.tiny.build", description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=FILES.train_images.parent, help="default: into the package")
-    parser.add_argument("--only", choices=PARTS, help="build one part from the others that are already there")
-    options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, build in PARTS.items():
-        if options.only in (None, name):
-            build(tiny_files(options.output_dir))
-
-
 if __name__ == "__main__":
-    main()
+    build_parts("vapi_fast.tiny.build", __doc__, PARTS, tiny_files, FILES.train_images.parent)

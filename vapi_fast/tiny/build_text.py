@@ -7,7 +7,6 @@ Needs Debian's packages fonts-noto-color-emoji for the scenes, and PyPI's wordll
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import itertools
@@ -37,7 +36,7 @@ from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.tiny import TEXT_FILES, TextFiles, text_files
 from vapi_fast.tiny.build import disturbed
 from vapi_fast.tiny.images import BITMAP_SIZE, FONT, glyph_image
-from vapi_fast.tiny.training import SEED, fit, fit_generator, fit_tokenizer, save_half
+from vapi_fast.tiny.training import SEED, build_parts, fit, fit_generator, fit_tokenizer, save_half
 
 TRAINING_SCENES = 960
 PROMPTS_A_TASK, SCENES_A_PROMPT = 72, 2
@@ -249,16 +248,5 @@ PARTS: dict[str, Callable[[TextFiles], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vapi_fast.tiny.build_text", description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=TEXT_FILES.words.parent, help="default: into the package")
-    parser.add_argument("--only", choices=PARTS, help="build one part from the others that are already there")
-    options = parser.parse_args()
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, build in PARTS.items():
-        if options.only in (None, name):
-            build(text_files(options.output_dir))
-
-
 if __name__ == "__main__":
-    main()
+    build_parts("vapi_fast.tiny.build_text", __doc__, PARTS, text_files, TEXT_FILES.words.parent)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ from vapi_fast.models import LPIPS, Generator, VQTokenizer
 from vapi_fast.runtime.checkpoint import write_atomically
 
 SEED = 0
+
+
+def build_parts(
+    module: str, about: str, parts: Mapping[str, Callable[[Any], None]], files: Callable[[Path], Any], package: Path
+) -> None:
+    """A builder's command: its `parts` in turn, or one, into the `files` of a folder, by default `package`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=package, help="default: into the package")
+    parser.add_argument("--only", choices=parts, help="build one part from the others that are already there")
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, build in parts.items():
+        if options.only in (None, name):
+            build(files(options.output_dir))
 
 
 def half_precision() -> torch.autocast:
