@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["vapi_fast", "vapi_fast.*"]), "vapi_fast.kernels"],
     package_dir={"vapi_fast": "vapi_fast", "vapi_fast.kernels": "kernels"},
     package_data={
-        "vapi_fast.tiny": ["preset/*"],
+        "vapi_fast.tiny": ["preset/*", "preset/*/*"],
         "vapi_fast.kernels": ["*.json"],
     },
     install_requires=[

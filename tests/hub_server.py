@@ -118,7 +118,7 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = path.read_bytes()
         if not name.endswith(LARGE) or repository.startswith("datasets/"):
-            return self.content(content, ETag='"0"', X_Repo_Commit=commit)
+            return self.content(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content)), "X_Repo_Commit": commit}
         return self.answer(302, Location=f"http://localhost:{self.server.server_port}/cdn/{digest}", **linked)

@@ -36,8 +36,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str]]:
     def run(line: str) -> tuple[int, str]:
-        names.located.cache_clear()
-        names.fetched.cache_clear()
+        for each in (names.files_of, names.located, names.fetched):
+            each.cache_clear()
         monkeypatch.setattr(sys, "argv", ["vapi-fast", *line.split()])
         code = cli.main()
         return code, "\n".join(each for each in capsys.readouterr().err.splitlines() if "error:" in each)

@@ -16,6 +16,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("ftfy")
 import datasets
 import janus_models
+from hub_server import serving
 from PIL import Image
 from processes import become, on_ranks
 
@@ -116,6 +117,26 @@ def test_a_run_writes_the_layout_that_it_read_and_its_images_follow(make: Make, 
     draw_samples(GenerateConfig(out=tmp_path / "alone", prompt="a red cup", **common | {"batch_size": 1}))
     images = [Image.open(tmp_path / folder / "images" / "000000.png") for folder in ("drawn", "alone")]
     assert images[0].tobytes() == images[1].tobytes()  # whatever else is drawn, and however long that is
+
+
+def test_a_repository_of_the_hub_is_as_its_folder(
+    make: Make, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, configuration and tokenizer come by its name, and what is written is what the folder leads to."""
+    with serving(tmp_path, monkeypatch) as hub:
+        for path in (files / "model").iterdir():
+            hub.put(f"owner/janus/{path.name}", path.read_bytes())
+        named = {"gpt_ckpt": "hub:owner/janus", "vq_ckpt": "hub:owner/janus"}
+        record = vapi_fast.align(make(**named, evaluate=False, output_dir=tmp_path / "named"))
+    assert record["hub"]["gpt_ckpt"]["file"] == "pytorch_model.bin"
+    vapi_fast.align(make(evaluate=False))
+    written, expected = (
+        {path.name: path for path in (tmp_path / run / "aligned").iterdir()} for run in ("named", "run")
+    )
+    assert written.keys() == expected.keys() >= {"config.json", "tokenizer.json"}
+    weights, others = (torch.load(each.pop("pytorch_model.bin")) for each in (written, expected))
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+    assert all(written[name].read_bytes() == expected[name].read_bytes() for name in expected)
 
 
 def test_a_measured_run_is_another_step_of_the_same(make: Make, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def test_a_prompt_is_the_template_around_the_caption(tmp_path: Path) -> None:
     assert torch.equal(PromptTokens(tmp_path / "pytorch_model.bin", 12, **IDS).ids("two"), prompts.ids("two"))
     with pytest.raises(DataError, match="a prompt has 14 tokens, and the model takes 12: shorten it"):
         prompts.ids("a red cup on a blue table two")
+    with pytest.raises(DataError, match=r"'a red zebra': has a word that .*tokenizer\.json does not know"):
+        prompts.ids("a red zebra")
     with pytest.raises(DataError, match="a prompt has no words"):
         prompts.ids(" \n")
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from vapi_fast.runtime.errors import CheckpointError, DataError
+from vapi_fast.runtime.hub import local_path
 from vapi_fast.runtime.packages import loaded, require
 
 if TYPE_CHECKING:
     from vapi_fast.data.caption_files import Caption
 
 BEGIN_IMAGE = "<begin_of_image>"
+UNKNOWN = "<unk>"  # of a tokenizer of whole words; Janus-Pro's has none
 TEMPLATE = "<|User|>: {}\n\n<|Assistant|>:" + BEGIN_IMAGE
 
 
@@ -24,7 +26,7 @@ class PromptTokens:
     """Makes prompts of captions; a `FeatureSource` whose features are token ids int64 `[n]`.
 
     Args:
-        checkpoint: a folder with `tokenizer.json`, or a file beside one.
+        checkpoint: a folder with `tokenizer.json`, a file beside one, or a repository of the hub.
         tokens: of the longest prompt that the generator takes.
         bos, begin_image: ids that the generator knows BOS and `<begin_of_image>` by.
 
@@ -38,11 +40,13 @@ class PromptTokens:
         require(DataError, "reading prompts", "tokenizers")
         from tokenizers import Tokenizer
 
+        checkpoint = local_path(checkpoint)
         path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file, and a prompt needs it: copy it there from the model's page")
         self.tokenizer = loaded(str(path), "copy it again", lambda: Tokenizer.from_file(str(path)))
         self.tokens, self.limit, self.longest, self.bos = tokens, tokens, 0, bos
+        self.path, self.unknown = path, self.tokenizer.token_to_id(UNKNOWN)
         found = self.tokenizer.token_to_id(BEGIN_IMAGE)
         if found is None:
             raise CheckpointError(f"{path}: has no {BEGIN_IMAGE}: pass Janus-Pro's own tokenizer.json")
@@ -60,6 +64,8 @@ class PromptTokens:
         if not text:
             raise DataError(f"a prompt has no words: {caption[:80]!r}")
         found = [self.bos, *self.tokenizer.encode(TEMPLATE.format(text), add_special_tokens=False).ids]
+        if self.unknown in found:
+            raise DataError(f"{text[:80]!r}: has a word that {self.path} does not know: say it in other words")
         if len(found) > self.limit:
             raise DataError(
                 f"a prompt has {len(found)} tokens, and the model takes {self.limit}: shorten it ({text[:80]!r} …)"

@@ -33,7 +33,7 @@ class EvaluateConfig:
 
     model: str = option(
         "xxl",
-        "tiny and tiny-text bring their own reference and feature network, all others take Inception",
+        "the tiny ones bring their own reference and feature network, all others take Inception",
         choices=tuple(catalog.CATALOG),
     )
     samples: Path = option(

@@ -32,20 +32,20 @@ class ModelOptions:
 
     model: str = option(
         "xxl",
-        f"size of the generator: {', '.join(catalog.CATALOG)}; tiny and tiny-text bring their own files",
+        f"size of the generator: {', '.join(catalog.CATALOG)}; the tiny ones bring their own files",
         choices=tuple(catalog.CATALOG),
     )
     gpt_ckpt: Path | None = option(
         PRESET,
         "LlamaGen's generator, or an aligned one: `.pt` (bare or in `model`, `module`, `state_dict`), `.safetensors`, "
-        "or of the hub: `hub:owner/name[@revision][/file]`; or Janus-Pro's folder",
+        "or of the hub: `hub:owner/name[@revision][/file]`; or Janus-Pro's folder or repository",
         shown="the hub's (shipped)",
         file=CHECKPOINT,
     )
     ema: bool = option(False, "the averaged weights in `--gpt-ckpt`, where it holds both")
     vq_ckpt: Path | None = option(
         PRESET,
-        "LlamaGen's VQ tokenizer, in the same forms; of Janus-Pro the same folder",
+        "LlamaGen's VQ tokenizer, in the same forms; of Janus-Pro the same",
         shown="the hub's (shipped)",
         file=CHECKPOINT,
     )
@@ -120,7 +120,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
     prompts: Path | None = option(
         None,
         "file of texts in turn: one a line, or lines of JSON with `prompt`; or `geneval`: its own 553, downloaded "
-        "(tiny-text: 317 of its scenes)",
+        "(of tiny ones: 317 scenes)",
         file="file",
     )
     text_encoder: str | None = option(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi_fast import tiny
-from vapi_fast.models.sizes import JANUS_CONFIGS, LLAMAGEN_CONFIGS
+from vapi_fast.models.sizes import LLAMAGEN_CONFIGS
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.options import PRESET, check, fill_in
 
@@ -91,6 +91,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 # On Hugging Face's hub; the commits are those that other public projects pin as well.
 LLAMAGEN = "hub:FoundationVision/LlamaGen@81e41139272c038412e4fe8f1c52a51ebbf95b8b"
 LLAMAGEN_TEXT = "hub:peizesun/llamagen_t2i@276f5c5a3d915b922899a03f1912605531574747"
+JANUS_PRO = {
+    "janus-pro-1b": "hub:deepseek-ai/Janus-Pro-1B@960ab33191f61342a4c60ae74d8dc356a39fafcb",
+    "janus-pro-7b": "hub:deepseek-ai/Janus-Pro-7B@5c3eb3fb2a3b61094328465ba61fcd4272090d67",
+}
 IMAGENET = "hub:ILSVRC/imagenet-1k"
 SIZES = {"b": (256, 384), "l": (256, 384), "xl": (384,), "xxl": (384,), "3b": (384,)}  # in pixels, as released
 
@@ -187,7 +191,9 @@ CATALOG: dict[str, Entry] = {
     name: replace(PAPER, generators={side: f"{LLAMAGEN}/c2i_{name.upper()}_{side}.pt" for side in SIZES.get(name, ())})
     for name in LLAMAGEN_CONFIGS
 } | {"t2i-xl": TEXT, "tiny": TINY, "tiny-text": TINY_TEXT}
-CATALOG |= {name: JANUS for name in JANUS_CONFIGS if name.startswith("janus-pro")}
+CATALOG |= {
+    name: replace(JANUS, files=NO_FILES | {"gpt_ckpt": folder, "vq_ckpt": folder}) for name, folder in JANUS_PRO.items()
+}
 
 
 def entry(name: str) -> Entry:

@@ -31,6 +31,7 @@ from vapi_fast.runtime.checkpoint import (
     write_atomically,
 )
 from vapi_fast.runtime.errors import CheckpointError
+from vapi_fast.runtime.hub import COMPANIONS, local_path
 
 
 class Layout(NamedTuple):
@@ -89,19 +90,6 @@ NO_TOKENIZER = (
 )
 # Of config.json: where the language model's fields stand, by `model_type`.
 LANGUAGE = {"multi_modality": "language_config", "janus": "text_config"}
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 EARLIER = re.compile(r"janus-1\.3b", re.IGNORECASE)
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}  # where a file leaves them out
 
@@ -123,8 +111,8 @@ def load_weights(path: str | Path, name: str, *, averaged: bool = False) -> tupl
 
     Raises CheckpointError as `Janus.from_checkpoint` does.
     """
-    config = named_size(JANUS_CONFIGS, name)
-    check_config(Path(path), config, name)
+    config, path = named_size(JANUS_CONFIGS, name), local_path(path)
+    check_config(path, config, name)
     state = load_state_dict(path, averaged=averaged, skip=NO_GENERATOR)
     layout = layout_of(state, path)
     embeddings, codes = (
@@ -267,7 +255,7 @@ def save_weights(folder: Path, source: Path, weights: dict[str, Tensor], config:
     copied. `weights` keep their dtype: float32 where they were trained, as the grid of bf16 is coarser than what an
     alignment of 100 steps at 1e-7 changes.
     """
-    first, *shards = checkpoint_files(source)
+    first, *shards = checkpoint_files(local_path(source))
     folder.mkdir(parents=True, exist_ok=True)
     keys = list(shards_of(first)) if shards else list(contained(load_file_checked(first), first, averaged=False))
     replaced = to_file(weights, layout_of(dict.fromkeys(map(unwrapped, map(str, keys))), first), config)

@@ -30,6 +30,20 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 MAIN = "main"
 CONSOLIDATED = ("consolidated.pth", "consolidated.00.pth", "model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+# What is read, or passed on, beside a checkpoint that a repository's name alone means.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NO_NETWORK = {"TransportError", "ConnectionError", "Timeout", "LocalEntryNotFoundError"}  # of whichever HTTP client
 HASHED_BYTES = 1 << 24  # at a time
@@ -84,7 +98,8 @@ def parse(source: str | Path) -> HubName:
 def local_path(path: str | Path) -> Path:
     """A checkpoint's path on this machine: of one on the hub that of its copy, fetched if need be.
 
-    Of a repository with an index of shards it is their folder. Raises CheckpointError where it cannot be fetched.
+    Of a repository with an index of shards it is their folder. By the repository's name alone its `COMPANIONS` come
+    with it. Raises CheckpointError where it cannot be fetched.
     """
     return fetched(str(path), *place()) if on_hub(path) else Path(path)
 
@@ -151,8 +166,10 @@ def address(name: HubName) -> str:
 @functools.cache
 def fetched(source: str, endpoint: str, cache: str) -> Path:
     """As `local_path`, of a name; what was found once is the same for the rest of the process."""
-    first = located(source, endpoint, cache)
+    first, name = located(source, endpoint, cache), parse(source)
     path = fetch(first)
+    for file in set() if name.file else {*COMPANIONS} & {*files_of(name, endpoint, cache)}:
+        fetch(located(str(name._replace(file=file)), endpoint, cache))
     if not path.name.endswith(INDEX):
         return path
     try:
@@ -161,8 +178,8 @@ def fetched(source: str, endpoint: str, cache: str) -> Path:
         raise CheckpointError(f"{source}: its {path.name} is no index of weights ({type(error).__name__})") from error
     folder = first.name.file.rpartition("/")[0]
     for shard in shards:
-        name = first.name._replace(file=f"{folder}/{shard}".lstrip("/"))
-        fetch(located(str(parse(name)), endpoint, cache))
+        shard_name = first.name._replace(file=f"{folder}/{shard}".lstrip("/"))
+        fetch(located(str(parse(shard_name)), endpoint, cache))
     return path.parent
 
 
@@ -173,7 +190,7 @@ def located(source: str, endpoint: str, cache: str) -> Located:
 
     name = parse(source)
     if not name.file:
-        name = name._replace(file=only_checkpoint(name, cache))
+        name = name._replace(file=only_checkpoint(name, files_of(name, endpoint, cache)))
 
     def cached(revision: str) -> Path | None:
         found = try_to_load_from_cache(name.repository, name.file, revision=revision, cache_dir=cache)
@@ -191,8 +208,9 @@ def located(source: str, endpoint: str, cache: str) -> Located:
     return Located(name, cached(about.commit_hash) if about.commit_hash else None, about)
 
 
-def only_checkpoint(name: HubName, cache: str) -> str:
-    """The file that a repository's name alone means: an index of shards, one of a usual name, or the only one."""
+@functools.cache
+def files_of(name: HubName, endpoint: str, cache: str) -> list[str]:
+    """A revision's files, without those in folders; of the cache, where the hub cannot be asked."""
     from huggingface_hub import HfApi
 
     try:
@@ -200,7 +218,11 @@ def only_checkpoint(name: HubName, cache: str) -> str:
     except Exception as error:
         if not no_network(error) or not (files := cached_files(name, cache)):
             raise refused(error, name) from error
-    files = sorted(file for file in files if "/" not in file)
+    return sorted(file for file in files if "/" not in file)
+
+
+def only_checkpoint(name: HubName, files: list[str]) -> str:
+    """The file that a repository's name alone means: an index of shards, one of a usual name, or the only one."""
     indices = [file for file in files if file.endswith(INDEX)]
     usual = [file for file in CONSOLIDATED if file in files]
     weights = [file for file in files if file.endswith(SUFFIXES)]
