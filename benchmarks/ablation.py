@@ -43,6 +43,8 @@ SEEDS = {"controls": 5, "recipe": 5}  # of a table; of the others 3
 TUNING_SEED = 1000  # temperatures are chosen on it, and no table uses it
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 LONG, EVERY, SHORT = 200, 50, (10, 25)  # steps of the table of steps
+NOISE = (0.0, 0.25, 0.5, 0.75, 0.95)  # the paper's Table 5
+JANUS_NOISE = (0.0, 0.5, 1.0)  # the last is what Janus-Pro's script was released with
 AR_GRPO_STEPS = 40  # of four classes: as long as 30 of the tiny preset's
 AFTER = ", steps "  # in the name of a row whose run is a short one of another row's
 KEPT = ("commit", "versions", "device", "base", "aligned", "evaluations", "step_seconds", "seconds")  # of a run.json
@@ -59,8 +61,8 @@ NO_TABLE = {  # flags of align: the table's own, or nothing is measured
 SCORES = ("fid", "inception_score")
 
 
-def rows_of(table: str, lr: float) -> dict[str, Changes]:
-    """The rows of a table that are runs, the controls included; `lr`: the learning rate without a change."""
+def rows_of(table: str, config: AlignConfig) -> dict[str, Changes]:
+    """The rows of a table that are runs, the controls included; `config`: what they change."""
     beside = {RANDOM: CONTROLS[RANDOM], PRIOR: {"method": "ntp"}}
     if table == "controls":
         return {VAPI: {}, **CONTROLS, PRIOR: {"method": "ntp"}}
@@ -86,12 +88,14 @@ def rows_of(table: str, lr: float) -> dict[str, Changes]:
         }
         return {"no prior": {"prior_weight": 0.0}, **weighted, **beside}
     if table == "noise":
-        return {f"ξ {share:g}": {"noise_prob": share} for share in (0.0, 0.25, 0.5, 0.75, 0.95)} | beside
+        shares = JANUS_NOISE if config.recipe == "janus" else NOISE
+        return {f"ξ {share:g}": {"noise_prob": share} for share in shares} | beside
     if table == "group":
         sizes = {f"G {size}": {"group_size": size} for size in (2, 4, 8, 16)}
         by_token = {f"{name}, by token": sizes[name] | {"credit_window": 3} for name in ("G 2", "G 4", "G 8")}
         return sizes | by_token | CONTROLS
     found: dict[str, Changes] = {}
+    lr = config.lr
     lines = {f"lr {rate:g}": {"lr": rate} for rate in (lr / 2, lr, 2 * lr)}
     lines |= {f"lr {lr:g}, {RANDOM}": {"lr": lr} | CONTROLS[RANDOM]}
     for name, changes in lines.items():
@@ -408,7 +412,7 @@ def make(
     if TUNING_SEED in seeds:
         raise ConfigError(f"--seeds {TUNING_SEED} is the one that temperatures are chosen on: leave it out")
     records: dict[str, list[Record]] = {}
-    rows = rows_of(name, runs.config(seeds[0], {}).lr)
+    rows = rows_of(name, runs.config(seeds[0], {}))
     for seed in seeds:
         for row_name, changes in rows.items():
             records.setdefault(row_name, []).append(runs.finished(seed, changes))

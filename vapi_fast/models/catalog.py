@@ -186,11 +186,18 @@ TINY_TEXT = replace(
     drawn={"cfg_scale": 2.0, "top_k": 0},
     geneval_prompts=tiny.TEXT_FILES.prompts,
 )
+# The same scenes by prompts, as Janus-Pro takes them.
+TINY_JANUS = replace(
+    TINY_TEXT,
+    files={**TINY_TEXT.files, "gpt_ckpt": tiny.TEXT_FILES.janus, "text_encoder": None},
+    recipe="janus",
+    recipes={"janus": {"batch_size": 32, "steps": 15, "lr": 4e-5, "noise_prob": 0.0}},
+)
 
 CATALOG: dict[str, Entry] = {
     name: replace(PAPER, generators={side: f"{LLAMAGEN}/c2i_{name.upper()}_{side}.pt" for side in SIZES.get(name, ())})
     for name in LLAMAGEN_CONFIGS
-} | {"t2i-xl": TEXT, "tiny": TINY, "tiny-text": TINY_TEXT}
+} | {"t2i-xl": TEXT, "tiny": TINY, "tiny-text": TINY_TEXT, "tiny-janus": TINY_JANUS}
 CATALOG |= {
     name: replace(JANUS, files=NO_FILES | {"gpt_ckpt": folder, "vq_ckpt": folder}) for name, folder in JANUS_PRO.items()
 }

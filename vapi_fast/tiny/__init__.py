@@ -1,7 +1,7 @@
 """The presets: real image sets, tokenizers, perceptual networks and generators that ship with the package.
 
 `python -m vapi_fast.tiny.build` makes those of `tiny` from nothing, `python -m vapi_fast.tiny.build_text` those of
-`tiny-text`; `FILES` and `TEXT_FILES` say where they are.
+`tiny-text` and `tiny-janus`; `FILES` and `TEXT_FILES` say where they are.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ class TextFiles(NamedTuple):
     tokenizer: Path
     generator: Path
     prompts: Path
+    janus: Path  # a folder, as Janus-Pro's files
 
 
 def text_files(folder: Path) -> TextFiles:
     """The text preset's files inside `folder`."""
     names = ("words", "perceptual", "detector", "tokenizer", "generator")
     images = (folder / "train.parquet", folder / "heldout.parquet")
-    return TextFiles(*images, *(folder / f"{name}.safetensors" for name in names), folder / "prompts.jsonl")
+    networks = (folder / f"{name}.safetensors" for name in names)
+    return TextFiles(*images, *networks, folder / "prompts.jsonl", folder.with_name("janus"))
 
 
 TEXT_FILES = text_files(Path(__file__).parent / "preset" / "text")

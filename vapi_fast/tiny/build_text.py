@@ -1,4 +1,4 @@
-"""Rebuild the text presets' files from nothing: words, scenes, four networks (under two hours on two cores).
+"""Rebuild the text presets' files from nothing: words, scenes, five networks (two and a half hours on two cores).
 
     python -m vapi_fast.tiny.build_text [--output-dir DIR] [--only PART]
 
@@ -12,8 +12,9 @@ import io
 import itertools
 import json
 import random
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFont
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi_fast import ops
 from vapi_fast.data import scenes
+from vapi_fast.data.prompt_tokens import BEGIN_IMAGE, TEMPLATE, UNKNOWN, PromptTokens
 from vapi_fast.data.scenes import CELLS, KINDS, PAINTS, Sprites, Thing
 from vapi_fast.data.text import padded
 from vapi_fast.data.words import WordVectors
 from vapi_fast.evaluation.scene_detector import NONE, SceneDetector
-from vapi_fast.models import LPIPS, Dropout, LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, Dropout, Janus, LlamaGen, VQTokenizer, janus_files
+from vapi_fast.models.sizes import JANUS_CONFIGS, JanusConfig
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.tiny import TEXT_FILES, TextFiles, text_files
 from vapi_fast.tiny.build import disturbed
@@ -41,7 +44,10 @@ from vapi_fast.tiny.training import SEED, build_parts, fit, fit_generator, fit_t
 TRAINING_SCENES = 960
 PROMPTS_A_TASK, SCENES_A_PROMPT = 72, 2
 HELDOUT_SEED, TOKENIZER_SEED, GENERATOR_SEED = 1, 2, 3  # streams of scenes
+CYCLES = (2500, 1800)  # steps of the generator, at a rate that falls to zero in each
+JANUS_STEPS = 1800
 Scene = tuple[scenes.Prompt, list[Thing], np.ndarray]
+Example = tuple[Tensor, dict[str, Any]]  # tokens int64 [B,T], and the forward's further arguments
 
 
 def build_words(output: TextFiles) -> None:
@@ -208,34 +214,102 @@ def train_tokenizer(output: TextFiles, steps: int = 1250, batch_size: int = 48, 
     save_half(model, output.tokenizer)
 
 
-def train_generator(output: TextFiles, steps: int = 2500, batch_size: int = 32) -> None:
-    """Next-token cross-entropy on endless scenes, one caption in ten left out for guidance.
+def batches(
+    output: TextFiles, batch_size: int, conditions: Callable[[list[str]], dict[str, Any]], seed: int = GENERATOR_SEED
+) -> tuple[Callable[[int], Example], Example]:
+    """What `fit_generator` takes: endless scenes, one caption in ten left out for guidance, and held-out ones.
 
     No scene comes twice, so there is nothing to learn by heart and no dropout.
     """
     painted = sprites()
-    source = scenes.stream(painted, GENERATOR_SEED)
-    torch.manual_seed(SEED)
+    source = scenes.stream(painted, seed)
     tokenizer = VQTokenizer.from_checkpoint(output.tokenizer, "scenes").eval().to(memory_format=torch.channels_last)
-    model = LlamaGen.from_name("tiny-text")
-    encoder = WordVectors(output.words)
 
-    def conditions(captions: list[str]) -> dict[str, Any]:
-        features, mask = padded(
-            list(encoder.states(captions, model.config.caption_tokens)), model.config.caption_tokens
-        )
-        return {"condition": features, "condition_mask": mask}
-
-    def draw(step: int) -> tuple[Tensor, dict[str, Any]]:
+    def draw(step: int) -> Example:
         captions, _, images = drawn(source, batch_size)
         dropout = Dropout(0.0, 0.1, ops.fold_seed(SEED, step))
         return tokenizer.encode(images), {**conditions(captions), "dropout": dropout}
 
     captions, _, images = drawn(heldout_scenes(painted), 256)
     with torch.no_grad():
-        heldout = tokenizer.encode(images), conditions(captions)
-    fit_generator(model, draw, heldout, steps)
+        return draw, (tokenizer.encode(images), conditions(captions))
+
+
+def train_generator(output: TextFiles, cycles: Sequence[int] = CYCLES, batch_size: int = 32) -> None:
+    """Next-token cross-entropy on scenes behind their captions' words."""
+    torch.manual_seed(SEED)
+    model, encoder = LlamaGen.from_name("tiny-text"), WordVectors(output.words)
+
+    def conditions(captions: list[str]) -> dict[str, Any]:
+        tokens = model.config.caption_tokens
+        features, mask = padded(list(encoder.states(captions, tokens)), tokens)
+        return {"condition": features, "condition_mask": mask}
+
+    for cycle, steps in enumerate(cycles):
+        fit_generator(model, *batches(output, batch_size, conditions, GENERATOR_SEED + 1000 * cycle), steps)
     save_half(model, output.generator)
+
+
+def build_prompt_tokenizer(folder: Path, config: JanusConfig) -> PromptTokens:
+    """A tokenizer of the captions' words, as `tokenizer.json` beside Janus-Pro's files."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    roles = [part for part in re.split(r"(<\|\w+\|>)", TEMPLATE) if part.startswith("<|")]
+    special = ["<pad>", "<bos>", BEGIN_IMAGE, *roles, UNKNOWN]
+    ids = {word: n for n, word in enumerate([*special, ":", *scenes.words()])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    return PromptTokens(folder, config.prompt_tokens, bos=config.bos, begin_image=config.begin_image)
+
+
+def begin_as(model: Janus, generator: LlamaGen) -> None:
+    """Another model's layers, and images that enter them as they do there."""
+    model.layers.load_state_dict(generator.layers.state_dict())
+    entering = generator.tok_embeddings.weight.detach()
+    nn.init.normal_(model.gen_embed.weight)
+    model.gen_aligner.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
+    nn.init.normal_(model.text_embeddings.weight, std=entering.std().item())
+    model.gen_head.output_mlp_projector.reset_parameters()
+    into = nn.ModuleList([model.gen_embed, model.gen_aligner])
+
+    def loss_of(_: int) -> Tensor:
+        return F.mse_loss(model.token_table(), entering) / entering.square().mean()
+
+    fit("image embeddings", into, 1000, loss_of, lr=1e-2, weight_decay=0.0, figures=dict)
+
+
+def train_janus(output: TextFiles, steps: int = JANUS_STEPS, batch_size: int = 32) -> None:
+    """Next-token cross-entropy on scenes behind their prompts, and on these, so that it also writes.
+
+    Its layers begin as the generator's, which see other positions and embeddings, but the same scenes.
+    """
+    torch.manual_seed(SEED)
+    model = Janus(JANUS_CONFIGS["tiny-janus"])
+    begin_as(model, LlamaGen.from_checkpoint(output.generator, "tiny-text"))
+    config = model.config
+    tokenizer = build_prompt_tokenizer(output.janus, config)
+
+    def conditions(captions: list[str]) -> dict[str, Any]:
+        prompts = [tokenizer.ids(caption) for caption in captions]
+        rows, mask = padded(prompts, max(map(len, prompts)))
+        return {"condition": rows.where(mask, config.pad), "condition_mask": mask}
+
+    def text_loss(given: dict[str, Any]) -> Tensor:
+        """Of a few prompts each token by those before it."""
+        few = zip(given["condition"][:4], given["condition_mask"][:4], strict=True)
+        ids = torch.stack([row.roll(int(seen.sum())) for row, seen in few])  # in front of their padding
+        states = model.text_states(ids[:, :-1])
+        logits = states @ model.text_embeddings.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=config.pad)
+
+    fit_generator(model, *batches(output, batch_size, conditions), steps, text_loss)
+    language = {"num_hidden_layers": config.layers, "hidden_size": config.width, "num_attention_heads": config.heads}
+    text = json.dumps({"model_type": "multi_modality", "language_config": language}, indent=2) + "\n"
+    write_atomically(output.janus / "config.json", lambda path: path.write_text(text, "utf-8"))
+    save_half(janus_files.to_file(model.state_dict(), janus_files.ORIGINAL, config), output.janus / "model.safetensors")
 
 
 PARTS: dict[str, Callable[[TextFiles], None]] = {
@@ -245,6 +319,7 @@ PARTS: dict[str, Callable[[TextFiles], None]] = {
     "detector": train_detector,
     "tokenizer": train_tokenizer,
     "generator": train_generator,
+    "janus": train_janus,
 }
 
 

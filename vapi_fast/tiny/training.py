@@ -88,9 +88,10 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
         pool = pool[batch_size:]
 
 
-def save_half(module: nn.Module, path: Path) -> None:
+def save_half(weights: nn.Module | Mapping[str, Tensor], path: Path) -> None:
     """Weights as float16 safetensors: half the size, and loads into float32 modules."""
-    state = {key: value.detach().half().contiguous() for key, value in module.state_dict().items()}
+    weights = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {key: value.detach().half().contiguous() for key, value in weights.items()}
     write_atomically(path, lambda temporary: save_file(state, temporary))
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -170,22 +171,25 @@ def fit_generator(
     draw: Callable[[int], tuple[Tensor, dict[str, Any]]],
     heldout: tuple[Tensor, dict[str, Any]],
     steps: int,
+    text_loss: Callable[[dict[str, Any]], Tensor] | None = None,
 ) -> None:
     """Next-token cross-entropy, at a rate that falls to zero along a cosine.
 
     Args:
         draw: by step, tokens int64 `[B,T]` and the forward's further arguments; as `heldout`.
+        text_loss: of these arguments; a tenth of it is added.
     """
 
     def loss_of(step: int) -> Tensor:
         with half_precision(), torch.no_grad():
             tokens, given = draw(step)
         with half_precision(), sdpa_kernel(SDPBackend.MATH):  # the other one takes as long or twice for 64 tokens
-            return F.cross_entropy(model(tokens[:, :-1], **given).flatten(0, 1), tokens.flatten())
+            loss = F.cross_entropy(model(tokens[:, :-1], **given).flatten(0, 1), tokens.flatten())
+            return loss if text_loss is None else loss + 0.1 * text_loss(given)
 
     def figures() -> dict[str, str | int]:
         tokens, given = heldout
         hidden = model(tokens[:, :-1], **given, return_hidden=True)
-        return {"heldout": f"{ops.linear_cross_entropy(hidden, model.head.weight, tokens):.4f}"}
+        return {"heldout": f"{ops.linear_cross_entropy(**model.head.operands(hidden), targets=tokens):.4f}"}
 
     fit("generator", model, steps, loss_of, cosine=True, every=50, figures=figures)
