@@ -171,7 +171,7 @@ def test_a_recipe_is_values_that_flags_win_over(tiny_config: Make) -> None:
     assert not tiny_config(recipe="va-pi", dropout=0.0, label_dropout=0.0).second_forward
     assert tiny_config().recipe == "lean"
     paper = {name: found.preset("align")["recipe"] for name, found in catalog.CATALOG.items()}
-    assert {paper.pop(name) for name in ("janus-pro-1b", "janus-pro-7b")} == {"janus"}
+    assert {paper.pop(name) for name in ("janus-pro-1b", "janus-pro-7b", "tiny-janus")} == {"janus"}
     assert {paper.pop(name) for name in ("tiny", "tiny-text")} == {"lean"}
     assert {*paper.values()} == {"va-pi"}
     assert all(values.keys() >= catalog.LEAN.keys() for values in catalog.RECIPES.values())

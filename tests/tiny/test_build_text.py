@@ -13,8 +13,10 @@ from PIL import Image
 
 from vapi_fast import ops, tiny
 from vapi_fast.data import scenes
-from vapi_fast.data.geneval import TASKS, Clause, Prompt, parse_prompt
+from vapi_fast.data.geneval import COLORS, NUMBERS, TASKS, Clause, Prompt, parse_prompt
+from vapi_fast.data.prompt_tokens import PromptTokens
 from vapi_fast.data.prompts import read_prompts
+from vapi_fast.data.scenes import KINDS
 from vapi_fast.data.text import padded
 from vapi_fast.data.words import WordVectors
 from vapi_fast.evaluation.config import GenevalConfig
@@ -23,7 +25,7 @@ from vapi_fast.evaluation.scene_detector import SceneDetector
 from vapi_fast.evaluation.scene_judge import SceneJudge
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.generation.folder import draw_samples
-from vapi_fast.models import LPIPS, Janus, LlamaGen, VQTokenizer
+from vapi_fast.models import LPIPS, Generator, Janus, LlamaGen, VQTokenizer
 from vapi_fast.runtime.errors import DataError, Error
 from vapi_fast.tiny import TEXT_FILES, images
 
@@ -99,24 +101,59 @@ def test_tokenizer_keeps_what_scenes_show(heldout: tuple[list[str], torch.Tensor
     assert (decoded - pixels).square().mean() < 0.02
 
 
-def test_generator_reads_captions(heldout: tuple[list[str], torch.Tensor]) -> None:
+def of_captions(captions: list[str]) -> dict[str, torch.Tensor]:
+    features, mask = padded(list(WordVectors(TEXT_FILES.words).states(captions, 12)), 12)
+    return {"condition": features, "condition_mask": mask}
+
+
+def prompt_tokens(model: Janus) -> PromptTokens:
+    _, _, bos, begin_image = model.config.condition
+    return PromptTokens(TEXT_FILES.janus, model.config.prompt_tokens, bos=bos, begin_image=begin_image)
+
+
+@pytest.mark.parametrize("name", ["tiny-text", "tiny-janus"])
+def test_generator_reads_captions(name: str, heldout: tuple[list[str], torch.Tensor]) -> None:
     """Held-out tokens are likelier under their own captions than under those of other images."""
     captions, pixels = heldout[0][:128], heldout[1][:128]
     tokenizer = VQTokenizer.from_checkpoint(TEXT_FILES.tokenizer, "scenes")
-    generator = LlamaGen.from_checkpoint(TEXT_FILES.generator, "tiny-text").eval()
-    features, mask = padded(list(WordVectors(TEXT_FILES.words).states(captions, 12)), 12)
+    if name == "tiny-text":
+        generator: Generator = LlamaGen.from_checkpoint(TEXT_FILES.generator, name).eval()
+        given = of_captions(captions)
+    else:
+        generator = Janus.from_checkpoint(TEXT_FILES.janus, name).eval()
+        prompts = [prompt_tokens(generator).ids(caption) for caption in captions]
+        rows, mask = padded(prompts, max(map(len, prompts)))
+        given = {"condition": rows, "condition_mask": mask}
     with torch.no_grad():
         tokens = tokenizer.encode(pixels)
         own, others = (
             ops.linear_cross_entropy(
-                generator(tokens[:, :-1], features.roll(by, 0), condition_mask=mask.roll(by, 0), return_hidden=True),
-                generator.output.weight,
-                tokens,
+                **generator.head.operands(
+                    generator(
+                        tokens[:, :-1], **{key: value.roll(by, 0) for key, value in given.items()}, return_hidden=True
+                    )
+                ),
+                targets=tokens,
             )
             for by in (0, 1)
         )
-    assert own < 2.6  # uniform: ln 512 = 6.24
+    assert own < 2  # uniform: ln 512 = 6.24
     assert others > own + 0.3
+
+
+def test_janus_writes_prompts_and_refuses_other_words() -> None:
+    """What is written after "a photo of" is a caption's word nearly always; of seventy one would be right by chance."""
+    model = Janus.from_checkpoint(TEXT_FILES.janus, "tiny-janus").eval()
+    tokens, head = prompt_tokens(model), model.language_head(TEXT_FILES.janus)
+    assert head is not None
+    ids = tokens.ids("a photo of two cats")[:-1]
+    with torch.no_grad():
+        probabilities = (model.text_states(ids[None])[0] @ head.float().T).softmax(-1)
+    of = ids.tolist().index(tokens.tokenizer.token_to_id("of"))
+    words = {*KINDS, *COLORS, *NUMBERS, "a", "an"}
+    assert sum(probabilities[of, tokens.tokenizer.token_to_id(word)] for word in words) > 0.9
+    with pytest.raises(DataError, match=r"a photo of a zebra.*has a word that"):
+        tokens.ids("a photo of a zebra")
 
 
 def test_scenes_are_drawn_and_scored_by_name(tmp_path: Path) -> None:
