@@ -168,8 +168,9 @@ def fetched(source: str, endpoint: str, cache: str) -> Path:
     """As `local_path`, of a name; what was found once is the same for the rest of the process."""
     first, name = located(source, endpoint, cache), parse(source)
     path = fetch(first)
-    for file in set() if name.file else {*COMPANIONS} & {*files_of(name, endpoint, cache)}:
-        fetch(located(str(name._replace(file=file)), endpoint, cache))
+    if not name.file:
+        for file in {*COMPANIONS} & {*files_of(name, endpoint, cache)}:
+            fetch(located(str(name._replace(file=file)), endpoint, cache))
     if not path.name.endswith(INDEX):
         return path
     try:
@@ -178,8 +179,8 @@ def fetched(source: str, endpoint: str, cache: str) -> Path:
         raise CheckpointError(f"{source}: its {path.name} is no index of weights ({type(error).__name__})") from error
     folder = first.name.file.rpartition("/")[0]
     for shard in shards:
-        shard_name = first.name._replace(file=f"{folder}/{shard}".lstrip("/"))
-        fetch(located(str(parse(shard_name)), endpoint, cache))
+        beside = first.name._replace(file=f"{folder}/{shard}".lstrip("/"))
+        fetch(located(str(parse(beside)), endpoint, cache))
     return path.parent
 
 
