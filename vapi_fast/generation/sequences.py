@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vapi_fast.generation.config import CFG_SCHEDULES
-from vapi_fast.generation.engine import Engine, Generation, KVCache, compute_dtype
+from vapi_fast.generation.engine import Engine, Generation, KVCache, compute_dtype, slot_bytes
 from vapi_fast.models import Generator, GeneratorConfig
 from vapi_fast.ops.checks import ArgumentChecks
 
 __all__ = ["Generation", "KVCache", "generate", "guidance_scales", "sample_groups"]
 
-CACHE_DTYPES = {None: None, "fp8": torch.float8_e4m3fn}
+CACHE_DTYPES = {None: None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 CPU_ROWS = 256  # sequences at once on a CPU: more gain nothing
 MEMORY_SHARE = 0.9  # of a GPU's free memory
 
@@ -180,9 +180,9 @@ def check_engine(device: torch.device, group_size: int, batch_size: int | None, 
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if kv_dtype not in CACHE_DTYPES:
-        raise ValueError(f"kv_dtype must be None or 'fp8', got {kv_dtype!r}")
+        raise ValueError(f"kv_dtype must be None, 'int8' or 'fp8', got {kv_dtype!r}")
     if kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError("kv_dtype 'fp8' needs a GPU of compute capability 8.9 or more (Ada, Hopper): leave it out")
+        raise ValueError("kv_dtype 'fp8' needs a GPU of compute capability 8.9 or more (Ada, Hopper): pass 'int8'")
 
 
 def even_part(total: int, limit: int) -> int:
@@ -206,7 +206,6 @@ def rows_that_fit(model: Generator, cache_dtype: torch.dtype | None, *, guided: 
 def bytes_of_sequence(config: GeneratorConfig, dtype: torch.dtype, cache_dtype: torch.dtype, *, guided: bool) -> int:
     """Memory for one more sequence: its cache, a prefix's positions if they are not shared, and a step's work."""
     apart = config.prefix_len if config.prefix_len > 1 else 0
-    slots = config.grid_size**2 * cache_dtype.itemsize + apart * dtype.itemsize
-    cache = 2 * config.layers * config.width * slots
+    cache = config.grid_size**2 * slot_bytes(config, cache_dtype) + apart * slot_bytes(config, dtype)
     work = (6 * config.width + 3 * config.hidden_width) * dtype.itemsize * config.prefix_len
     return (2 if guided else 1) * (cache + work) + 8 * config.vocab_size
