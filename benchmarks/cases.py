@@ -264,6 +264,16 @@ def cache(s: Sizes, new: Source) -> dict[str, Any]:
     return {"q": q, "k_cache": keys, "v_cache": values, "position": position}
 
 
+def whole_numbers(s: Sizes, new: Source) -> dict[str, Any]:
+    """The same in int8, with a scale for each slot and head."""
+    given = cache(s, new)
+    for name in ("k", "v"):
+        rows = given[f"{name}_cache"].float()
+        given[f"{name}_scale"] = rows.abs().amax(-1) / 127
+        given[f"{name}_cache"] = (rows / given[f"{name}_scale"][..., None]).round().to(torch.int8)
+    return given
+
+
 def prefixed(s: Sizes, new: Source) -> dict[str, Any]:
     prefix = (s.sequences // max(s.group, 1), s.heads, s.prefix, s.head_dim)
     return cache(s, new) | {"prefix_k": new.normal(*prefix), "prefix_v": new.normal(*prefix)}
@@ -340,5 +350,6 @@ CASES = [
     Case("append_to_cache", one_slot, written=("k_cache", "v_cache")),
     Case("decode_attention", cache),
     Case("decode_attention", prefixed, variant="prefix"),
+    Case("decode_attention", whole_numbers, variant="int8"),
 ]
 BY_NAME = {each.name: each for each in CASES}

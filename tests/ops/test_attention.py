@@ -250,15 +250,13 @@ def test_append_to_cache_in_fp8(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("sequences", "slots", "heads", "head_dim"),
-    [(5, 9, 3, 32), (1, 1, 1, 8), (3, 5, 6, 100), (2, 7, 1, 2), (3, 2, 11, 64), (0, 3, 2, 4)],
+    [(1, 1, 1, 8), (3, 5, 6, 100), (2, 7, 1, 2), (2, 2, 11, 64), (0, 3, 2, 4)],
 )
-def test_append_to_cache_in_int8(
-    sequences: int, slots: int, heads: int, head_dim: int, scale_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
+def test_append_to_cache_in_int8(sequences: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Each within half a step of float64's number, and the step within the rounding of its dtype."""
+    scale_dtype = torch.float16 if dtype is torch.float16 else torch.float32
     qkv = torch.randn(sequences, 3, heads, head_dim, device=DEVICE).to(dtype)
     table = torch.randn(slots, head_dim // 2, 2, device=DEVICE)
     exact = torch.zeros(2, sequences, heads, slots, head_dim, device=DEVICE, dtype=torch.float64)
@@ -270,9 +268,8 @@ def test_append_to_cache_in_int8(
         with ops.use_backend("triton"):
             ops.append_to_cache(qkv, table, *caches, torch.tensor(position), k_scale=scales[0], v_scale=scales[1])
         new, steps = exact[:, :, :, position], scales[:, :, :, position].double()
-        torch.testing.assert_close(
-            steps, new.abs().amax(-1) / 127, rtol=1e-5 if scale_dtype is torch.float32 else 2**-7, atol=1e-30
-        )
+        rounding = 4 * torch.finfo(scale_dtype).eps
+        torch.testing.assert_close(steps, new.abs().amax(-1) / 127, rtol=rounding, atol=0)
         assert ((caches[:, :, :, position] * steps[..., None] - new).abs() <= 0.501 * steps[..., None]).all()
         others = [slot for slot in range(slots) if slot != position]
         assert (caches[:, :, :, others] == 9).all()
