@@ -266,11 +266,10 @@ def cache(s: Sizes, new: Source) -> dict[str, Any]:
 
 def whole_numbers(s: Sizes, new: Source) -> dict[str, Any]:
     """The same in int8, with a scale for each slot and head."""
-    given = cache(s, new)
+    given, slots = cache(s, new), (s.sequences, s.heads, s.tokens + 1)
     for name in ("k", "v"):
-        rows = given[f"{name}_cache"].float()
-        given[f"{name}_scale"] = rows.abs().amax(-1) / 127
-        given[f"{name}_cache"] = (rows / given[f"{name}_scale"][..., None]).round().to(torch.int8)
+        given[f"{name}_cache"] = (new.integers(*slots, s.head_dim, below=255) - 127).to(torch.int8)
+        given[f"{name}_scale"] = new.normal(*slots, scale=0.02, dtype=torch.float32).abs()
     return given
 
 

@@ -305,7 +305,9 @@ def test_fused_kernels_draw_the_same(caption_tokens: int) -> None:
         torch.testing.assert_close(plain.logprobs, fused.logprobs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "equal", "apart"), [("int8", (0.88, 0.99), (0.003, 0.012)), ("fp8", (0.65, 0.9), (0.01, 0.05))])
+@pytest.mark.parametrize(
+    ("kind", "equal", "apart"), [("int8", (0.88, 0.99), (0.003, 0.012)), ("fp8", (0.65, 0.9), (0.01, 0.05))]
+)
 def test_cache_of_8_bits_agrees_with_the_exact_one(
     kind: str, equal: tuple[float, float], apart: tuple[float, float]
 ) -> None:

@@ -144,7 +144,9 @@ def test_a_cache_in_int8_is_read_as_its_multiples() -> None:
         low[f"{name}_cache"], low[f"{name}_scale"] = in_int8(x[f"{name}_cache"])
         x[f"{name}_cache"] = low[f"{name}_cache"].double() * low[f"{name}_scale"].double()[..., None]
     for position in (6, torch.tensor(6)):
-        torch.testing.assert_close(ops.decode_attention(**low, position=position), ops.decode_attention(**x, position=6))
+        torch.testing.assert_close(
+            ops.decode_attention(**low, position=position), ops.decode_attention(**x, position=6)
+        )
 
 
 def test_bad_arguments() -> None:
@@ -177,7 +179,9 @@ def test_bad_arguments() -> None:
         ops.append_to_cache(qkv, table, int8, int8, 0, k_scale=scale, v_scale=scale[:, :, 1:])
     with pytest.raises(ValueError, match="append_to_cache: k_scale is written to and must not be expanded"):
         ops.append_to_cache(qkv, table, int8, int8, 0, k_scale=scale[:1].expand(4, 3, 9), v_scale=scale)
-    with pytest.raises(TypeError, match=r"k_cache must be floating \[N, heads, S, head_dim\], got int16 \[4, 3, 9, 8\]"):
+    with pytest.raises(
+        TypeError, match=r"k_cache must be floating \[N, heads, S, head_dim\], got int16 \[4, 3, 9, 8\]"
+    ):
         ops.decode_attention(x["q"], int8.short(), int8, 0, k_scale=scale, v_scale=scale)
     with pytest.raises(ValueError, match="prefix_k and prefix_v must be given together"):
         ops.decode_attention(x["q"], x["k_cache"], x["v_cache"], 1, prefix_k=x["prefix_k"])

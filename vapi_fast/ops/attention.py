@@ -29,9 +29,9 @@ def append_to_cache(
         k_cache, v_cache: floating `[N, heads, S, head_dim]`, written in place. Numbers beyond the largest of
             float8_e4m3fn are stored as the largest. Or int8, with scales.
         position: the slot, in [0, S): an int, or a 0-d int64 tensor (range not checked: the nearest slot is taken).
-        k_scale, v_scale: floating `[N, heads, S]`, written in place: of an int8 cache, and of no other, a scale for each
-            slot and head, 1 / 127 of the greatest magnitude there; the cache has the nearest multiples of it. Where
-            there is a NaN or an infinity, the scale is one.
+        k_scale, v_scale: floating `[N, heads, S]`, written in place: an int8 cache has a scale for each slot and head,
+            1 / 127 of the greatest magnitude there, and the nearest multiples of it; others have none. Where there is a
+            NaN or an infinity, the scale is one.
 
     Returns:
         the rotated queries `[N, heads, head_dim]` in qkv's dtype, contiguous. No gradient.
@@ -56,9 +56,7 @@ def append_to_cache(
             f"{described(table)}"
         )
     checks.slot(position, "k_cache", k_cache.shape[2])
-    return implementation(qkv).append_to_cache(
-        qkv, table, k_cache, v_cache, position, k_scale=k_scale, v_scale=v_scale
-    )
+    return implementation(qkv).append_to_cache(qkv, table, k_cache, v_cache, position, k_scale=k_scale, v_scale=v_scale)
 
 
 def check_cache(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .precision import accumulation_dtype, full_precision
 
-
 LARGEST_INT8 = 127.0  # −128 stays unused, so that a number and its negative are rounded alike
 
 
