@@ -189,7 +189,10 @@ def tiles_of_split(position, S, splits, BLOCK_S: tl.constexpr):
     return entries, tl.cdiv(tl.cdiv(entries, BLOCK_S), splits)
 
 
-@triton.jit(do_not_specialize=["N", "heads", "S", "splits", "prefix_pieces", "stride_n", "stride_h", "stride_s"])
+STRIDES = ["stride_n", "stride_h", "stride_s", "stride_scale_n", "stride_scale_h"]  # not of the scales' slots: it is 1
+
+
+@triton.jit(do_not_specialize=["N", "heads", "S", "splits", "prefix_pieces", *STRIDES])
 def decode_attention_kernel(
     q_ptr,
     k_ptr,

@@ -545,6 +545,21 @@ def test_decode_attention_at_production_sizes(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sequences", "heads", "head_dim"), [(96, 24, 64), (1, 24, 64), (64, 32, 100)])
+def test_a_cache_in_int8_at_production_sizes(sequences: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    q, *caches = (x.to(DEVICE) for x in attention_inputs(sequences, 577, heads, head_dim))
+    low, exact = {}, []
+    for name, rows in zip(("k", "v"), caches, strict=True):
+        low[f"{name}_cache"], low[f"{name}_scale"] = whole, scale = in_int8(rows)
+        exact.append(whole.double() * scale.double()[..., None])
+    q = q.to(dtype)
+    out = on_triton(ops.decode_attention, q, position=torch.tensor(500, device=DEVICE), **low)
+    with ops.use_backend("reference"):
+        assert relative_l2(out, attend(500)(q.double(), *exact)) < RELATIVE_L2[dtype]
+
+
+@pytest.mark.gpu
 def test_a_captured_graph_follows_the_position() -> None:
     q, keys, values = (x.to(DEVICE) for x in attention_inputs(2, 577))
     position = torch.zeros((), dtype=torch.int64, device=DEVICE)

@@ -169,8 +169,8 @@ class GenerateConfig(DrawOptions, ModelOptions):
     )
     kv_dtype: str | None = option(
         None,
-        "`int8` or `fp8`: keys and values in 8 bits, faster, less memory, rounded; `int8` with a scale for each token and "
-        "head, a quarter of the error of `fp8`, which needs compute capability 8.9",
+        "`int8` or `fp8`: keys and values in 8 bits, faster, less memory, rounded; `int8` with a scale for each token "
+        "and head, a quarter of the error of `fp8`, which needs compute capability 8.9",
         choices=("int8", "fp8"),
     )
     compare_ckpt: Path | None = option(
