@@ -37,6 +37,14 @@ def attention_with_prefix(
     return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
 
 
+def attention_in_int8(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, k_scale: Tensor, v_scale: Tensor
+) -> Tensor:
+    """Keys and values multiplied out first."""
+    k, v = ((cache * scale[..., None]).to(q.dtype) for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)))
+    return attention(q, k, v, position)
+
+
 def cache_bytes(s: Sizes, e: int, prefix: int) -> tuple[int, int]:
     entries = s.sequences * (s.tokens + 1) + s.sequences // s.group * prefix
     return 2 * e * s.heads * s.head_dim * (entries + s.sequences), 0
@@ -53,6 +61,15 @@ OPERATIONS = [
         "decode_attention prefix",
         ("SDPA", attention_with_prefix),
         lambda s, e: cache_bytes(s, e, s.prefix),
+        targets=share(0.75),
+    ),
+    Operation(
+        "decode_attention int8",
+        ("multiplied out, SDPA", attention_in_int8),
+        lambda s, e: (
+            2 * s.sequences * s.heads * ((s.tokens + 1) * (s.head_dim + 4) + e * s.head_dim),
+            0,
+        ),
         targets=share(0.75),
     ),
 ]

@@ -93,8 +93,10 @@ def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[
         "without cache": Contestant(lambda _: loop_without_cache(setting)),
         YARDSTICK: yardstick(device),
     }
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        rivals["engine, fp8 cache"] = Contestant(lambda _: engine("fp8"))
+    if device.type == "cuda":
+        rivals["engine, int8 cache"] = Contestant(lambda _: engine("int8"))
+        if torch.cuda.get_device_capability(device) >= (8, 9):
+            rivals["engine, fp8 cache"] = Contestant(lambda _: engine("fp8"))
     agreed = agreement(setting, engine())
     race = Race(lambda _: engine(), rivals, itertools.repeat(None))
     race.warm_up()
@@ -111,8 +113,8 @@ def test_generate(setting: Setting, guard: Guard, capsys: pytest.CaptureFixture[
     )
     row["seconds"]["without cache"] *= setting.length / setting.loop_tokens
     medians = {name: each for name, each in row["seconds"].items() if name != YARDSTICK}
-    item = setting.model.output.weight.element_size()
-    bandwidth = bytes_read(setting.model.config, sequences, item, item) / medians[OURS]
+    weight = setting.model.output.weight
+    bandwidth = bytes_read(setting.model.config, sequences, weight.element_size(), weight.dtype) / medians[OURS]
     row |= {
         "setting": setting.name,
         "device": guard.bench.name,

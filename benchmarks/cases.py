@@ -264,6 +264,15 @@ def cache(s: Sizes, new: Source) -> dict[str, Any]:
     return {"q": q, "k_cache": keys, "v_cache": values, "position": position}
 
 
+def whole_numbers(s: Sizes, new: Source) -> dict[str, Any]:
+    """The same in int8, with a scale for each slot and head."""
+    given, slots = cache(s, new), (s.sequences, s.heads, s.tokens + 1)
+    for name in ("k", "v"):
+        given[f"{name}_cache"] = (new.integers(*slots, s.head_dim, below=255) - 127).to(torch.int8)
+        given[f"{name}_scale"] = new.normal(*slots, scale=0.02, dtype=torch.float32).abs()
+    return given
+
+
 def prefixed(s: Sizes, new: Source) -> dict[str, Any]:
     prefix = (s.sequences // max(s.group, 1), s.heads, s.prefix, s.head_dim)
     return cache(s, new) | {"prefix_k": new.normal(*prefix), "prefix_v": new.normal(*prefix)}
@@ -340,5 +349,6 @@ CASES = [
     Case("append_to_cache", one_slot, written=("k_cache", "v_cache")),
     Case("decode_attention", cache),
     Case("decode_attention", prefixed, variant="prefix"),
+    Case("decode_attention", whole_numbers, variant="int8"),
 ]
 BY_NAME = {each.name: each for each in CASES}

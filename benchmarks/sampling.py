@@ -3,8 +3,8 @@
     python benchmarks/sampling.py [--cpu]
 
 One line of JSON each, as soon as it is known: the set-up (weights cast, cache allocated, kernels compiled, graphs
-captured), a draw with the cache in bf16, and one in fp8 where the GPU has it. `bench_generate.py` compares the engine
-with LlamaGen's own way. Needs torch, triton and numpy. With --cpu the tiny preset's size.
+captured), a draw with the cache in bf16, one in int8, and one in fp8 where the GPU has it. `bench_generate.py` compares
+the engine with LlamaGen's own way. Needs torch, triton and numpy. With --cpu the tiny preset's size.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ from typing import Any
 import torch
 from timing import synchronize
 
-from vapi_fast.generation.engine import Engine
+from vapi_fast.generation.engine import Engine, slot_bytes
 from vapi_fast.generation.sequences import CACHE_DTYPES, guidance_scales
 from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig
 
-DRAWS = 2  # after one that warms up
+DRAWS = 1  # after one that warms up
 FLOAT8 = (8, 9)  # compute capability
 
 
-def bytes_read(config: LlamaGenConfig, sequences: int, weight_bytes: int, cache_bytes: int) -> int:
+def bytes_read(config: LlamaGenConfig, sequences: int, weight_bytes: int, cache_dtype: torch.dtype) -> int:
     """What T − 1 steps must read: the blocks and the head, and each sequence's keys and values so far.
 
-    weight_bytes, cache_bytes: of one number.
+    weight_bytes: of one number.
     """
     block = 4 * config.width**2 + 3 * config.width * config.hidden_width
     weights = config.layers * block + config.vocab_size * config.width
     slots = sum(range(2, config.grid_size**2 + 1))  # the condition's and those of the tokens before, step by step
-    return (config.grid_size**2 - 1) * weights * weight_bytes + (
-        2 * config.layers * config.width * sequences * slots * cache_bytes
-    )
+    return (config.grid_size**2 - 1) * weights * weight_bytes + sequences * slots * slot_bytes(config, cache_dtype)
 
 
 def random_model(device: torch.device) -> LlamaGen:
@@ -73,8 +71,9 @@ def sample(model: LlamaGen, images: int, name: str, kv_dtype: str | None) -> Non
         synchronize()
         seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[1:] or seconds)
-        item = model.output.weight.element_size()
-        rate = bytes_read(config, images, item, 1 if kv_dtype else item) / median
+        weight = model.output.weight
+        cache_dtype = CACHE_DTYPES[kv_dtype] or weight.dtype
+        rate = bytes_read(config, images, weight.element_size(), cache_dtype) / median
         report(
             name, median, images_per_second=images / median, seconds_per_token=median / length, bytes_per_second=rate
         )
@@ -90,9 +89,11 @@ def main() -> None:
     model = random_model(torch.device("cpu" if cpu else "cuda"))
     synchronize()
     report("weights", time.perf_counter() - start)
-    sample(model, 4 if cpu else 256, "sampling", None)
+    images = 4 if cpu else 256
+    sample(model, images, "sampling", None)
+    sample(model, images, "sampling, int8 cache", "int8")
     if cpu or torch.cuda.get_device_capability() >= FLOAT8:
-        sample(model, 4 if cpu else 256, "sampling, fp8 cache", "fp8")
+        sample(model, images, "sampling, fp8 cache", "fp8")
 
 
 if __name__ == "__main__":

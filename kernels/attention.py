@@ -2,8 +2,8 @@
 
 | kernel                   | bytes moved (x: bytes of one input)                        | FLOPs per element         |
 |--------------------------|------------------------------------------------------------|---------------------------|
-| append_to_cache          | 2x (qkv read; q, and a slot of keys and values, written)   | 2                         |
-| decode_attention         | keys and values 0…position, each once                      | 2 a key's, 3 a value's    |
+| append_to_cache          | 2x (qkv read; q, and a slot of keys and values, written)   | 2; in int8 5 more         |
+| decode_attention         | keys and values 0…position, and scales of int8, each once  | 2 a key's, 3 a value's    |
 | decode_attention_prefix  | prefix keys and values, each once for BLOCK_Q of a group   | 2·BLOCK_Q in matrix units |
 | decode_attention_combine | partial results only: 4·pieces·(head_dim + 2) a query      | 3                         |
 
@@ -11,7 +11,14 @@ Predicted for an H100 with 3.0 TB/s, bf16: decode_attention of 256 × 24 heads o
 908 MB, 0.30 ms. Issuing the instructions (13 a key's and its value's) takes less than half of that.
 
 append_to_cache of 256 sequences moves 4.7 MB, 0.002 ms: what counts is that generation launches it once a layer and
-token, instead of two rotations and two copies. A cache of float8 halves what decode_attention moves.
+token, instead of two rotations and two copies.
+
+A cache of float8 halves what decode_attention moves. One of int8 has a scale for each slot and head beside it, 1 / 127
+of the greatest magnitude there. Scales multiply scores and weights, not elements, and are in fp32: that has the range
+of whatever is stored, and its 4 bytes are the least that an asynchronous copy moves, so that they are fetched ahead as
+keys and values are, where 16 bits would be loaded when they are wanted, to save 3 % of the bytes. So a head of 64 takes
+68 bytes in place of 128, the above 482 MB and 0.16 ms; 11 instructions a key's and its value's (fp8: 10) are half of
+that.
 
 decode_attention takes scores in base 2. What a program knows of a query is a *piece*: the largest score, the sum of
 2^(score − largest) and the values weighted by the same, all fp32. Pieces are merged in an order that never changes.
@@ -27,6 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vapi_fast.reference.attention import LARGEST_INT8
+
 from .launch import (
     CACHE_DTYPES,
     MIN_DOT,
@@ -38,7 +47,8 @@ from .launch import (
     seed_tensor,
 )
 
-APPEND = {"BLOCK_COLUMNS": 512, "num_warps": 4, "num_stages": 1}
+APPEND = {"num_warps": 4, "num_stages": 1}
+APPEND_COLUMNS = 512  # of a program
 OWN = {"num_warps": 4, "num_stages": 3}
 OWN_ELEMENTS = 4096  # of a tile of keys in 16 bits
 PREFIX = {"num_warps": 4, "num_stages": 2}
@@ -51,21 +61,32 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 
 @triton.jit
 def turned(x, turn):
-    """The pairs of a vector times its cosines and sines, which lie as the pairs do."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
-    cosine, sine = tl.split(tl.reshape(turn, [x.shape[0] // 2, 2]))
-    return tl.reshape(tl.join(even * cosine - odd * sine, odd * cosine + even * sine), [x.shape[0]])
+    """The pairs of each row times their cosines and sines `[1, columns]`, which lie as the pairs do."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    cosine, sine = tl.split(tl.reshape(turn, [1, x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(even * cosine - odd * sine, odd * cosine + even * sine), x.shape)
 
 
 @triton.jit
-def to_dtype(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """x in a dtype; LARGEST: what larger numbers become, where the dtype has no infinity. NaN stays NaN."""
+def store_rows(x, row_ptr, columns, inside, scale_ptr, scales, kept, LARGEST: tl.constexpr):
+    """Rows into a cache at `row_ptr + columns`; the kept ones' scales, if there are any, at `scale_ptr + scales`.
+
+    LARGEST: what larger numbers become, where the cache's dtype has no infinity. NaN stays NaN; a row with a NaN or an
+    infinity has a scale that is one.
+    """
+    if scale_ptr is not None:
+        bits = tl.abs(x).to(tl.int32, bitcast=True)  # they have the magnitudes' order, and NaN above all
+        scale = (tl.max(bits, axis=1).to(tl.float32, bitcast=True) / LARGEST).to(scale_ptr.dtype.element_ty)
+        tl.store(scale_ptr + scales, scale, mask=kept)
+        x = x / tl.where(scale == 0, 1.0, scale.to(tl.float32))[:, None]  # as it is stored
     if LARGEST is not None:
         x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
-    return x.to(dtype)
+    if scale_ptr is not None:
+        x = tl.where(x == x, tl.floor(x + 0.5), 0.0)
+    tl.store(row_ptr + columns, x.to(row_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "column_blocks"])
+@triton.jit(do_not_specialize=["S", "heads", "head_blocks"])
 def append_to_cache_kernel(
     qkv_ptr,
     table_ptr,
@@ -73,9 +94,11 @@ def append_to_cache_kernel(
     v_ptr,
     position_ptr,
     q_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     S,
-    columns,
-    column_blocks,
+    heads,
+    head_blocks,
     stride_kn,
     stride_kh,
     stride_ks,
@@ -84,30 +107,41 @@ def append_to_cache_kernel(
     stride_vh,
     stride_vs,
     stride_vd,
+    stride_ksn,
+    stride_ksh,
+    stride_kss,
+    stride_vsn,
+    stride_vsh,
+    stride_vss,
     HEAD_DIM: tl.constexpr,
     LARGEST_K: tl.constexpr,
     LARGEST_V: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Of one sequence's heads · head_dim columns, a block: q rotated, k rotated and v into slot `position`.
+    """A block of one sequence's heads: q rotated, k rotated and v into slot `position`, with their scales if any.
 
-    qkv is contiguous `[N, 3, columns]`, q `[N, columns]`, the table `[S, head_dim / 2, 2]`.
+    qkv is contiguous `[N, 3, heads, head_dim]`, q `[N, heads, head_dim]`, the table `[S, head_dim / 2, 2]`.
     """
-    row = (tl.program_id(0) // column_blocks).to(tl.int64)
-    column = (tl.program_id(0) % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = (tl.program_id(0) // head_blocks).to(tl.int64)
+    head, column = (tl.program_id(0) % head_blocks) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_D)
     slot = tl.minimum(tl.maximum(tl.load(position_ptr), 0), S - 1)  # never outside of the cache
-    inside = column < columns
-    from_row = qkv_ptr + row * 3 * columns + column
-    head, within = column // HEAD_DIM, column % HEAD_DIM
-    turn = tl.load(table_ptr + slot * HEAD_DIM + within, mask=inside, other=0.0).to(tl.float32)
+    kept = head < heads
+    inside = kept[:, None] & (column < HEAD_DIM)[None, :]
+    place = head[:, None] * HEAD_DIM + column[None, :]
+    from_row, columns = qkv_ptr + row * 3 * heads * HEAD_DIM + place, heads * HEAD_DIM
+    turn = tl.load(table_ptr + slot * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
     q = turned(tl.load(from_row, mask=inside, other=0.0).to(tl.float32), turn)
     k = turned(tl.load(from_row + columns, mask=inside, other=0.0).to(tl.float32), turn)
     v = tl.load(from_row + 2 * columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(q_ptr + row * columns + column, q.to(q_ptr.dtype.element_ty), mask=inside)
-    to_k = k_ptr + row * stride_kn + slot * stride_ks + head * stride_kh + within * stride_kd
-    to_v = v_ptr + row * stride_vn + slot * stride_vs + head * stride_vh + within * stride_vd
-    tl.store(to_k, to_dtype(k, k_ptr.dtype.element_ty, LARGEST_K), mask=inside)
-    tl.store(to_v, to_dtype(v, v_ptr.dtype.element_ty, LARGEST_V), mask=inside)
+    tl.store(q_ptr + row * columns + place, q.to(q_ptr.dtype.element_ty), mask=inside)
+    to_k, to_v = k_ptr + row * stride_kn + slot * stride_ks, v_ptr + row * stride_vn + slot * stride_vs
+    k_columns = head[:, None] * stride_kh + column[None, :] * stride_kd
+    v_columns = head[:, None] * stride_vh + column[None, :] * stride_vd
+    k_scales = None if k_scale_ptr is None else row * stride_ksn + slot * stride_kss + head * stride_ksh
+    v_scales = None if v_scale_ptr is None else row * stride_vsn + slot * stride_vss + head * stride_vsh
+    store_rows(k, to_k, k_columns, inside, k_scale_ptr, k_scales, kept, LARGEST_K)
+    store_rows(v, to_v, v_columns, inside, v_scale_ptr, v_scales, kept, LARGEST_V)
 
 
 @triton.jit
@@ -155,7 +189,10 @@ def tiles_of_split(position, S, splits, BLOCK_S: tl.constexpr):
     return entries, tl.cdiv(tl.cdiv(entries, BLOCK_S), splits)
 
 
-@triton.jit(do_not_specialize=["N", "heads", "S", "splits", "prefix_pieces", "stride_n", "stride_h", "stride_s"])
+STRIDES = ["stride_n", "stride_h", "stride_s", "stride_scale_n", "stride_scale_h"]  # not of the scales' slots: it is 1
+
+
+@triton.jit(do_not_specialize=["N", "heads", "S", "splits", "prefix_pieces", *STRIDES])
 def decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -165,6 +202,8 @@ def decode_attention_kernel(
     maximum_ptr,
     total_ptr,
     weighted_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     N,
     heads,
     S,
@@ -173,6 +212,9 @@ def decode_attention_kernel(
     stride_n,
     stride_h,
     stride_s,
+    stride_scale_n,
+    stride_scale_h,
+    stride_scale_s,
     scale,
     WHOLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -186,7 +228,7 @@ def decode_attention_kernel(
 
     The splits share the entries evenly, whatever the position. WHOLE merges the prefix's pieces, if any, and stores
     the query's output; else the result is piece `prefix_pieces + split`. Strides are in multiples of UNIT elements, so
-    that the compiler knows how the rows are aligned. scale includes log2 e.
+    that the compiler knows how the rows are aligned; those of the scales are in elements. scale includes log2 e.
 
     Each of the BLOCK_S slots of a tile has a softmax of its own, so that nothing is exchanged between threads but the
     sums of one key's products, until the slots are merged at the end.
@@ -200,7 +242,12 @@ def decode_attention_kernel(
             return
     column = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + query.to(tl.int64) * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
-    base = (query // heads).to(tl.int64) * stride_n * UNIT + (query % heads).to(tl.int64) * stride_h * UNIT
+    sequence, head = (query // heads).to(tl.int64), (query % heads).to(tl.int64)
+    base = sequence * stride_n * UNIT + head * stride_h * UNIT
+    if k_scale_ptr is not None:
+        k_scale_ptr += sequence * stride_scale_n + head * stride_scale_h
+    if v_scale_ptr is not None:
+        v_scale_ptr += sequence * stride_scale_n + head * stride_scale_h
     maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
     weighted = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -210,10 +257,16 @@ def decode_attention_kernel(
         offset = base + slot.to(tl.int64)[:, None] * stride_s * UNIT + column[None, :]
         k = tl.load(k_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        score = tl.where(slot < last, tl.sum(k * q[None, :], axis=1) * scale, float("-inf"))
+        scales = None if k_scale_ptr is None else slot.to(tl.int64) * stride_scale_s
+        score = tl.sum(k * q[None, :], axis=1) * scale
+        if k_scale_ptr is not None:
+            score *= tl.load(k_scale_ptr + scales, mask=slot < last, other=0.0).to(tl.float32)
+        score = tl.where(slot < last, score, float("-inf"))
         largest = tl.maximum(maximum, score)
         fade, weight = tl.exp2(maximum - finite(largest)), tl.exp2(score - finite(largest))
         total = total * fade + weight
+        if v_scale_ptr is not None:
+            weight *= tl.load(v_scale_ptr + scales, mask=slot < last, other=0.0).to(tl.float32)
         weighted = weighted * fade[:, None] + weight[:, None] * v
         maximum = largest
 
@@ -361,35 +414,57 @@ def decode_attention_combine_kernel(
     tl.store(out, (weighted / tl.where(total == 0, 1.0, total)).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
 
 
-@torch.library.custom_op("vapi_fast::append_to_cache", mutates_args=("k_cache", "v_cache"))
-def append_to_cache_op(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor) -> Tensor:
-    """Writes to the caches; returns the rotated queries."""
+@torch.library.custom_op("vapi_fast::append_to_cache", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale"))
+def append_to_cache_op(
+    qkv: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """Writes to the caches and their scales; returns the rotated queries."""
     sequences, _, heads, head_dim = qkv.shape
-    q, columns = qkv.new_empty(sequences, heads, head_dim), heads * head_dim
-    block = APPEND | {"BLOCK_COLUMNS": min(next_power_of_2(columns), APPEND["BLOCK_COLUMNS"])}
-    column_blocks = triton.cdiv(columns, block["BLOCK_COLUMNS"])
-    tensors = (qkv.contiguous(), table.contiguous(), k_cache, v_cache, position, q)
-    sizes = (k_cache.shape[2], columns, column_blocks, *k_cache.stride(), *v_cache.stride())
-    largest = {"LARGEST_K": largest_of(k_cache.dtype), "LARGEST_V": largest_of(v_cache.dtype)}
-    grid = (sequences * column_blocks,)
-    launch(append_to_cache_kernel, grid, *tensors, *sizes, HEAD_DIM=head_dim, **largest, **block)
+    q, block_d = qkv.new_empty(sequences, heads, head_dim), next_power_of_2(head_dim)
+    block_heads = min(next_power_of_2(heads), max(APPEND_COLUMNS // block_d, 1))
+    head_blocks = triton.cdiv(heads, block_heads)
+    tensors = (qkv.contiguous(), table.contiguous(), k_cache, v_cache, position, q, k_scale, v_scale)
+    strides = (*k_cache.stride(), *v_cache.stride(), *strides_of(k_scale), *strides_of(v_scale))
+    constants = {"LARGEST_K": largest_of(k_cache.dtype), "LARGEST_V": largest_of(v_cache.dtype), **APPEND}
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_HEADS": block_heads, "BLOCK_D": block_d}
+    grid = (sequences * head_blocks,)
+    launch(append_to_cache_kernel, grid, *tensors, k_cache.shape[2], heads, head_blocks, *strides, **constants)
     return q
 
 
 def largest_of(dtype: torch.dtype) -> float | None:
-    """The largest number of a dtype without infinity."""
-    return torch.finfo(dtype).max if dtype == torch.float8_e4m3fn else None
+    """The largest number of a dtype without infinity that is stored in it."""
+    return {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max, torch.int8: LARGEST_INT8}.get(dtype)
+
+
+def strides_of(scale: Tensor | None) -> tuple[int | None, ...]:
+    return (None,) * 3 if scale is None else scale.stride()
 
 
 append_to_cache_op.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape[0], *qkv.shape[2:]))
 
 
 @torch.no_grad()
-def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+def append_to_cache(
+    qkv: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """Rotation and storage in one launch; see `vapi_fast.ops.append_to_cache`."""
-    check_dtypes("append_to_cache", qkv=qkv, table=table)
+    check_dtypes("append_to_cache", qkv=qkv, table=table, k_scale=k_scale, v_scale=v_scale)
     check_dtypes("append_to_cache", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
-    return append_to_cache_op(qkv, table, k_cache, v_cache, seed_tensor(position, qkv.device))
+    return append_to_cache_op(qkv, table, k_cache, v_cache, seed_tensor(position, qkv.device), k_scale, v_scale)
 
 
 class Cache(NamedTuple):
@@ -417,6 +492,13 @@ def cache_of(keys: Tensor, values: Tensor) -> Cache:
     return Cache(keys, values, tuple(stride // unit for stride in keys.stride()[:3]), unit)
 
 
+def scales_of(k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Copies only where they lie differently."""
+    if k_scale is not None and k_scale.stride() != v_scale.stride():
+        return k_scale.contiguous(), v_scale.contiguous()
+    return k_scale, v_scale
+
+
 def splits_of(tiles: int, queries: int, device: torch.device) -> int:
     """Programs that share a query's (or block of queries') tiles of keys: more than one where queries are few."""
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(queries, 1))
@@ -429,6 +511,8 @@ def decode_attention_op(
     k_cache: Tensor,
     v_cache: Tensor,
     position: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     prefix_mask: Tensor | None,
@@ -449,8 +533,9 @@ def decode_attention_op(
     scale = head_dim**-0.5 * math.log2(math.e)
     if shared is not None:
         launch_prefix(q, shared, prefix_mask, pieces, scale, **prefix)
-    tensors = (q, own.keys, own.values, position, out, *pieces)
-    sizes = (sequences, heads, slots, splits, prefix_pieces, *own.strides)
+    scales = scales_of(k_scale, v_scale)
+    tensors = (q, own.keys, own.values, position, out, *pieces, *scales)
+    sizes = (sequences, heads, slots, splits, prefix_pieces, *own.strides, *strides_of(scales[0]))
     constants = {"WHOLE": splits == 1, "UNIT": own.unit, "STAGES": OWN["num_stages"], **common, **OWN}
     launch(decode_attention_kernel, (queries * splits,), *tensors, *sizes, scale, **constants)
     if splits > 1:
@@ -517,12 +602,14 @@ def decode_attention(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     prefix_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention that reads each key and value once; no gradients. See `vapi_fast.ops.decode_attention`."""
-    check_dtypes("decode_attention", q=q, prefix_k=prefix_k, prefix_v=prefix_v)
+    check_dtypes("decode_attention", q=q, k_scale=k_scale, v_scale=v_scale, prefix_k=prefix_k, prefix_v=prefix_v)
     check_dtypes("decode_attention", CACHE_DTYPES, k_cache=k_cache, v_cache=v_cache)
     position = seed_tensor(position, q.device)
-    return decode_attention_op(q, k_cache, v_cache, position, prefix_k, prefix_v, prefix_mask)
+    return decode_attention_op(q, k_cache, v_cache, position, k_scale, v_scale, prefix_k, prefix_v, prefix_mask)

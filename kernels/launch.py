@@ -16,7 +16,7 @@ from torch import Tensor
 from . import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CACHE_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # of keys and values
+CACHE_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.int8)  # of keys and values
 MIN_DOT = 16  # the least that a matrix product takes in any dimension
 
 
@@ -96,7 +96,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
 
 
 def check_dtypes(operation: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: Tensor | None) -> None:
-    """TypeError for a floating tensor of a dtype that the kernel does not take (float64, float8)."""
+    """TypeError for a tensor of a dtype that the kernel does not take (float64, float8)."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in dtypes:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)

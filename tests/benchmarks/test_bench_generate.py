@@ -14,12 +14,12 @@ from vapi_fast.models import LLAMAGEN_CONFIGS, LlamaGen
 def test_bytes_that_xxl_must_read() -> None:
     """As in `vapi_fast.generation.engine`: 2.77 GB of weights a step, and 295 kB a sequence and slot."""
     config = LLAMAGEN_CONFIGS["xxl"]
-    weights = bytes_read(config, 0, 2, 2) / 575
-    cache = bytes_read(config, 1, 0, 2) / sum(range(2, 577))
+    weights = bytes_read(config, 0, 2, torch.bfloat16) / 575
+    cache = bytes_read(config, 1, 0, torch.bfloat16) / sum(range(2, 577))
     assert weights == pytest.approx(2.77e9, rel=2e-3)
     assert cache == pytest.approx(295e3, rel=1e-3)
-    assert bytes_read(config, 256, 2, 2) / 3.0e12 == pytest.approx(256 / 54, rel=0.02)
-    assert bytes_read(config, 256, 2, 1) / 3.0e12 == pytest.approx(256 / 98, rel=0.02)
+    for dtype, rate in ((torch.bfloat16, 54), (torch.float8_e4m3fn, 98), (torch.int8, 93)):
+        assert bytes_read(config, 256, 2, dtype) / 3.0e12 == pytest.approx(256 / rate, rel=0.01)
 
 
 def test_figures_of_a_small_model() -> None:

@@ -13,7 +13,7 @@ from fused import DEVICE
 from torch import Tensor
 
 from vapi_fast import generate, ops
-from vapi_fast.generation.engine import Engine
+from vapi_fast.generation.engine import Engine, slot_bytes
 from vapi_fast.generation.sequences import Generation, bytes_of_sequence, guidance_scales, sample_groups
 from vapi_fast.models import LLAMAGEN_CONFIGS, Condition, LlamaGen
 from vapi_fast.reference.filters import filter_logits
@@ -288,7 +288,7 @@ def test_logprobs_are_those_of_a_teacher_forced_forward() -> None:
 
 @pytest.mark.parametrize("caption_tokens", [0, 6])
 def test_fused_kernels_draw_the_same(caption_tokens: int) -> None:
-    """Interpreted on a CPU; with captions, groups, guidance, and a cache of fp8 as well."""
+    """Interpreted on a CPU; with captions, groups, guidance, and caches of 8 bits as well."""
     model = make_model(caption_tokens, layers=1, grid_size=2)
     condition = captions() if caption_tokens else classes(4, 1)
     mask = torch.tensor(CAPTION_MASKS["left"], device=DEVICE) if caption_tokens else None
@@ -296,32 +296,43 @@ def test_fused_kernels_draw_the_same(caption_tokens: int) -> None:
     drawn = {}
     for name in ("reference", "triton"):
         with ops.use_backend(name):
-            drawn[name] = [sample_groups(model, condition, **options, kv_dtype=kind) for kind in (None, "fp8")]
-    for exact, rounded in (drawn["reference"], drawn["triton"]):
-        assert not torch.equal(exact.logprobs, rounded.logprobs)
-    exact = [results[0] for results in drawn.values()]
-    assert torch.equal(exact[0].tokens, exact[1].tokens)
-    torch.testing.assert_close(exact[0].logprobs, exact[1].logprobs, rtol=1e-4, atol=1e-4)
+            drawn[name] = [sample_groups(model, condition, **options, kv_dtype=kind) for kind in (None, "int8", "fp8")]
+    for exact, *rounded in (drawn["reference"], drawn["triton"]):
+        for each in rounded:
+            assert not torch.equal(exact.logprobs, each.logprobs)
+    for plain, fused in list(zip(*drawn.values(), strict=True))[:2]:  # the interpreter rounds fp8 in a way of its own
+        assert torch.equal(plain.tokens, fused.tokens)
+        torch.testing.assert_close(plain.logprobs, fused.logprobs, rtol=1e-4, atol=1e-4)
 
 
-def test_fp8_cache_agrees_with_the_exact_one() -> None:
-    """On the trained tiny model, along the sequences drawn: measured 76 % equal draws, log-probs 0.032 nats apart."""
+@pytest.mark.parametrize(
+    ("kind", "equal", "apart"), [("int8", (0.88, 0.99), (0.003, 0.012)), ("fp8", (0.65, 0.9), (0.01, 0.05))]
+)
+def test_cache_of_8_bits_agrees_with_the_exact_one(
+    kind: str, equal: tuple[float, float], apart: tuple[float, float]
+) -> None:
+    """On the trained tiny model, along the sequences drawn; `sample_groups` says what was measured."""
     model = LlamaGen.from_checkpoint(FILES.generator, "tiny").eval().to(DEVICE)
     labels = torch.arange(36, device=DEVICE) % 9
-    drawn = sample_groups(model, labels, group_size=1, seed=2, kv_dtype="fp8")
+    drawn = sample_groups(model, labels, group_size=1, seed=2, kv_dtype=kind)
     with torch.no_grad():
         hidden = model(drawn.tokens[:, 0, :-1], labels, return_hidden=True)
     tokens, logprobs = ops.linear_group_sample(hidden, model.output.weight, 1, seed=2)
     same = tokens == drawn.tokens
-    assert 0.65 < same.double().mean() < 0.9
-    assert 0.01 < (logprobs - drawn.logprobs)[same].abs().mean() < 0.05
+    assert equal[0] < same.double().mean() < equal[1]
+    assert apart[0] < (logprobs - drawn.logprobs)[same].abs().mean() < apart[1]
 
 
-def test_cache_is_fp8_if_asked_for() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn, torch.int8])
+def test_cache_is_of_the_dtype_asked_for(dtype: torch.dtype | None) -> None:
     options = {"groups": 2, "rollouts": 3, "scales": [1.0] * 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    engine = Engine(make_model(), **options, masked=False, cache_dtype=torch.float8_e4m3fn)
-    assert {x.dtype for x in engine.keys + engine.values} == {torch.float8_e4m3fn}
-    assert engine.keys[0].shape == (6, 2, 16, 32)
+    model = make_model()
+    engine = Engine(model, **options, masked=False, cache_dtype=dtype)
+    found = [[each if each is None else (each.dtype, *each.shape) for each in cache] for cache in engine.caches]
+    cache, scale = (dtype or torch.float32, 6, 2, 16, 32), (torch.float32, 6, 2, 16) if dtype is torch.int8 else None
+    assert found == [[cache, cache, scale, scale]] * 2
+    held = sum(x.nbytes for layer in engine.caches for x in layer if x is not None)
+    assert held == 6 * 16 * slot_bytes(model.config, dtype or torch.float32)
 
 
 def test_values_beyond_fp8_are_clamped() -> None:
@@ -333,11 +344,12 @@ def test_values_beyond_fp8_are_clamped() -> None:
 
 
 def test_bytes_of_a_sequence() -> None:
-    config, bf16, fp8 = LLAMAGEN_CONFIGS["xxl"], torch.bfloat16, torch.float8_e4m3fn
+    config, bf16, fp8, int8 = LLAMAGEN_CONFIGS["xxl"], torch.bfloat16, torch.float8_e4m3fn, torch.int8
     cache = 576 * 2 * 48 * 1536 * 2
     assert cache < bytes_of_sequence(config, bf16, bf16, guided=False) < 1.01 * cache
     assert 2 * cache < bytes_of_sequence(config, bf16, bf16, guided=True) < 2.02 * cache
     assert cache / 2 < bytes_of_sequence(config, bf16, fp8, guided=False) < 0.51 * cache
+    assert cache * 17 / 32 < bytes_of_sequence(config, bf16, int8, guided=False) < 0.54 * cache
 
 
 def test_computes_in_the_dtype_of_autocast() -> None:
@@ -387,7 +399,7 @@ def test_no_conditions() -> None:
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"group_size": 1.5}, "group_size must be at least 1, got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"kv_dtype": "int8"}, "kv_dtype must be None or 'fp8', got 'int8'"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be None, 'int8' or 'fp8', got 'int4'"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"top_p": 0.0}, "top_p must be in"),
     ],

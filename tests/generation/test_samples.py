@@ -320,7 +320,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"cfg_power": 0.0}, "--cfg-power must be greater than 0"),
         ({"cfg_interval": -2}, "--cfg-interval must be at least -1"),
         ({"cfg_schedule": "linear"}, "--cfg-schedule linear: choose one of constant, power-cosine, rar"),
-        ({"kv_dtype": "int4"}, "--kv-dtype int4: choose one of fp8"),
+        ({"kv_dtype": "int4"}, "--kv-dtype int4: choose one of int8, fp8"),
         ({"temperature": 0.0}, "--temperature must be at least 1e-06"),
         ({"image_size": 30}, "--image-size must be a multiple of 4"),
         ({"format": "jpg"}, "--format jpg: choose one of png, npz"),

@@ -47,7 +47,8 @@ EXAMPLES = {"policy_loss": 40, "decode_attention": 30}  # others: 60
 MANY_STEPS_A_ROW = {"group_sample", "linear_group_sample"}  # interpreted one by one: few rows are given to them
 THE_MODELS_OWN = {"model", "condition"}
 INFERENCE = {"add_group_norm_silu", "bias_group_norm_silu"}  # refuse what requires a gradient
-WITHOUT_GRADIENT = {"table", "q", "qkv", "k_cache", "v_cache", "prefix_k", "prefix_v"}  # none is promised to these
+CACHE = {f"{name}_{part}" for name in "kv" for part in ("cache", "scale")} | {"prefix_k", "prefix_v"}
+WITHOUT_GRADIENT = {"table", "q", "qkv"} | CACHE  # none is promised to these
 
 
 class Drawn(Source):

@@ -101,6 +101,54 @@ def test_a_cache_in_fp8_is_read_as_it_is() -> None:
     torch.testing.assert_close(ops.decode_attention(**x, position=6), ops.decode_attention(**wide, position=6))
 
 
+def in_int8(x: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Whole numbers and scales of `[..., slots, head_dim]`, by the formula."""
+    scale = (x.abs().amax(-1).double() / 127).to(scale_dtype)
+    return (x / scale[..., None].double()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [2, torch.tensor(2)])
+def test_append_to_a_cache_in_int8(position: int | Tensor, dtype: torch.dtype) -> None:
+    """Nothing is off by more than half a step, and rows of one magnitude use all of the range."""
+    qkv, table = torch.randn(5, 3, 2, 8).to(dtype), torch.tensor([1.0, 0.0]).expand(4, 4, 2)  # no rotation
+    qkv[0, :, 0], qkv[1, :, 1] = 0.0, torch.tensor([3e4, -3e4]).repeat(4).to(dtype)
+    caches, scales = torch.full((2, 5, 2, 4, 8), 9, dtype=torch.int8), torch.full((2, 5, 2, 4), 7.0)
+    ops.append_to_cache(qkv, table, *caches, position, k_scale=scales[0], v_scale=scales[1])
+    stored, steps = caches[:, :, :, 2].double(), scales[:, :, :, 2].double()
+    new = qkv[:, 1:].transpose(0, 1).double()
+    torch.testing.assert_close(steps, new.abs().amax(-1) / 127, rtol=1e-6, atol=0)
+    assert ((stored * steps[..., None] - new).abs() <= 0.50001 * steps[..., None]).all()
+    assert stored[:, 1, 1].tolist() == [[127, -127] * 4] * 2
+    assert stored[:, 0, 0].abs().max() == steps[:, 0, 0].max() == 0
+    assert (caches[:, :, :, [0, 1, 3]] == 9).all()
+    assert (scales[:, :, :, [0, 1, 3]] == 7).all()
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("int8", 0.0055, 0.0062), ("fp8", 0.025, 0.028)])
+def test_rounding_of_normal_numbers(kind: str, least: float, most: float) -> None:
+    """What documentation says of both kinds of cache: the root mean square of what rounding moves, of heads of 64."""
+    qkv, table = torch.randn(500, 3, 4, 64), torch.tensor([1.0, 0.0]).expand(1, 32, 2)  # no rotation
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    keys, values = torch.zeros(2, 500, 4, 1, 64).to(dtype)
+    scales = dict(zip(("k_scale", "v_scale"), torch.zeros(2, 500, 4, 1), strict=True)) if kind == "int8" else {}
+    ops.append_to_cache(qkv, table, keys, values, 0, **scales)
+    read = keys.float() * scales["k_scale"][..., None] if scales else keys.float()
+    assert least < relative_l2(read[:, :, 0], qkv[:, 1].double()) < most
+
+
+def test_a_cache_in_int8_is_read_as_its_multiples() -> None:
+    x = exact_inputs(4, 9, 2, 5)
+    low = dict(x)
+    for name in ("k", "v"):
+        low[f"{name}_cache"], low[f"{name}_scale"] = in_int8(x[f"{name}_cache"])
+        x[f"{name}_cache"] = low[f"{name}_cache"].double() * low[f"{name}_scale"].double()[..., None]
+    for position in (6, torch.tensor(6)):
+        torch.testing.assert_close(
+            ops.decode_attention(**low, position=position), ops.decode_attention(**x, position=6)
+        )
+
+
 def test_bad_arguments() -> None:
     x = exact_inputs(4, 9, 2, 5)
     qkv, table, cache = torch.zeros(4, 3, 3, 8), torch.zeros(9, 4, 2), torch.zeros(4, 3, 9, 8)
@@ -118,6 +166,23 @@ def test_bad_arguments() -> None:
         ops.decode_attention(**x, position=9)
     with pytest.raises(TypeError, match=r"position must be an int or a 0-d int64 tensor, got int64 \[1\]"):
         ops.decode_attention(**x, position=torch.tensor([1]))
+    int8, scale = cache.to(torch.int8), torch.zeros(4, 3, 9)
+    both = "k_scale and v_scale must be given with k_cache and v_cache in int8, and only then, got "
+    for caches, scales in (((int8, int8), {}), ((cache, cache), {"k_scale": scale, "v_scale": scale})):
+        with pytest.raises(ValueError, match=f"append_to_cache: {both}"):
+            ops.append_to_cache(qkv, table, *caches, 0, **scales)
+        with pytest.raises(ValueError, match=f"decode_attention: {both}"):
+            ops.decode_attention(x["q"], *caches, 0, **scales)
+    with pytest.raises(ValueError, match=f"{both}int8 .4, 3, 9, 8., float32 .*, float32 .4, 3, 9., NoneType"):
+        ops.append_to_cache(qkv, table, int8, cache, 0, k_scale=scale)
+    with pytest.raises(ValueError, match=r"v_scale must be floating \[N, heads, S\] with N=4, heads=3, S=9, got .*8\]"):
+        ops.append_to_cache(qkv, table, int8, int8, 0, k_scale=scale, v_scale=scale[:, :, 1:])
+    with pytest.raises(ValueError, match="append_to_cache: k_scale is written to and must not be expanded"):
+        ops.append_to_cache(qkv, table, int8, int8, 0, k_scale=scale[:1].expand(4, 3, 9), v_scale=scale)
+    with pytest.raises(
+        TypeError, match=r"k_cache must be floating \[N, heads, S, head_dim\], got int16 \[4, 3, 9, 8\]"
+    ):
+        ops.decode_attention(x["q"], int8.short(), int8, 0, k_scale=scale, v_scale=scale)
     with pytest.raises(ValueError, match="prefix_k and prefix_v must be given together"):
         ops.decode_attention(x["q"], x["k_cache"], x["v_cache"], 1, prefix_k=x["prefix_k"])
     with pytest.raises(ValueError, match="q's N=4 must be a multiple of prefix_k's P=3"):
@@ -184,8 +249,82 @@ def test_append_to_cache_in_fp8(scale: float) -> None:
     _, expected = appended("reference", qkv, table, caches, 2)
     assert torch.equal(filled.float(), expected.float())
     assert filled.float()[:, 1, 0, 2, :2].tolist() == [[448.0, -448.0]] * 2
-    with pytest.raises(TypeError, match="k_cache must be float32, bfloat16, float16 or float8_e4m3fn"):
+    with pytest.raises(TypeError, match="k_cache must be float32, bfloat16, float16, float8_e4m3fn or int8"):
         appended("triton", qkv, table, caches.double(), 2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    ("sequences", "slots", "heads", "head_dim"),
+    [(1, 1, 1, 8), (3, 5, 6, 100), (2, 7, 1, 2), (2, 2, 11, 64), (0, 3, 2, 4)],
+)
+def test_append_to_cache_in_int8(sequences: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Each within half a step of float64's number, and the step within the rounding of its dtype."""
+    scale_dtype = torch.float16 if dtype is torch.float16 else torch.float32
+    qkv = torch.randn(sequences, 3, heads, head_dim, device=DEVICE).to(dtype)
+    table = torch.randn(slots, head_dim // 2, 2, device=DEVICE)
+    exact = torch.zeros(2, sequences, heads, slots, head_dim, device=DEVICE, dtype=torch.float64)
+    position = slots // 2
+    _, exact = appended("reference", qkv.double(), table.double(), exact, position)
+    for cut in (lambda x: x, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), strided):
+        caches = cut(torch.full((2, sequences, heads, slots, head_dim), 9, device=DEVICE, dtype=torch.int8))
+        scales = cut(torch.full((2, sequences, heads, slots), 7.0, device=DEVICE).to(scale_dtype))
+        with ops.use_backend("triton"):
+            ops.append_to_cache(qkv, table, *caches, torch.tensor(position), k_scale=scales[0], v_scale=scales[1])
+        new, steps = exact[:, :, :, position], scales[:, :, :, position].double()
+        rounding = 4 * torch.finfo(scale_dtype).eps
+        torch.testing.assert_close(steps, new.abs().amax(-1) / 127, rtol=rounding, atol=0)
+        assert ((caches[:, :, :, position] * steps[..., None] - new).abs() <= 0.501 * steps[..., None]).all()
+        others = [slot for slot in range(slots) if slot != position]
+        assert (caches[:, :, :, others] == 9).all()
+        assert (scales[:, :, :, others] == 7).all()
+
+
+def test_rows_that_int8_cannot_hold(backend: str) -> None:
+    """Zeros stay, a NaN or an infinity makes its row NaN, what underflows is at most the row's own size."""
+    qkv, table = torch.randn(2, 3, 2, 20, device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE).expand(1, 10, 2)
+    qkv[0, 1:, 0], qkv[0, 1:, 1, 3] = 0.0, torch.nan
+    qkv[1, 1:, 0, 2], qkv[1, 1:, 1] = torch.inf, 1e-42
+    caches, scales = torch.zeros(2, 2, 2, 1, 20, device=DEVICE).to(torch.int8), torch.ones(2, 2, 2, 1, device=DEVICE)
+    ops.append_to_cache(qkv, table, *caches, 0, k_scale=scales[0], v_scale=scales[1])
+    read = (caches * scales[..., None])[:, :, :, 0]
+    assert read[:, 0, 0].abs().max() == 0
+    assert read[:, 0, 1].isnan().all()
+    assert read[:, 1, 0].isnan().all()
+    assert read[:, 1, 1].abs().max() < 1e-40
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    ("slots", "head_dim", "change"),
+    [
+        (70, 36, lambda x: x),
+        (131, 64, strided),
+        (70, 100, misaligned),
+        (70, 64, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+        (70, 8, lambda x: x.repeat(1, 1, 2, *[1] * (x.ndim - 3))[:, :, :70]),
+    ],
+)
+@pytest.mark.usefixtures("splits")
+def test_decode_attention_of_a_cache_in_int8(
+    slots: int, head_dim: int, change: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    q, keys, values, *prefix = attention_inputs(4, slots, 2, head_dim, groups=2, prefix_len=5)
+    low = [x.to(DEVICE, dtype) for x in (q, *prefix)]
+    for position, shared in ((66, low[1:]), (0, [])):
+        stored, exact = {}, {}
+        for name, rows in (("k", keys * torch.rand(4, 2, slots, 1)), ("v", values)):
+            whole, scale = (x.to(DEVICE) for x in in_int8(rows))
+            exact[name] = whole.double() * scale.double()[..., None]
+            scale[:, :, position + 1 :] = torch.nan  # slots not written yet
+            stored |= {f"{name}_cache": change(whole), f"{name}_scale": change(scale)}
+        prefixes = dict(zip(("prefix_k", "prefix_v"), shared, strict=False))
+        for unlike in (stored, stored | {"v_scale": stored["v_scale"].contiguous()}):
+            out = on_triton(ops.decode_attention, low[0], position=position, **unlike, **prefixes)
+            with ops.use_backend("reference"):
+                expected = attend(position)(low[0].double(), exact["k"], exact["v"], *(x.double() for x in shared))
+            assert out.dtype == dtype
+            assert relative_l2(out, expected) < RELATIVE_L2[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -314,7 +453,8 @@ def test_expanded_inputs() -> None:
 def test_decode_attention_reads_a_layer_of_a_cache_in_place() -> None:
     keys, values = torch.randn(2, 3, 4, 2, 9, 16, device=DEVICE)[:, 1, :, :, :7]
     with recorded() as recording:
-        attention.decode_attention_op(keys[:, :, 0], keys, values, torch.tensor(3, device=DEVICE), keys, values, None)
+        position = torch.tensor(3, device=DEVICE)
+        attention.decode_attention_op(keys[:, :, 0], keys, values, position, None, None, keys, values, None)
     assert len(recording.launches) == 2
     for launch in recording.launches:
         assert [x.data_ptr() for x in launch.args[1:3]] == [keys.data_ptr(), values.data_ptr()]
@@ -363,7 +503,7 @@ def test_queries_of_another_dtype_than_the_caches(dtypes: tuple[torch.dtype, tor
     assert out.dtype == dtypes[0]
     assert relative_l2(out, expected) < RELATIVE_L2[dtypes[0]]
     with pytest.raises(
-        TypeError, match="decode_attention: k_cache must be float32, bfloat16, float16 or float8_e4m3fn"
+        TypeError, match="decode_attention: k_cache must be float32, bfloat16, float16, float8_e4m3fn or int8"
     ):
         on_triton(attend(66), inputs[0], inputs[1].double(), *inputs[2:])
 
@@ -380,10 +520,13 @@ def test_opcheck() -> None:
     namespace, position = torch.ops.vapi_fast, torch.tensor(66, device=DEVICE)
     inputs = [x.to(DEVICE) for x in attention_inputs(4, 70, 2, 8, groups=2, prefix_len=3)]
     qkv, table = torch.randn(4, 3, 2, 8, device=DEVICE), torch.randn(70, 4, 2, device=DEVICE)
-    torch.library.opcheck(namespace.append_to_cache.default, (qkv, table, *inputs[1:3], position))
+    scales = torch.rand(2, 4, 2, 70, device=DEVICE)
+    wide, whole = (*inputs[1:3], position, None, None), (*(x.to(torch.int8) for x in inputs[1:3]), position, *scales)
     mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
-    torch.library.opcheck(namespace.decode_attention.default, (*inputs[:3], position, *inputs[3:], mask))
-    torch.library.opcheck(namespace.decode_attention.default, (*inputs[:3], position, None, None, None))
+    for cache in (wide, whole):
+        torch.library.opcheck(namespace.append_to_cache.default, (qkv, table, *cache))
+        torch.library.opcheck(namespace.decode_attention.default, (inputs[0], *cache, *inputs[3:], mask))
+    torch.library.opcheck(namespace.decode_attention.default, (inputs[0], *wide, None, None, None))
 
 
 @pytest.mark.gpu
@@ -399,6 +542,21 @@ def test_decode_attention_at_production_sizes(
     for cache in inputs[1:3]:
         cache[:, :, position + 1 :] = torch.nan
     assert_attention_accurate(inputs, torch.tensor(position, device=DEVICE), dtype, mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sequences", "heads", "head_dim"), [(96, 24, 64), (1, 24, 64), (64, 32, 100)])
+def test_a_cache_in_int8_at_production_sizes(sequences: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    q, *caches = (x.to(DEVICE) for x in attention_inputs(sequences, 577, heads, head_dim))
+    low, exact = {}, []
+    for name, rows in zip(("k", "v"), caches, strict=True):
+        low[f"{name}_cache"], low[f"{name}_scale"] = whole, scale = in_int8(rows)
+        exact.append(whole.double() * scale.double()[..., None])
+    q = q.to(dtype)
+    out = on_triton(ops.decode_attention, q, position=torch.tensor(500, device=DEVICE), **low)
+    with ops.use_backend("reference"):
+        assert relative_l2(out, attend(500)(q.double(), *exact)) < RELATIVE_L2[dtype]
 
 
 @pytest.mark.gpu

@@ -39,7 +39,12 @@ def arguments() -> dict[str, dict[str, Any]]:
     found |= {f"{name} later": found[name] | later for name in ("group_sample", "linear_group_sample")}
     prefixed = found["decode_attention prefix"]
     mask = torch.ones(prefixed["prefix_k"].shape[::2], dtype=torch.bool, device=DEVICE)
-    return found | {"decode_attention masked": prefixed | {"prefix_mask": mask}}
+    found |= {"decode_attention masked": prefixed | {"prefix_mask": mask}}
+    whole = dict(found["append_to_cache"])
+    for name in ("k", "v"):
+        whole[f"{name}_cache"] = torch.zeros_like(whole[f"{name}_cache"], dtype=torch.int8)
+        whole[f"{name}_scale"] = whole[f"{name}_cache"][..., 0].float()
+    return found | {"append_to_cache int8": whole}
 
 
 def every_operation(inputs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def sampling(watch: Watch) -> None:
     model = script.random_model(DEVICE)
     synchronize = mock.patch.object(script, "synchronize", watch.waiting(script.synchronize))
     with watch.steps(), synchronize, contextlib.redirect_stdout(io.StringIO()):
-        for cache in (None, "fp8"):
+        for cache in (None, "int8", "fp8"):
             script.sample(model, 256, f"sampling, {cache}", cache)
 
 
@@ -181,6 +181,7 @@ SCENES: dict[str, Scene] = {
     "generate": generate,
     "generate with guidance": partial(generate, cfg_scale=1.75),
     "generate in fp8": partial(generate, cfg_scale=2.0, kv_dtype="fp8", top_k=2000, top_p=0.9, return_entropies=True),
+    "generate in int8": partial(generate, cfg_scale=2.0, kv_dtype="int8"),
     "generate, guided at first": partial(generate, cfg_scale=2.0, cfg_interval=100),
     "generate from bf16 weights": partial(
         generate, images=600, dtype=torch.bfloat16, autocast=False, cfg_scale=2.0, batch_size=None

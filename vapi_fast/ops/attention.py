@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .backends import implementation
 from .checks import ArgumentChecks, described
 
+EIGHT_BITS = (torch.float8_e4m3fn, torch.int8)
 
-def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, position: int | Tensor) -> Tensor:
+
+def append_to_cache(
+    qkv: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """Rotate the queries and keys of one new position of each sequence; store its keys and values in the cache.
 
     Args:
         qkv: floating `[N, 3, heads, head_dim]`, queries, keys and values before the rotation.
         table: floating `[S, head_dim / 2, 2]`, rows of `rotary_2d_table`, one for each slot of the cache.
         k_cache, v_cache: floating `[N, heads, S, head_dim]`, written in place. Numbers beyond the largest of
-            float8_e4m3fn are stored as the largest.
+            float8_e4m3fn are stored as the largest. Or int8, with scales.
         position: the slot, in [0, S): an int, or a 0-d int64 tensor (range not checked: the nearest slot is taken).
+        k_scale, v_scale: floating `[N, heads, S]`, written in place: an int8 cache has a scale for each slot and head,
+            1 / 127 of the greatest magnitude there, and the nearest multiples of it; others have none. Where there is a
+            NaN or an infinity, the scale is one.
 
     Returns:
         the rotated queries `[N, heads, head_dim]` in qkv's dtype, contiguous. No gradient.
@@ -27,10 +42,10 @@ def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor
     checks = ArgumentChecks("append_to_cache")
     checks.floating("qkv", qkv, "N 3 heads head_dim")
     checks.floating("table", table, "S pairs 2")
-    checks.floating("k_cache", k_cache, "N heads S head_dim", fp8=True)
-    checks.floating("v_cache", v_cache, "N heads S head_dim", fp8=True)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.written(name, cache)
+    check_cache(checks, k_cache, v_cache, k_scale, v_scale)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if cache is not None:
+            checks.written(name, cache)
     checks.not_empty("qkv", "head_dim")
     checks.not_empty("k_cache", "S")
     if qkv.shape[1] != 3:
@@ -41,7 +56,25 @@ def append_to_cache(qkv: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor
             f"{described(table)}"
         )
     checks.slot(position, "k_cache", k_cache.shape[2])
-    return implementation(qkv).append_to_cache(qkv, table, k_cache, v_cache, position)
+    return implementation(qkv).append_to_cache(qkv, table, k_cache, v_cache, position, k_scale=k_scale, v_scale=v_scale)
+
+
+def check_cache(
+    checks: ArgumentChecks, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Keys and values in a floating dtype, float8_e4m3fn or int8: then with scales, and only then."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.floating(name, cache, "N heads S head_dim", beside=EIGHT_BITS)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    if len({cache.dtype == torch.int8 for cache in (k_cache, v_cache)} | {x is not None for x in scales.values()}) > 1:
+        got = ", ".join(described(x) for x in (k_cache, v_cache, *scales.values()))
+        raise ValueError(
+            f"{checks.operation}: k_scale and v_scale must be given with k_cache and v_cache in int8, and only then, "
+            f"got {got}"
+        )
+    for name, scale in scales.items():
+        if scale is not None:
+            checks.floating(name, scale, "N heads S")
 
 
 def decode_attention(
@@ -50,6 +83,8 @@ def decode_attention(
     v_cache: Tensor,
     position: int | Tensor,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     prefix_mask: Tensor | None = None,
@@ -61,8 +96,9 @@ def decode_attention(
     Args:
         q: floating `[N, heads, head_dim]`, N ≥ 1.
         k_cache, v_cache: floating `[N, heads, S, head_dim]`, the sequences' own entries; those past `position` are
-            ignored, whatever they hold. float8_e4m3fn too, for a cache of half the size.
+            ignored, whatever they hold. float8_e4m3fn or int8 too, for a cache of half the size.
         position: index of the last valid own entry, in [0, S): an int, or a 0-d int64 tensor (range not checked).
+        k_scale, v_scale: floating `[N, heads, S]`, what an int8 cache is to be multiplied by; of no other cache.
         prefix_k, prefix_v: floating `[P, heads, prefix_len, head_dim]`, one prefix for each of P groups; sequences
             n·N/P … (n+1)·N/P − 1 belong to group n. Both or neither.
         prefix_mask: bool `[P, prefix_len]`, False at prefix positions to leave out; default all True.
@@ -76,8 +112,7 @@ def decode_attention(
     checks = ArgumentChecks("decode_attention")
     checks.floating("q", q, "N heads head_dim")
     checks.not_empty("q", "N", "heads", "head_dim")
-    checks.floating("k_cache", k_cache, "N heads S head_dim", fp8=True)
-    checks.floating("v_cache", v_cache, "N heads S head_dim", fp8=True)
+    check_cache(checks, k_cache, v_cache, k_scale, v_scale)
     if (prefix_k is None) != (prefix_v is None) or (prefix_mask is not None and prefix_k is None):
         raise ValueError("decode_attention: prefix_k and prefix_v must be given together, prefix_mask only with them")
     if prefix_k is not None:
@@ -92,5 +127,13 @@ def decode_attention(
         checks.booleans("prefix_mask", prefix_mask, "P prefix_len")
     checks.slot(position, "k_cache", k_cache.shape[2])
     return implementation(q).decode_attention(
-        q, k_cache, v_cache, position, prefix_k=prefix_k, prefix_v=prefix_v, prefix_mask=prefix_mask
+        q,
+        k_cache,
+        v_cache,
+        position,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        prefix_k=prefix_k,
+        prefix_v=prefix_v,
+        prefix_mask=prefix_mask,
     )

@@ -35,10 +35,10 @@ class ArgumentChecks:
         self.sizes: dict[str, int | tuple[int, ...]] = {}
         self.device: tuple[str, torch.device] | None = None
 
-    def floating(self, name: str, value: object, dims: str, *, fp8: bool = False) -> None:
-        """float16, bfloat16, float32 or float64; with `fp8` float8_e4m3fn too."""
-        dtypes = (*FLOATING, torch.float8_e4m3fn) if fp8 else FLOATING
-        self._tensor(name, value, dims, "floating", isinstance(value, Tensor) and value.dtype in dtypes)
+    def floating(self, name: str, value: object, dims: str, *, beside: tuple[torch.dtype, ...] = ()) -> None:
+        """float16, bfloat16, float32 or float64, or one of those beside them."""
+        right = isinstance(value, Tensor) and value.dtype in (*FLOATING, *beside)
+        self._tensor(name, value, dims, "floating", right)
 
     def integers(self, name: str, value: object, dims: str) -> None:
         self._tensor(name, value, dims, "int64", isinstance(value, Tensor) and value.dtype == torch.int64)
