@@ -77,7 +77,7 @@ def step_costs(
         return {"forward": forward, "loss": logits + gradients, "backward": backward, "optimizer": optimizer}
 
     decodings = batch_size * (group_size if method == "vapi" else 1)
-    rewards = -(-decodings // MAX_CHUNK)
+    rewards = passes * -(-decodings // (passes * MAX_CHUNK))
     maps = feature_cost(lpips, image_size)
     drawn = elementwise(decodings * length * 12, passes)  # an int64 token and its fp32 log-probability
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
