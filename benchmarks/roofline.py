@@ -116,9 +116,14 @@ def row(stage: str, *values: float | str | None) -> str:
     return f"{stage:<10}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=False))}".rstrip()
 
 
-def predicted(config: Mapping[str, Any], devices: Sequence[Rates], seconds: Mapping[str, float] | None = None) -> str:
-    """One line a stage: its floor, what it is expected to take on each device, and what of that is the first one's."""
-    costs = config_costs(config)
+def predicted(
+    config: Mapping[str, Any],
+    devices: Sequence[Rates],
+    seconds: Mapping[str, float] | None = None,
+    processes: int = 1,
+) -> str:
+    """One line a stage: its floor on the first device, seconds expected on each, and by kernel on the first."""
+    costs = config_costs(config, processes=processes)
     stages = {stage: [rates.by_kind(cost) for rates in devices] for stage, cost in costs.items()}
     names = ["floor s", *(rates.name for rates in devices), *["measured s"] * bool(seconds)]
     lines = [f"stage     {''.join(f'{name:>14}' for name in names)}  of which, on the first"]
@@ -148,8 +153,8 @@ def sampling(config: Mapping[str, Any], rates: Rates) -> str:
         token = prediction.token_seconds(generator, SAMPLED, rates, bits // 8)
         step = sum(token.values())
         lines.append(
-            f"sampling, {SAMPLED} at once without guidance, {rates.name}, cache of {bits} bits: {1e3 * step:.1f} ms a token "
-            f"({', '.join(f'{kind} {1e3 * taken:.1f}' for kind, taken in token.items())}), "
+            f"sampling, {SAMPLED} at once without guidance, {rates.name}, cache of {bits} bits: "
+            f"{1e3 * step:.1f} ms a token ({', '.join(f'{kind} {1e3 * taken:.1f}' for kind, taken in token.items())}), "
             f"{SAMPLED / side**2 / step:.0f} images/s"
         )
     return "\n".join(lines)
@@ -257,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not options.gpu and record is None:
         rates = [rates_of(gpu, DEVICES[gpu]) for gpu in GPUS]
     print(heading(config, device, processes))
-    print(predicted(config, rates, seconds))
+    print(predicted(config, rates, seconds, processes))
     print(sampling(config, rates[0]))
     if record is None:
         print(shared(config, rates[0], device.memory))
