@@ -175,6 +175,14 @@ def test_a_decoding_moves_what_its_kernels_say() -> None:
     assert sum(each.runs for each in config_costs(XXL)["decode"].kernels) == 16 * sum(each.runs for each in kernels)
 
 
+def test_dropout_reads_and_writes_both_branches_of_a_block() -> None:
+    plain, dropped = config_costs(XXL), config_costs(XXL | {"dropout": 0.1})
+    states = 2 * 128 * 576 * 1536
+    added = {stage: dropped[stage].bytes - plain[stage].bytes for stage in plain}
+    assert {stage for stage, moved in added.items() if moved} == {"forward", "backward"}
+    assert added["forward"] == added["backward"] == pytest.approx(48 * 4 * states)
+
+
 def test_the_optimizer_moves_eight_floats_a_weight() -> None:
     assert config_costs(XXL)["optimizer"].bytes == pytest.approx(32 * 1.411e9, rel=1e-3)
 
@@ -183,6 +191,7 @@ def test_smaller_micro_batches_read_the_weights_more_often() -> None:
     def moved(stage: str, micro_batch: int) -> float:
         return config_costs(XXL | {"micro_batch": micro_batch})[stage].bytes
 
+    assert moved("optimizer", 4) == moved("optimizer", 16)
     blocks = 48 * (4 * 1536**2 + 3 * 1536 * 4096)
     # Cast, read forward and for the input's gradient; their own gradient written, cast, and added to the sum.
     assert moved("forward", 4) - moved("forward", 16) == pytest.approx(24 * (2 + 6) * blocks)

@@ -52,6 +52,7 @@ def step_costs(
     prior: str = "ce",
     method: str = "vapi",
     second_forward: bool = False,
+    dropout: bool = False,
     shards: int = 1,
 ) -> dict[str, Cost]:
     """What one step launches, by stage, as 16-bit CUDA tensors have it.
@@ -60,7 +61,8 @@ def step_costs(
     perceptual network an image, MAX_CHUNK sequences at a time; nearest-neighbour upsampling and a 3×3 convolution as
     the four 2×2 convolutions it equals; attention up to the diagonal. The head's logits are computed in `sample` and
     again in `loss`. Gradients to the weights of what is trained only. `prior="kl"` adds the base model's forward to
-    `loss`. `second_forward`: the loss's is another one than the rollouts', as under `--recipe va-pi`.
+    `loss`. `second_forward`: the loss's is another one than the rollouts', as under `--recipe va-pi`. dropout: of the
+    forward that the backward is of.
 
     Batch sizes are those of one process. shards: processes that share weights, gradients and optimizer states.
     """
@@ -71,10 +73,19 @@ def step_costs(
     passes = -(-batch_size // micro_batch)
     forward, backward = transformer_costs(generator, batch_size, passes, shards)
     logits, gradients = head_costs(generator, batch_size * length, passes, shards)
+    masked = Cost()
+    if dropout:  # each residual branch read and written
+        states = BF16 * batch_size * (length + generator.prefix_len - 1) * generator.width
+        masked = elementwise(2 * 2 * states * generator.layers, 2 * generator.layers * passes)
     # Weight, gradient and two moments read; the gradient read for its norm; weight and moments written.
     optimizer = Cost((Kernel("optimizer", 0, 8 * FP32 * parameters(generator) / shards, 2),))
     if method == "ntp":
-        return {"forward": forward, "loss": logits + gradients, "backward": backward, "optimizer": optimizer}
+        return {
+            "forward": forward + masked,
+            "loss": logits + gradients,
+            "backward": backward + masked,
+            "optimizer": optimizer,
+        }
 
     decodings = batch_size * (group_size if method == "vapi" else 1)
     rewards = passes * -(-decodings // (passes * MAX_CHUNK))
@@ -83,12 +94,12 @@ def step_costs(
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {
         "encode": encoder_cost(tokenizer, image_size).times(batch_size, -(-2 * batch_size // MAX_CHUNK)),
-        "forward": forward,
+        "forward": forward + masked,
         "sample": logits + read + drawn,
         "decode": decoder_cost(tokenizer, image_size).times(decodings, rewards),
         "lpips": maps.times(batch_size + decodings, 2 * rewards),
         "loss": logits + gradients + drawn,
-        "backward": backward,
+        "backward": backward + masked,
         "optimizer": optimizer,
     }
     if prior == "kl":
@@ -133,6 +144,7 @@ def config_costs(config: Mapping[str, Any], *, processes: int = 1, sharded: bool
         prior=config["prior"],
         method=config["method"],
         second_forward=has_second_forward(config),
+        dropout=bool(config.get("dropout")),
         shards=processes if sharded else 1,
     )
 
