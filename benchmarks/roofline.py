@@ -146,7 +146,7 @@ def shares(kinds: Mapping[str, float], most: int = 4) -> str:
 
 def sampling(config: Mapping[str, Any], rates: Rates) -> str:
     """What a token of SAMPLED sequences takes, and so an image, with either cache."""
-    side = config["image_size"] // VQ_CONFIGS[config["tokenizer"]].downsample
+    side = config["image_size"] // VQ_CONFIGS[config["tokenizer"].lower()].downsample
     generator = replace(generator_config(config["model"]), grid_size=side)
     lines = []
     for bits in (16, 8):

@@ -178,6 +178,21 @@ def test_rates_reach_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         assert message in capsys.readouterr().err
 
 
+def test_a_run_stands_beside_what_was_expected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    config = {name: value for name, value in XXL.items() if not isinstance(value, Path)}
+    stages = {"decode": {"seconds": 0.25}, "data": {"seconds": 0.1}}
+    ceilings = {"copy": 3e12, "matmul": 798e12, "single_share": 0.5}
+    record = {"config": config, "device": "NVIDIA H100 80GB HBM3", "processes": 8, "stages": stages}
+    path.write_text(json.dumps(record | {"ceilings": ceilings}, default=dict))
+    lines = printed(capsys, str(path))
+    assert "measured s" in lines[2]
+    floor, expected, measured = map(float, cells(lines, "decode")[:3])
+    assert (floor, measured) == (0.151, 0.25)
+    assert expected == pytest.approx(1.762 / 8, abs=2e-3)
+    assert not any(line.startswith("many GPUs") for line in lines)
+
+
 def test_a_token_of_sampling() -> None:
     """11.1 ms a token with the cache in bf16 and 40 images/s on an H100, 51 on an H200; 63 and 76 with 8 bits."""
     config = generator_config("xxl")
