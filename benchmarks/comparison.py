@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.costs import BF16, FP32, parameters
+from vapi_fast.alignment.costs import parameters
 from vapi_fast.alignment.figures import mean_terms, non_finite
+from vapi_fast.alignment.kernel_costs import BF16, FP32
 from vapi_fast.alignment.loop import GradientSource
 from vapi_fast.alignment.memory import Beside, frozen_parameters
 from vapi_fast.alignment.models import Models

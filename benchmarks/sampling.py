@@ -21,20 +21,21 @@ from timing import synchronize
 
 from vapi_fast.generation.engine import Engine, slot_bytes
 from vapi_fast.generation.sequences import CACHE_DTYPES, guidance_scales
-from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig
+from vapi_fast.models import Condition, GeneratorConfig, LlamaGen
 
 DRAWS = 1  # after one that warms up
 FLOAT8 = (8, 9)  # compute capability
 
 
-def bytes_read(config: LlamaGenConfig, sequences: int, weight_bytes: int, cache_dtype: torch.dtype) -> int:
+def bytes_read(config: GeneratorConfig, sequences: int, weight_bytes: int, cache_dtype: torch.dtype) -> int:
     """What T − 1 steps must read: the blocks and the head, and each sequence's keys and values so far.
 
     weight_bytes: of one number.
     """
     block = 4 * config.width**2 + 3 * config.width * config.hidden_width
     weights = config.layers * block + config.vocab_size * config.width
-    slots = sum(range(2, config.grid_size**2 + 1))  # the condition's and those of the tokens before, step by step
+    # The condition's and those of the tokens before, step by step.
+    slots = sum(range(1 + config.prefix_len, config.grid_size**2 + config.prefix_len))
     return (config.grid_size**2 - 1) * weights * weight_bytes + sequences * slots * slot_bytes(config, cache_dtype)
 
 

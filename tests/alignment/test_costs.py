@@ -9,18 +9,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapi_fast.alignment.costs import (
-    Cost,
     config_costs,
-    decoder_cost,
-    encoder_cost,
-    feature_cost,
     head_costs,
-    largest_decoder_map,
     model_flop_utilisation,
-    network_cost,
     parameters,
     stage_table,
     transformer_costs,
+)
+from vapi_fast.alignment.kernel_costs import (
+    Cost,
+    Kernel,
+    decoder_cost,
+    encoder_cost,
+    feature_cost,
+    largest_decoder_map,
+    network_cost,
+    product,
 )
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, LlamaGen, LlamaGenConfig
 from vapi_fast.models.lpips import LPIPS_CONFIGS
@@ -46,7 +50,7 @@ def teraflops(**changes: object) -> dict[str, float]:
 
 
 def test_flops_are_those_of_the_paper() -> None:
-    """PAPER's figures leave attention's own products out: 6 T forward, 13 T backward."""
+    """PAPER's figures leave attention's own products out, 6 T forward and 16 T backward, and have the logits once."""
     needed = teraflops()
     assert needed["encode"] == pytest.approx(40, rel=0.01)
     assert needed["lpips"] == pytest.approx(104, rel=0.01)
@@ -54,13 +58,11 @@ def test_flops_are_those_of_the_paper() -> None:
     assert attention == pytest.approx(6.3, abs=0.1)
     assert needed["forward"] + needed["sample"] - attention == pytest.approx(204, rel=0.01)
     training = needed["forward"] + needed["sample"] + needed["loss"] + needed["backward"]
-    assert training - 3 * attention == pytest.approx(613, rel=0.01)
-    assert training == pytest.approx(613, rel=0.04)
+    assert training - 3.5 * attention - needed["sample"] == pytest.approx(613, rel=0.01)
     assert needed["optimizer"] == 0
     released = teraflops(rollout_mode="eval", dropout=0.1, label_dropout=0.1)
     added = {stage: released[stage] - needed[stage] for stage in needed if released[stage] != needed[stage]}
-    assert added == pytest.approx({"forward": needed["forward"], "loss": needed["sample"]})
-    assert sum(added.values()) - attention == pytest.approx(204, rel=0.01)
+    assert added == pytest.approx({"forward": needed["forward"]})
     assert teraflops(rollout_mode="train", dropout=0.1, label_dropout=0.1) == needed
     assert teraflops(rollout_mode="eval", dropout=0.0, label_dropout=0.0) == needed
 
@@ -88,6 +90,8 @@ def test_group_size_and_method_decide_what_is_decoded() -> None:
     through = teraflops(method="ste")
     extra = through["backward"] - group["backward"] - group["loss"]
     assert extra == pytest.approx(through["decode"] + through["lpips"] / 2)
+    gathered, whole = (config_costs(XXL, processes=8, sharded=sharded)["optimizer"].bytes for sharded in (True, False))
+    assert gathered == pytest.approx(whole / 8)
 
 
 def counted(model: LlamaGen, images: int) -> tuple[int, int, int, int]:
@@ -115,7 +119,10 @@ def test_transformer_flops_are_those_that_pytorch_counts() -> None:
     hidden_scores = 2 * images * 3 * length**2 * 64  # PyTorch counts the masked half as well
     assert attention == 3 * 2 * hidden_scores
     assert forward == expected_forward.flops + hidden_scores
-    assert backward == expected_backward.flops + 2 * hidden_scores + gradients.flops
+    attended = (
+        2 * hidden_scores - hidden_scores / 2
+    )  # all scores' four products; half of them, with the scores again: five
+    assert backward == expected_backward.flops + attended + gradients.flops
 
 
 def test_parameters_are_counted() -> None:
@@ -125,24 +132,55 @@ def test_parameters_are_counted() -> None:
 
 
 class Small(nn.Module):
-    """A map [1, 2, 8, 8] normed, upsampled, convolved, added to itself, and pooled."""
+    """A map [1, 2, 8, 8] normed, upsampled, convolved, added to itself, normed, convolved and normed, and pooled."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(1, 2, device="meta")
+        self.norm, self.inner, self.last = (nn.GroupNorm(1, width, device="meta") for width in (2, 4, 4))
         self.conv = nn.Conv2d(2, 4, 3, padding=1, device="meta")
+        self.one = nn.Conv2d(4, 4, 1, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv(nn.functional.interpolate(self.norm(x), scale_factor=2.0, mode="nearest"))
-        return nn.functional.max_pool2d(nn.functional.relu(h + h), 2)
+        h = self.last(self.one(nn.functional.silu(self.inner(h + h))))
+        return nn.functional.max_pool2d(nn.functional.relu(h), 2)
 
 
-def test_map_traffic_is_counted_by_hand() -> None:
-    cost, traffic = network_cost(Small(), channels=2, side=8)
+def test_a_networks_kernels_are_counted_by_hand() -> None:
+    cost, noted = network_cost(Small(), channels=2, side=8)
     small, large, pooled = 2 * 8 * 8, 4 * 16 * 16, 4 * 8 * 8
-    assert cost.bytes == 2 * (2 * small + small + large + large + large + pooled)
-    assert traffic.largest_map == large
-    assert cost.flops == 2 * (16 * 16) * 4 * 2 * 4  # pixels × channels out × channels in × taps
+    flops = 2 * (16 * 16) * 4 * 2 * 4  # pixels × channels out × channels in × taps
+    assert cost.kernels == (
+        Kernel("norm", 0, 2 * 4 * small, 3),
+        Kernel("convolution", flops, 2 * (small + large + 4 * 2 * 9), shape=(2, 16, 8, 2)),
+        Kernel("norm", 0, 2 * 5 * large, 3),  # h read, and h; their sum written and read, its norm written
+        Kernel("product", 2 * 256 * 4 * 4, 2 * (2 * large + 16), shape=(256, 4)),
+        Kernel("norm", 0, 2 * 3 * large, 3),  # inside of a block
+        Kernel("elementwise", 0, 2 * (large + pooled)),
+    )
+    assert noted.largest_map == large
+    assert noted.elements == 2 * small + small + large + large + 4 * large + 2 * large + large + pooled
+    single, _ = network_cost(Small(), channels=2, side=8, itemsize=4)
+    assert single.bytes == 2 * cost.bytes
+    assert all(kernel.single for kernel in single.kernels)
+
+
+def test_a_decoding_moves_what_its_kernels_say() -> None:
+    """`kernels/group_norm` has 1.49 GB of norms for an image of 384²; attention keeps its scores on the chip."""
+    kernels = decoder_cost(VQ_CONFIGS["vq-16"], 384).kernels
+    assert sum(each.bytes for each in kernels if each.kind == "norm") == pytest.approx(1.49e9, rel=1e-2)
+    attended = [each for each in kernels if each.kind == "wide attention"]
+    assert sum(each.runs for each in attended) == 4
+    assert sum(each.bytes for each in attended) == 4 * 4 * 2 * 576 * 512
+    assert sum(each.runs for each in config_costs(XXL)["decode"].kernels) == 16 * sum(each.runs for each in kernels)
+
+
+def test_dropout_reads_and_writes_both_branches_of_a_block() -> None:
+    plain, dropped = config_costs(XXL), config_costs(XXL | {"dropout": 0.1})
+    states = 2 * 128 * 576 * 1536
+    added = {stage: dropped[stage].bytes - plain[stage].bytes for stage in plain}
+    assert {stage for stage, moved in added.items() if moved} == {"forward", "backward"}
+    assert added["forward"] == added["backward"] == pytest.approx(48 * 4 * states)
 
 
 def test_the_optimizer_moves_eight_floats_a_weight() -> None:
@@ -153,15 +191,29 @@ def test_smaller_micro_batches_read_the_weights_more_often() -> None:
     def moved(stage: str, micro_batch: int) -> float:
         return config_costs(XXL | {"micro_batch": micro_batch})[stage].bytes
 
+    assert moved("optimizer", 4) == moved("optimizer", 16)
     blocks = 48 * (4 * 1536**2 + 3 * 1536 * 4096)
-    assert moved("forward", 4) - moved("forward", 16) == pytest.approx(24 * 2 * blocks)
-    assert moved("backward", 4) - moved("backward", 16) == pytest.approx(24 * (2 + 8) * blocks)
+    # Cast, read forward and for the input's gradient; their own gradient written, cast, and added to the sum.
+    assert moved("forward", 4) - moved("forward", 16) == pytest.approx(24 * (2 + 6) * blocks)
+    assert moved("backward", 4) - moved("backward", 16) == pytest.approx(24 * (2 + 2 + 6 + 12) * blocks)
 
 
-def test_floor_is_that_of_the_slower_of_computing_and_moving() -> None:
+def test_a_kernel_computes_while_it_moves_and_the_next_one_waits() -> None:
     ceilings = Ceilings(copy=10.0, matmul=100.0)
-    assert (Cost(200, 10).floor(ceilings), Cost(200, 10).bound(ceilings)) == (2.0, "matmul")
-    assert (Cost(200, 30).floor(ceilings), Cost(200, 30).bound(ceilings)) == (3.0, "copy")
+    computing, moving = Kernel("product", 200, 10), Kernel("norm", 200, 30)
+    assert (computing.floor(ceilings), moving.floor(ceilings)) == (2.0, 3.0)
+    both = Cost((computing, moving))
+    assert (both.floor(ceilings), both.bound(ceilings)) == (5.0, "copy")
+    assert (both.times(2).floor(ceilings), both.times(2).runs, both.times(2, 1).runs) == (10.0, 4, 2)
+    assert Cost((computing,)).bound(ceilings) == "matmul"
+    assert Kernel("product", 200, single=True).floor(ceilings) == 4.0
+    assert Kernel("product", 200, single=True).floor(Ceilings(10.0, 100.0, single_share=1.0)) == 2.0
+
+
+def test_a_products_rows_grow_with_the_images_of_a_launch() -> None:
+    image = Cost((Kernel("product", 2 * 6 * 5 * 7, shape=(6, 7)),))
+    assert image.times(32, 4).kernels[0] == Kernel("product", 32 * 420, 0, 4, shape=(48, 7))
+    assert product(6, 5, 7, 3).kernels[0] == Kernel("product", 3 * 420, 3 * 2 * (30 + 35 + 42), 3, shape=(6, 7))
 
 
 def test_stage_table_holds_measured_seconds_against_the_ceilings() -> None:
@@ -171,7 +223,7 @@ def test_stage_table_holds_measured_seconds_against_the_ceilings() -> None:
     assert table["loss"] == {"seconds": 0.0}
     assert table["decode"]["tflops"] == pytest.approx(522 / 1.3, rel=0.01)
     assert table["decode"]["bound"] == "matmul"
-    assert table["decode"]["share"] == pytest.approx(522 / 1.3 / 798, rel=0.01)
+    assert table["decode"]["share"] == pytest.approx(1.21 / 1.3, rel=0.01)
     assert table["optimizer"]["bound"] == "copy"
     assert table["optimizer"]["share"] == pytest.approx(costs["optimizer"].bytes / 3e12 / 0.03)
     eighth = stage_table(XXL, {"decode": 1.3}, H100, processes=8)
@@ -180,7 +232,7 @@ def test_stage_table_holds_measured_seconds_against_the_ceilings() -> None:
 
 def test_model_flop_utilisation_counts_the_transformer_alone() -> None:
     costs = config_costs(XXL)
-    assert model_flop_utilisation(costs, 2.95, H100) == pytest.approx(631 / 2.95 / 798, rel=0.01)
+    assert model_flop_utilisation(costs, 2.95, H100) == pytest.approx(638 / 2.95 / 798, rel=0.01)
 
 
 def test_ceilings_are_measured_in_a_moment() -> None:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.costs import BF16, FP32, around, decoder_cost, feature_cost, largest_decoder_map, parameters
+from vapi_fast.alignment.costs import LOGITS, around, parameters
 from vapi_fast.alignment.image_text import SOURCES
+from vapi_fast.alignment.kernel_costs import BF16, FP32, largest_decoder_map, reward_elements
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Captions, Prompts
@@ -21,7 +22,6 @@ from vapi_fast.runtime.errors import ConfigError
 
 USABLE = 0.95  # of the free memory; the allocator's rounding and gaps take the rest
 WORKSPACES = 10**9  # of cuBLAS, cuDNN and NCCL
-LOGITS = 160 * 2**20  # that the head holds at once (`vapi_fast.kernels.head.CHUNK_BYTES`)
 LARGEST_CHUNK = 64  # rollouts decoded at once; more fill a GPU no better
 LIVE_MAPS = 5  # of the decoder: a convolution's result, the residual stream, their sum, its norm, and a workspace
 
@@ -205,8 +205,8 @@ def step_parts(config: AlignConfig, generator: GeneratorConfig, micro_batch: int
         activations = BF16 * tokens * (around(generator)[1].kept + width)
     if config.method == "ste":  # what convolutions and norms of decoder and LPIPS read, in fp32
         tokenizer, lpips = VQ_CONFIGS[config.tokenizer], LPIPS_CONFIGS[config.lpips]
-        moved = decoder_cost(tokenizer, config.image_size) + feature_cost(lpips, config.image_size)
-        activations += micro_batch * int(moved.bytes / BF16 * FP32 / 2) + 2 * FP32 * tokens * vocab
+        elements = reward_elements(tokenizer, lpips, config.image_size)
+        activations += micro_batch * FP32 * elements // 2 + 2 * FP32 * tokens * vocab
     return {
         "activations": activations,
         "loss": loss,

@@ -14,10 +14,18 @@ WARM_UPS, ROUNDS = 3, 10
 
 @dataclass(frozen=True)
 class Ceilings:
-    """`copy`: bytes a second, read and written counted; `matmul`: FLOPs a second."""
+    """`copy`: bytes a second, read and written counted; `matmul`: FLOPs a second, on a GPU of 16-bit numbers.
+
+    `single_share`: of `matmul` that products of float32 can reach; NVIDIA's TF32 has half by specification.
+    """
 
     copy: float
     matmul: float
+    single_share: float = 0.5
+
+    @property
+    def single(self) -> float:
+        return self.single_share * self.matmul
 
 
 def measure(device: torch.device) -> Ceilings:
@@ -34,7 +42,7 @@ def measure(device: torch.device) -> Ceilings:
     line = timeline(device)
     copy = fastest_seconds(line, lambda: copied.copy_(source))
     product = fastest_seconds(line, lambda: torch.mm(a, b))
-    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product)
+    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product, 0.5 if gpu else 1.0)
 
 
 def fastest_seconds(line: Timeline, run: Callable[[], object]) -> float:

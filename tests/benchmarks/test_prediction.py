@@ -1,0 +1,235 @@
+"""What kernels, stages and many GPUs are expected to take, and how measured rates take the place of estimates."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import prediction
+import pytest
+import rates as rates_script
+import roofline
+import torch
+
+from vapi_fast.alignment.costs import config_costs
+from vapi_fast.alignment.kernel_costs import FP32, Cost, Kernel, product
+from vapi_fast.models import catalog
+from vapi_fast.models.families import generator_config
+
+STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
+XXL: dict[str, Any] = catalog.entry("xxl").preset("align", "lean") | {"model": "xxl"}
+GB = 10**9
+
+
+def rates(gpu: str = "h100") -> prediction.Rates:
+    return prediction.builtin(gpu, roofline.DEVICES[gpu].ceilings, gpu)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert roofline.main(["--predict", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def cells(lines: list[str], stage: str) -> list[str]:
+    (line,) = (line for line in lines if line.startswith(f"{stage} "))
+    return line.split()[1:]
+
+
+def test_an_xxl_step_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    """3.9 s on an H100 and 3.6 s on an H200, derived by hand with the same rates, and by stage as far as that goes."""
+    lines = printed(capsys, "--recipe", "lean")
+    assert [line.split()[0] for line in lines[3:12]] == [*STAGES, "total"]
+    by_hand = {"encode": (0.34, 0.31), "forward": (0.46, 0.42), "decode": (1.82, 1.69), "lpips": (0.29, 0.27)}
+    by_hand |= {"backward": (0.97, 0.89), "optimizer": (0.02, 0.02), "total": (3.9, 3.6)}
+    for stage, expected in by_hand.items():
+        floor, *found = map(float, cells(lines, stage)[:3])
+        assert found == pytest.approx(expected, rel=0.05, abs=0.05), stage
+        assert found[0] > floor
+    total = [sum(float(cells(lines, stage)[column]) for stage in STAGES) for column in range(3)]
+    assert [float(cell) for cell in cells(lines, "total")[:3]] == pytest.approx(total, abs=5e-3)
+    assert "convolution 0.9" in lines[6]
+    assert "norm 0.637" in lines[6]
+
+
+def test_a_kernel_takes_the_longer_of_its_times_and_the_gap_before_the_next() -> None:
+    h100 = rates()
+    gap = prediction.RATES["launch"][0]
+    moving = Kernel("norm", 0, 2.4e12, runs=2)
+    assert h100.seconds(moving) == pytest.approx(1 + 2 * gap)
+    convolution = Kernel("convolution", 520e12, 1, shape=(128, 128, 384, 3))
+    assert h100.seconds(convolution) == pytest.approx(1 + gap)
+    single = Kernel("convolution", 520e12, 1, single=True, shape=(128, 128, 384, 3))
+    assert h100.seconds(single) == pytest.approx(1 / 0.42 + gap)
+    assert h100.by_kind(Cost((moving, single))) == pytest.approx(
+        {"norm": 1 + 2 * gap, "TF32 convolution": 1 / 0.42 + gap}
+    )
+
+
+def test_a_products_last_wave_takes_as_long_as_a_full_one() -> None:
+    def filled(rows: int, columns: int, inner: int = 512) -> float:
+        return prediction.filled(product(rows, inner, columns).kernels[0])
+
+    assert filled(128 * 132, 256) == 1  # a tile a multiprocessor
+    assert filled(128 * 178, 256) == pytest.approx(0.85 * 356 / 396)  # smaller tiles lose less than 178 of 264
+    assert filled(128, 256) == pytest.approx(0.6 * 4 / 132)  # the smallest tiles
+    assert filled(128, 256, 4096) == pytest.approx(4 * 0.9 * 0.6 * 4 / 132)  # four parts of the sum each
+    assert prediction.filled(Kernel("product", 1.0)) == 1
+    whole, chunked = (filled(rows, 16384) for rows in (2304, 2560))
+    assert whole == pytest.approx(0.97, abs=0.01)  # `kernels.head`'s chunks
+    assert chunked < 1
+
+
+def measured_rows() -> list[dict[str, Any]]:
+    return [
+        {"name": "copy", "rate": 4e12},
+        {"name": "matmul", "rate": 900e12},
+        {"name": "convolution 3×3 bfloat16 128→128 384²", "rate": 100e12},
+        {"name": "convolution 3×3 bfloat16 128→128 192²", "rate": 300e12},
+        {"name": "convolution 3×3 bfloat16 128→128 384², cudnn.benchmark", "rate": 999e12},
+        {"name": "convolution 3×3 TF32 128→128 384²", "rate": 50e12},
+        {"name": "add_group_norm_silu C@S, bfloat16", "rate": 2e12},
+        {"name": "group_norm_silu C@S, float32", "rate": 9e12},
+        {"name": "attention, one head of 512, default", "rate": 10e12},
+        {"name": "attention, one head of 512, flash", "unavailable": "No available kernel"},
+        {"name": "attention, T 576, heads of 64, default, forward", "rate": 200e12},
+        {"name": "attention, T 576, heads of 64, default, forward and backward", "rate": 175e12},
+        {"name": "poisoned memory, float32", "failure": "RuntimeError"},
+    ]
+
+
+def test_measured_rates_take_the_place_of_estimates(tmp_path: Path) -> None:
+    check, lines = tmp_path / "gpu_check.json", tmp_path / "rates.txt"
+    check.write_text(json.dumps({"parts": {"rates": {"figures": measured_rows()}, "sampling": {"figures": None}}}))
+    lines.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in measured_rows()) + "Error: half a {li"
+    )
+    found = [prediction.corrected(rates(), prediction.read_rates(path)) for path in (check, lines)]
+    assert found[0] == found[1]
+    corrected = found[0]
+    assert (corrected.ceilings.copy, corrected.ceilings.matmul) == (4e12, 900e12)
+    gap = corrected.table["launch"]
+
+    def seconds(kind: str, flops: float, moved: float = 0, *shape: int, single: bool = False) -> float:
+        return corrected.seconds(Kernel(kind, flops, moved, single=single, shape=shape)) - gap
+
+    assert seconds("convolution", 100e12, 0, 128, 128, 384, 3) == pytest.approx(1)  # its own
+    assert seconds("convolution", 200e12, 0, 256, 128, 192, 3) == pytest.approx(1)  # the median of those to 128
+    assert seconds("convolution", 50e12, 0, 128, 128, 384, 3, single=True) == pytest.approx(1)
+    assert seconds("convolution", 600e12, 0, 512, 512, 24, 3) == pytest.approx(1)  # still the estimate
+    assert seconds("norm", 0, 2e12) == pytest.approx(1)
+    assert seconds("elementwise", 0, 4e12) == pytest.approx(1 / 0.86)  # of the copy that was measured
+    assert seconds("product", 0.91 * 900e12) == pytest.approx(1)
+    assert seconds("wide attention", 10e12) == pytest.approx(1)
+    forward, backward = seconds("attention", 1e12), seconds("attention backward", 2.5e12)
+    assert forward + backward == pytest.approx(3.5e12 / 175e12)
+    assert "norm 2 T (measured)" in str(corrected)
+    assert "elementwise 0.86 of copy" in str(corrected)
+
+
+def test_what_rates_measures_is_what_a_step_launches() -> None:
+    """By the names that it reports them under: most of the time of an XXL step's convolutions."""
+    named = {
+        prediction.convolution_name(3, kind, *shape)
+        for kind, shapes in (
+            ("bfloat16", rates_script.CONVOLUTIONS + rates_script.ENDS),
+            ("TF32", rates_script.ENCODER),
+        )
+        for shape in shapes
+    } | {prediction.convolution_name(2, "bfloat16", *shape) for shape in rates_script.PHASES}
+    known = missed = 0.0
+    for kernel in itertools.chain.from_iterable(cost.kernels for cost in config_costs(XXL).values()):
+        if kernel.kind == "convolution":
+            inputs, outputs, side, taps = kernel.shape
+            name = prediction.convolution_name(taps, "TF32" if kernel.single else "bfloat16", inputs, outputs, side)
+            if name in named:
+                known += kernel.flops
+            else:
+                missed += kernel.flops
+    assert known > 0.75 * (known + missed)
+
+
+def test_what_the_rates_script_prints_can_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bench = rates_script.Bench(rates_script.torch.device("cpu"), shrink=64)
+    rates_script.convolution(bench, (128, 128, 384), rates_script.torch.bfloat16)
+    path = tmp_path / "rates.txt"
+    path.write_text(capsys.readouterr().out)
+    (row,) = prediction.read_rates(path)
+    table = prediction.corrected(rates(), [row]).table
+    assert table["convolution to 128"] == table["convolution 3×3 bfloat16 128→128 384²"] == row["rate"]
+
+
+def test_rates_reach_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "gpu_check.json"
+    path.write_text(json.dumps({"parts": {"rates": {"figures": measured_rows()}}}))
+    plain, slow = (printed(capsys, "--gpu", "h100", *more) for more in ([], ["--rates", str(path)]))
+    assert float(cells(slow, "decode")[1]) > 1.5 * float(cells(plain, "decode")[1])
+    assert "wide attention 10 T (measured)" in " ".join(slow)
+    lines = printed(capsys, "--gpu", "a100-80", "--rates", str(path))  # of others with measured rates alone
+    assert "A100 80 GB" in lines[2]
+    for arguments, message in (
+        (["--predict", "--gpu", "a100-80"], "no kernel's rates are known for A100 80 GB: pass --rates"),
+        (["--predict", "--rates", str(tmp_path / "none.json")], "No such file"),
+        (["--predict", "--rates", __file__], "no rates in it: pass a gpu_check.json"),
+        (["--rates", str(path)], "--rates goes with --predict"),
+    ):
+        with pytest.raises(SystemExit):
+            roofline.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_stands_beside_what_was_expected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    config = {name: value for name, value in XXL.items() if not isinstance(value, Path)}
+    stages = {"decode": {"seconds": 0.25}, "data": {"seconds": 0.1}}
+    ceilings = {"copy": 3e12, "matmul": 798e12, "single_share": 0.5}
+    record = {"config": config, "device": "NVIDIA H100 80GB HBM3", "processes": 8, "stages": stages}
+    path.write_text(json.dumps(record | {"ceilings": ceilings}, default=dict))
+    lines = printed(capsys, str(path))
+    assert "measured s" in lines[2]
+    floor, expected, measured = map(float, cells(lines, "decode")[:3])
+    assert (floor, measured) == (0.151, 0.25)
+    assert expected == pytest.approx(1.762 / 8, abs=2e-3)
+    assert not any(line.startswith("many GPUs") for line in lines)
+
+
+def test_a_token_of_sampling() -> None:
+    """11.1 ms a token with the cache in bf16 and 40 images/s on an H100, 51 on an H200; 63 and 76 with 8 bits."""
+    config = generator_config("xxl")
+    for gpu, expected in (("h100", (40, 63)), ("h200", (51, 76))):
+        caches = (torch.bfloat16, torch.float8_e4m3fn)
+        found = [256 / 576 / sum(prediction.token_seconds(config, 256, rates(gpu), each).values()) for each in caches]
+        assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    h100 = rates()
+    steps = {gpus: prediction.share_of_step(XXL, gpus, h100, 80 * GB) for gpus in (1, 8, 32, 128)}
+    alone = steps[1]
+    assert (alone.exposed, alone.step) == (0, sum(alone.kernels.values()))
+    assert alone.kernels == h100.by_kind(sum(config_costs(XXL).values(), Cost()))
+    assert steps[8].kernels["optimizer"] == pytest.approx(alone.kernels["optimizer"] / 8, rel=0.01)
+    assert [steps[gpus].step > alone.step / gpus for gpus in (32, 128)] == [True, True]
+    assert steps[8].host == pytest.approx(alone.host / 8, rel=0.15)
+    assert steps[32].host == pytest.approx(steps[8].host, rel=0.05)  # a micro-batch is launched whatever its size
+    assert steps[32].with_host == pytest.approx(steps[32].step + steps[32].host - steps[32].launched)
+    assert set(steps[32].lost(alone, 32)) == {*alone.kernels, "exposed"}
+    whole = prediction.share_of_step(XXL, 8, h100, 80 * GB, sharded=False)
+    assert whole.kernels["optimizer"] == alone.kernels["optimizer"]
+    assert whole.memory > steps[8].memory
+    assert prediction.share_of_step(XXL, 1, h100, 30 * GB).memory is None
+
+    lines = printed(capsys, "--recipe", "lean")
+    start = next(index for index, line in enumerate(lines) if line.startswith("many GPUs"))
+    assert "NVLink 350 GB/s, InfiniBand 45 GB/s a GPU" in lines[start]
+    rows = [line.split() for line in lines[start + 2 : start + 7]]
+    assert [row[:2] for row in rows] == [["1", "128"], ["8", "16"], ["32", "4"], ["64", "2"], ["128", "1"]]
+    assert float(rows[1][4]) == pytest.approx(steps[8].step, abs=1e-3)
+    assert "75 µs each; from 1 GPU on that takes longer than those kernels; past 128 GPUs" in lines[start + 7]
+
+
+def test_collectives_move_over_the_slower_of_two_links() -> None:
+    weights = FP32 * 1.4e9
+    assert prediction.collective(weights, 8) == pytest.approx(weights * 7 / 8 / 350e9)
+    assert prediction.collective(weights, 32) == pytest.approx(weights * max(31 / 32 / 350e9, 3 / 4 / (8 * 45e9)))

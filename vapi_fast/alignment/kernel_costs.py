@@ -1,0 +1,279 @@
+"""What kernels compute and move: the terms of a step's costs, and those of the frozen networks.
+
+FLOPs are counted by PyTorch's `flop_registry`, on the meta device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from vapi_fast import ops
+from vapi_fast.models import LPIPS, VQTokenizer
+from vapi_fast.models.lpips import LPIPSConfig
+from vapi_fast.models.tokenizer import VQTokenizerConfig
+from vapi_fast.runtime.ceilings import Ceilings
+
+BF16, FP32 = 2, 4  # bytes
+ENCODER = FP32  # a number of the encoder's maps and weights; its products are in TF32
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Launches of one kernel in one place of a step, all together.
+
+    kind: `product`, `convolution`, `attention`, `wide attention` (one head over a map), `norm` (GroupNorm with what is
+        fused to it), `elementwise`, `cast` (of weights, and sums of their gradients) or `optimizer`.
+    flops: of matrix products and convolutions, a multiplication with its addition is two. bytes: to and from memory.
+    single: computed in float32, on a GPU in TF32.
+    shape: of a launch's product its rows and columns; of a convolution channels in and out, pixels and taps a side.
+    """
+
+    kind: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    runs: float = 1
+    single: bool = False
+    shape: tuple[int, ...] = ()
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds that it takes at least: a kernel moves and computes at the same time."""
+        return max(self.flops / self.peak(ceilings), self.bytes / ceilings.copy)
+
+    def peak(self, ceilings: Ceilings) -> float:
+        """FLOPs a second at most."""
+        return ceilings.single if self.single else ceilings.matmul
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is launched, one kernel after the other."""
+
+    kernels: tuple[Kernel, ...] = ()
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.kernels + other.kernels)
+
+    @property
+    def flops(self) -> float:
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> float:
+        return sum(kernel.bytes for kernel in self.kernels)
+
+    @property
+    def runs(self) -> float:
+        """Launches."""
+        return sum(kernel.runs for kernel in self.kernels)
+
+    def times(self, count: float, runs: float | None = None) -> Cost:
+        """`count` times the work, in `runs` times the launches; by default as many."""
+        runs = count if runs is None else runs
+
+        def scaled(kernel: Kernel) -> Kernel:
+            work = {"flops": kernel.flops * count, "bytes": kernel.bytes * count, "runs": kernel.runs * runs}
+            if kernel.kind == "product" and kernel.shape and runs:  # a launch has so many times the rows
+                work["shape"] = (round(kernel.shape[0] * count / runs), kernel.shape[1])
+            return replace(kernel, **work)
+
+        return Cost(tuple(map(scaled, self.kernels)))
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds that it takes at least: kernels do not overlap, each has to wait for what the last one wrote."""
+        return sum(kernel.floor(ceilings) for kernel in self.kernels)
+
+    def bound(self, ceilings: Ceilings) -> str:
+        """The ceiling that decides most of the floor: `matmul` or `copy`."""
+        moving = (each.bytes / ceilings.copy for each in self.kernels)
+        floors = [each.floor(ceilings) for each in self.kernels]
+        computing = sum(floor for floor, moved in zip(floors, moving, strict=True) if floor > moved)
+        return "matmul" if computing >= sum(floors) / 2 else "copy"
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, Cost())
+
+
+def elementwise(bytes_moved: float, runs: float = 1, kind: str = "elementwise") -> Cost:
+    return Cost((Kernel(kind, 0, bytes_moved, runs),))
+
+
+def product(rows: float, inner: int, columns: int, runs: float = 1, *, written: int = BF16) -> Cost:
+    """`[rows, inner]` · `[inner, columns]` in 16 bits, `runs` times. written: bytes of a number of the result."""
+    moved = BF16 * (rows + columns) * inner + written * rows * columns
+    return Cost(
+        (Kernel("product", 2 * rows * inner * columns * runs, moved * runs, runs, False, (round(rows), columns)),)
+    )
+
+
+def gradient_products(rows: float, inner: int, columns: int, runs: float) -> Cost:
+    """The two products of a linear's backward: the gradients of its input and of its weight."""
+    return product(rows, columns, inner, runs) + product(columns, round(rows), inner, runs)
+
+
+def casts(weights: float, runs: float) -> Cost:
+    """fp32 master weights → bf16."""
+    return elementwise((FP32 + BF16) * weights * runs, runs, "cast")
+
+
+def sums(weights: float, passes: int, count: int = 1) -> Cost:
+    """bf16 gradients of `count` tensors → fp32, and from the second pass on added to those before."""
+    moved = (BF16 + FP32) * passes + 3 * FP32 * (passes - 1)
+    return elementwise(moved * weights, (2 * passes - 1) * count, "cast")
+
+
+class NetworkKernels(TorchDispatchMode):
+    """Notes the kernels that `models/frozen` launches for a plain convolutional network and one image.
+
+    A convolution's bias and activation ride on it or on the pass that follows. GroupNorm's statistics are a pass of
+    their own before it is applied, and a sum is written by the former: 5 passes over the map; of an upsampling's phases
+    or a convolution's bias alone 4, and 3 inside of a block, where nothing else reads the sum. A sum that is not normed
+    takes 5, the bias added first. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself.
+    FLOPs are those of PyTorch's `flop_registry`.
+    """
+
+    def __init__(self, itemsize: int) -> None:
+        super().__init__()
+        self.itemsize = itemsize
+        self.kernels: list[Kernel] = []
+        self.elements = 0  # of all maps, that convolutions, norms and poolings read or write at least once
+        self.largest_map = 0
+        self.made: dict[int, tuple[str, Tensor, Any]] = {}  # by id of a map: the operation, the map, its first input
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if note := getattr(self, f"note_{name}", None):
+            note(result, *args)
+        if isinstance(result, Tensor):
+            self.made[id(result)] = name, result, args[0] if args else None
+        return result
+
+    def origin(self, x: Any) -> tuple[str, Any]:
+        """The operation that made x, "" for an input, and that one's first input."""
+        name, _, source = self.made.get(id(x), ("", x, None))
+        return name, source
+
+    def note(self, kind: str, flops: float, elements: int, shape: tuple[int, ...] = (), runs: float = 1) -> None:
+        self.kernels.append(Kernel(kind, flops, elements * self.itemsize, runs, self.itemsize == FP32, shape))
+
+    def note_convolution(self, result: Tensor, source: Tensor, weight: Tensor, *others: Any) -> None:
+        flops = flop_registry[aten.convolution](source, weight, *others, out_val=result)
+        outputs, inputs, taps, _ = weight.shape
+        side = result.shape[-1]
+        name, original = self.origin(source)
+        if name == "upsample_nearest2d":
+            source, flops, outputs, side, taps = original, flops * 4 // 9, 4 * outputs, side // 2, 2
+        moved = source.numel() + result.numel() + weight.numel()
+        if taps > 1:
+            self.note("convolution", flops, moved, (inputs, outputs, side, taps))
+        else:
+            self.note("product", flops, moved, (side * side, outputs))
+        self.elements += source.numel() + result.numel()
+        self.largest_map = max(self.largest_map, source.numel(), result.numel())
+
+    def note_native_group_norm(self, result: Any, x: Tensor, *others: Any) -> None:
+        name, source = self.origin(x)
+        inside = name == "convolution" and self.origin(source)[0] == "silu"
+        self.note("norm", 0, (5 if name == "add" else 3 if inside else 4) * x.numel(), runs=3)
+        self.elements += 2 * x.numel()
+
+    def note_add(self, result: Tensor, *others: Any) -> None:
+        self.elements += result.numel()
+
+    def note_max_pool2d_with_indices(self, result: Any, x: Tensor, *others: Any) -> None:
+        self.note("elementwise", 0, x.numel() + result[0].numel())
+        self.elements += x.numel() + result[0].numel()
+
+    def note_upsample_nearest2d(self, result: Tensor, x: Tensor, *others: Any) -> None:
+        if self.origin(x)[0] == "add":
+            self.note("elementwise", 0, 5 * x.numel(), runs=2)
+
+    def note_constant_pad_nd(self, result: Tensor, x: Tensor, *others: Any) -> None:
+        self.note_upsample_nearest2d(result, x)
+        self.note("elementwise", 0, x.numel() + result.numel())
+
+    def note_bmm(self, result: Tensor, a: Tensor, b: Tensor) -> None:
+        """One of attention's two, whose scores stay on the chip: the result or a."""
+        scores = max(result.numel(), a.numel())
+        moved = a.numel() + b.numel() + result.numel() - scores
+        self.note("wide attention", flop_registry[aten.bmm](a, b, out_val=result), moved, runs=0.5)
+
+
+def network_cost(network: nn.Module, channels: int, side: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
+    """Cost of one image's map `[1, channels, side, side]` through a network on the meta device."""
+    noted = NetworkKernels(itemsize)
+    with torch.no_grad(), ops.use_backend("reference"), noted:
+        network(torch.empty(1, channels, side, side, device="meta"))
+    return Cost(tuple(noted.kernels)), noted
+
+
+@functools.cache
+def encoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
+    """Encoding of one image, with the comparison of its latents with every code."""
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(config)
+    cost, _ = network_cost(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), 3, image_size, ENCODER)
+    codes = (image_size // config.downsample) ** 2 * config.codebook_size
+    return cost + Cost((Kernel("product", 2 * codes * config.code_width, single=True),))
+
+
+def decoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
+    """Decoding of one image."""
+    return _decoder(config, image_size)[0]
+
+
+def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
+    """Elements of the largest map on the way to one image."""
+    return _decoder(config, image_size)[1].largest_map
+
+
+@functools.cache
+def _decoder(config: VQTokenizerConfig, image_size: int) -> tuple[Cost, NetworkKernels]:
+    with torch.device("meta"):
+        tokenizer = VQTokenizer(config)
+    # As `models/frozen` has it, post_quant_conv is in the codebook.
+    return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample)
+
+
+def feature_cost(config: LPIPSConfig, image_size: int) -> Cost:
+    """One image through the perceptual network, and its maps read again where distances are taken.
+
+    Shifted, scaled, cast and padded to eight channels first, in four passes over three channels.
+    """
+    pixels = (3 * (BF16 + FP32) + 6 * FP32 + 3 * (FP32 + BF16) + 3 * BF16 + 8 * BF16) * image_size**2
+    distances = elementwise(BF16 * _level_elements(config, image_size), len(config.levels))
+    return elementwise(pixels, 4) + _features(config, image_size)[0] + distances
+
+
+@functools.cache
+def _features(config: LPIPSConfig, image_size: int) -> tuple[Cost, NetworkKernels]:
+    with torch.device("meta"):
+        lpips = LPIPS(config)
+    return network_cost(lpips.features, 3, image_size)
+
+
+def _level_elements(config: LPIPSConfig, image_size: int) -> int:
+    return sum(width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True))
+
+
+def reward_elements(tokenizer: VQTokenizerConfig, lpips: LPIPSConfig, image_size: int) -> int:
+    """Elements of one image's maps that decoder and perceptual network read or write, each operation's once."""
+    networks = _decoder(tokenizer, image_size)[1].elements + _features(lpips, image_size)[1].elements
+    return networks + _level_elements(lpips, image_size)
