@@ -39,7 +39,7 @@ from .launch import (
 
 STATISTICS = {"BLOCK_ELEMENTS": 8192, "ROWS": 4, "num_warps": 8, "num_stages": 1}
 SUM_STATISTICS = {"BLOCK_ELEMENTS": 4096, "ROWS": 2, "num_warps": 8, "num_stages": 1}
-FINISH = {"BLOCK_SPLITS": 128, "num_warps": 4, "num_stages": 1}
+FINISH = {"BLOCK_SPLITS": 64, "num_warps": 1, "num_stages": 1}
 APPLY = {"BLOCK_ELEMENTS": 8192, "num_warps": 8, "num_stages": 1}
 REDUCE = {"BLOCK_ELEMENTS": 4096, "ROWS": 2, "num_warps": 8, "num_stages": 1}
 BACKWARD = {"BLOCK_ELEMENTS": 4096, "num_warps": 8, "num_stages": 1}
@@ -105,12 +105,14 @@ def group_norm_statistics_kernel(
     inside_c = channel < C
     h_base = h_ptr + image.to(tl.int64) * h_pixels * C
     base = image.to(tl.int64) * P * C
-    shift = channel_row(h_base, channel, inside_c)
+    first_h = tl.load(h_base + channel, mask=inside_c, other=0.0)[None, :]
+    shift = first_h.to(tl.float32)
     if channel_bias_ptr is not None:
         channel_bias = channel_row(channel_bias_ptr, channel, inside_c)
         shift += channel_bias
     if residual_ptr is not None:
-        shift += channel_row(residual_ptr + base, channel, inside_c)
+        first_residual = tl.load(residual_ptr + base + channel, mask=inside_c, other=0.0)[None, :]
+        shift += first_residual.to(tl.float32)
     shift = shift.to(h_ptr.dtype.element_ty).to(tl.float32)
     total = tl.zeros([BLOCK_P // ROWS, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P // ROWS, BLOCK_C], tl.float32)
@@ -123,15 +125,16 @@ def group_norm_statistics_kernel(
         if PHASES:
             y, x = pixel // width, pixel % width
             h_row = ((y + 1) // 2 * (width // 2 + 1) + (x + 1) // 2) * 4 + y % 2 * 2 + x % 2
-        value = tl.load(h_base + h_row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        # Beyond the end the first pixel is read again: less itself it adds nothing to the sums.
+        value = tl.load(h_base + h_row[:, None] * C + channel[None, :], mask=inside, other=first_h).to(tl.float32)
         if channel_bias_ptr is not None:
             value += channel_bias
         if residual_ptr is not None:
-            value += tl.load(residual_ptr + base + offset, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(residual_ptr + base + offset, mask=inside, other=first_residual).to(tl.float32)
         value = value.to(h_ptr.dtype.element_ty)
         if sum_ptr is not None:
             tl.store(sum_ptr + base + offset, value, mask=inside)
-        centred = tl.where(inside, value.to(tl.float32) - shift, 0.0)
+        centred = value.to(tl.float32) - shift
         total += row_sums(centred, ROWS)
         squares += row_sums(centred * centred, ROWS)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
@@ -170,21 +173,22 @@ def group_norm_finish_kernel(
     first_pixel = x_ptr + image.to(tl.int64) * P * C
     near = tl.load(first_pixel + group * size).to(tl.float32)  # means are taken from here on, to be exact
     shift = tl.load(first_pixel + channel, mask=inside_c, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    squares = tl.zeros([BLOCK_G], tl.float32)
+    totals = tl.zeros([BLOCK_SPLITS, BLOCK_G], tl.float32)
+    squares = tl.zeros([BLOCK_SPLITS, BLOCK_G], tl.float32)
     for start in range(0, SPLITS, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
         inside = (split < SPLITS)[:, None] & inside_c[None, :]
         row = sums_ptr + (image.to(tl.int64) * SPLITS + split[:, None]) * 2 * C + channel[None, :]
-        total += tl.sum(tl.load(row, mask=inside, other=0.0), axis=0)
-        squares += tl.sum(tl.load(row + C, mask=inside, other=0.0), axis=0)
+        totals += tl.load(row, mask=inside, other=0.0)
+        squares += tl.load(row + C, mask=inside, other=0.0)
+    total, square = tl.sum(totals, axis=0), tl.sum(squares, axis=0)
     channel_bias = tl.zeros([BLOCK_G], tl.float32)
     if channel_bias_ptr is not None:
         channel_bias = tl.load(channel_bias_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
     channel_mean = shift - near + total / P + channel_bias
     mean = tl.sum(tl.where(inside_c, channel_mean, 0.0), axis=0) / size
     deviation = tl.where(inside_c, channel_mean - mean, 0.0)
-    variance = tl.sum((squares - total * (total / P)) / P + deviation * deviation, axis=0) / size
+    variance = tl.sum((square - total * (total / P)) / P + deviation * deviation, axis=0) / size
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     tl.store(mean_ptr + tl.program_id(0), near + mean)
     tl.store(rstd_ptr + tl.program_id(0), rstd)
