@@ -30,9 +30,10 @@ warps a cycle, as a share of the time of its bytes at 3.0 TB/s (an H100) and at 
 | group_norm_silu_reduce        | 19.8                    | 74        | 50 %        | 72 % |
 | group_norm_silu_backward      | 19.3                    | 80        | 33 %        | 47 % |
 
-With e^ and a division, and a prologue for each tile, apply took 20.7 (52 % and 75 %), with a sum for each place of the tile
-statistics 96 registers: two programs a multiprocessor, of which 532 were launched for 264 places. What that is worth is
-predicted, not measured: a step of LlamaGen-XXL at 384² (1024 images decoded) gains 60 ms on an H100, 100 on an H200.
+With e^ and a division, and a prologue for each tile, apply took 20.7 (52 % and 75 %), with a sum for each place of the
+tile statistics 96 registers: two programs a multiprocessor, of which 532 were launched for 264 places. What that is
+worth is predicted, not measured: a step of LlamaGen-XXL at 384² (1024 images decoded) gains 60 ms on an H100, 100 on an
+H200.
 """
 
 from __future__ import annotations
