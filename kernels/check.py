@@ -3,9 +3,10 @@
     python -m vapi_fast.kernels.check [--only NAME] [--arch sm_90 ...] [--output-dir DIR]
 
 Prints for every kernel and architecture the registers of a thread, bytes spilled, shared memory, the matrix
-instruction that a dot became, the widest global load, and what it was specialised on. Exit code 1 if a kernel
-spills, needs more shared memory than a block can have, or has a dot without a matrix instruction. `--output-dir` leaves
-a library that VAPI_FAST_KERNELS can name.
+instruction that a dot became, the widest global load, and what it was specialised on; of a kernel that goes through a
+map by tiles of pixels and channels also the instructions that its loop takes for one element, and the barriers of one
+iteration. Exit code 1 if a kernel spills, needs more shared memory than a block can have, or has a dot without a matrix
+instruction. `--output-dir` leaves a library that VAPI_FAST_KERNELS can name.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ from .library import keep, write_manifest
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
 MATRIX_INSTRUCTION = re.compile(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|HMMA|IMMA|QMMA)\b")
 GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+LABEL = re.compile(r"(\.L_x_\d+):")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
+JUMP = re.compile(r"`?\(?(\.L_x_\d+)\)?\s*$")
 ASYNCHRONOUS_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x[0-9a-f]+|\d+)")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel on one architecture looks like; sizes in bytes, load width in bits."""
+    """What the machine code of one kernel on one architecture looks like; sizes in bytes, load width in bits.
+
+    instructions: of one element, in the loop over a map's tiles; barriers: of one iteration of it. None without one.
+    """
 
     kernel: str
     architecture: str
@@ -47,6 +54,8 @@ class Report:
     dots: int
     matrix_instruction: str
     load_width: int
+    instructions: float | None
+    barriers: int | None
     specialised: str  # arguments and constants that it was compiled for
 
     @property
@@ -78,10 +87,32 @@ def load_width(ptx: str) -> int:
     return max(widths)
 
 
-def matrix_instruction(cubin: str) -> str:
+def matrix_instruction(code: str) -> str:
     """The commonest matrix instruction of the machine code, "-" if there is none."""
-    found = collections.Counter(MATRIX_INSTRUCTION.findall(tool("nvdisasm", "--no-dataflow", cubin)))
+    found = collections.Counter(MATRIX_INSTRUCTION.findall(code))
     return found.most_common(1)[0][0] if found else "-"
+
+
+def longest_loop(code: str) -> list[str]:
+    """Instructions of the machine code's longest loop, from a label to the branch back to it, without operands."""
+    instructions: list[str] = []
+    places: dict[str, int] = {}  # of labels so far
+    longest: list[str] = []
+    for line in code.splitlines():
+        if label := LABEL.match(line):
+            places[label[1]] = len(instructions)
+        elif found := INSTRUCTION.match(line):
+            instructions.append(found[1])
+            target = JUMP.search(found[2]) if found[1].startswith("BRA") else None
+            if target and target[1] in places:
+                longest = max(longest, instructions[places[target[1]] :], key=len)
+    return longest if len(longest) > 1 else []  # code ends with a branch to itself
+
+
+def tile_elements(each: Specialisation) -> int:
+    """Elements of one tile of a map, 0 for a kernel that goes through none."""
+    constants = dict(each.constants)
+    return constants.get("BLOCK_P", 0) * constants.get("BLOCK_C", 0)
 
 
 def report(each: Specialisation, architecture: str, library: Path | None) -> Report:
@@ -92,7 +123,10 @@ def report(each: Specialisation, architecture: str, library: Path | None) -> Rep
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         dots = len(re.findall(r"\btt\.dot", kernel.asm["ttir"]))
-        matrix = matrix_instruction(file.name) if dots else "-"  # disassembling takes longer than compiling
+        elements = tile_elements(each)  # disassembling takes longer than compiling
+        code = tool("nvdisasm", "--no-dataflow", file.name) if dots or elements else ""
+    loop = longest_loop(code) if elements else []
+    threads = 32 * kernel.metadata.num_warps
     if library is not None:
         keep(kernel, library)
     return Report(
@@ -103,8 +137,10 @@ def report(each: Specialisation, architecture: str, library: Path | None) -> Rep
         spilled=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         shared=kernel.metadata.shared,
         dots=dots,
-        matrix_instruction=matrix,
+        matrix_instruction=matrix_instruction(code),
         load_width=load_width(kernel.asm["ptx"]),
+        instructions=len(loop) * threads / elements if loop else None,
+        barriers=sum(name.startswith("BAR") for name in loop) if loop else None,
         specialised=", ".join(map(shown, each.arguments)) + "; " + ", ".join(f"{n}={v}" for n, v in each.constants),
     )
 
@@ -121,12 +157,13 @@ def check(
 ) -> list[Report]:
     """Reports of all kernels whose name and architecture were asked for, printed as they come."""
     work = [(each, arch, library) for arch in architectures for each in wanted(arch) if only in each.kernel]
-    print(f"{'kernel':<40} arch    warps  regs spill  shared  matrix  load  arguments; constants")
+    print(f"{'kernel':<40} arch    warps  regs spill  shared  matrix  load instr bars  arguments; constants")
     reports = []
     for r in in_parallel(report, work, processes):
+        loop = f"{r.instructions:>5.1f} {r.barriers:>4}" if r.instructions else "    -    -"
         print(
             f"{r.kernel:<40} {r.architecture:<7} {r.warps:>5} {r.registers:>5} {r.spilled:>5} {r.shared:>7} "
-            f" {r.matrix_instruction:<7} {r.load_width:>4}  {r.specialised}",
+            f" {r.matrix_instruction:<7} {r.load_width:>4} {loop}  {r.specialised}",
             flush=True,
         )
         reports.append(r)

@@ -33,6 +33,8 @@ GOOD = check.Report(
     dots=1,
     matrix_instruction="HGMMA",
     load_width=128,
+    instructions=None,
+    barriers=None,
     specialised="bfloat16, bfloat16; BLOCK_D=2048",
 )
 
@@ -66,6 +68,56 @@ def test_every_launch_compiles_without_a_problem(checked: tuple[subprocess.Compl
         f"{m.__name__.rpartition('.')[2]}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")
     }
     assert defined == {each.kernel for each in launches.load()}
+
+
+# Instructions an element at most, in the loops of GroupNorm's kernels: what is launched first that fits.
+MOST_INSTRUCTIONS = [
+    ("statistics", "None, None, None", 7.0),
+    ("statistics", "PHASES=False", 14.5),
+    ("statistics", "PHASES=True", 17.5),
+    ("silu_apply", "SILU=False", 5.5),
+    ("silu_apply", "SILU=True", 10.5),
+    ("silu_reduce", "", 21.0),
+    ("silu_backward", "", 21.0),
+]
+
+
+def test_loops_over_maps_are_short_and_wait_at_no_barrier(
+    checked: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    rows = [line for line in checked[0].stdout.splitlines() if re.match(r"group_norm\.\S+ +sm_90 ", line)]
+    seen = set()
+    for row in rows:
+        limits = [each for each in MOST_INSTRUCTIONS if f"norm_{each[0]}_kernel" in row and each[1] in row]
+        instructions, barriers = row.split()[8:10]
+        if not limits:
+            assert "group_norm_finish_kernel" in row
+            assert (instructions, barriers) == ("-", "-")
+            continue
+        seen.add(limits[0])
+        assert float(instructions) <= limits[0][2], row
+        assert barriers == "0", row
+    assert seen == set(MOST_INSTRUCTIONS)
+
+
+def test_longest_loop_reads_the_machine_code() -> None:
+    code = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @P0  BRA `(.L_x_1) ;
+.L_x_0:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/             @!PT  BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0050*/             @!P1  BRA `(.L_x_0) ;
+.L_x_1:
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+        /*0080*/                   NOP;
+"""
+    assert check.longest_loop(code) == ["LDG.E.128", "BAR.SYNC.DEFER_BLOCKING", "FFMA", "BRA"]
+    assert check.longest_loop(code.replace("`(.L_x_0)", "`(.L_x_1)")) == []
 
 
 # Compiles one specialisation, if it has to.

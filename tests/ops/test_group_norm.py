@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vapi_fast import ops
+from vapi_fast.kernels import group_norm
 
 SIZES = [((2, 24, 9, 11), 8), ((1, 6, 5, 7), 3), ((3, 5, 3, 3), 1), ((2, 32, 1, 63), 32)]  # maps and groups
 
@@ -140,17 +141,35 @@ def affine(channels: int) -> dict[str, Tensor]:
     return {"weight": 1 + 0.1 * torch.randn(channels), "bias": torch.randn(channels)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize(("shape", "groups"), SIZES)
 def test_group_norm_silu(shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype) -> None:
     inputs = [maps(*shape), *affine(shape[1]).values()]
     assert_fused_accurate(lambda *t: ops.group_norm_silu(*t, groups, 1e-6), inputs, dtype)
 
 
-@pytest.mark.parametrize("split", [slice(0, 2), slice(2, 4)])
-def test_group_norm_silu_over_several_splits_of_the_pixels(split: slice) -> None:
-    inputs = [maps(4, 512, 12, 13)[split], torch.randn(512), torch.randn(512)]
-    assert_fused_accurate(lambda *t: ops.group_norm_silu(*t, 32, 1e-6), inputs, torch.float32)
+@pytest.fixture(params=[1, 2, 12])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four multiprocessors, each with so many programs: with few, each has several tiles of a map."""
+    monkeypatch.setattr(group_norm, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(group_norm, "PROGRAMS", request.param)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("images", [slice(0, 2), slice(2, 4)])
+def test_group_norm_silu_over_several_splits_of_the_pixels(images: slice) -> None:
+    inputs = [maps(4, 512, 12, 13)[images], torch.randn(512), torch.randn(512)]
+    assert_fused_accurate(lambda *t: ops.group_norm_silu(*t, 2, 1e-6), inputs, torch.float32)
+
+
+def test_programs_fill_the_multiprocessors_a_whole_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_norm, "multiprocessors", lambda device: 132)
+    x = torch.empty(14, 128, 384, 384, dtype=torch.bfloat16, device="meta")
+    launched, (pixels, per_split, splits), block = group_norm.over_pixels(group_norm.APPLY, x)
+    assert launched == 14 * splits
+    assert 0.95 * 12 * 132 < launched <= 12 * 132
+    assert (splits - 1) * per_split < pixels <= splits * per_split
+    assert per_split % block["BLOCK_P"] == 0
 
 
 def test_group_norm_silu_keeps_memory_format_and_dtype(backend: str) -> None:
@@ -219,11 +238,12 @@ def test_bias_group_norm_silu(shape: tuple[int, int, int, int], groups: int, dty
     assert_bias_accurate(dtype, maps(*shape), 3 * torch.randn(shape[1]), groups)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("phases", [False, True])
 def test_several_splits_of_the_pixels(phases: bool) -> None:
     inputs = {"h": maps(2, 1024, 6, 7) if phases else maps(2, 256, 10, 13)} | affine(256)
     shape = (2, 256, 10, 12) if phases else (2, 256, 10, 13)
-    assert_stream_accurate(torch.float32, inputs | {"residual": maps(*shape)}, 32, phases=phases)
+    assert_stream_accurate(torch.float32, inputs | {"residual": maps(*shape)}, 2, phases=phases)
 
 
 @pytest.mark.parametrize(
