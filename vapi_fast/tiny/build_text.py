@@ -214,7 +214,7 @@ def train_tokenizer(output: TextFiles, steps: int = 1250, batch_size: int = 48, 
     save_half(model, output.tokenizer)
 
 
-def batches(
+def scene_batches(
     output: TextFiles, batch_size: int, conditions: Callable[[list[str]], dict[str, Any]], seed: int = GENERATOR_SEED
 ) -> tuple[Callable[[int], Example], Example]:
     """What `fit_generator` takes: endless scenes, one caption in ten left out for guidance, and held-out ones.
@@ -246,7 +246,7 @@ def train_generator(output: TextFiles, cycles: Sequence[int] = CYCLES, batch_siz
         return {"condition": features, "condition_mask": mask}
 
     for cycle, steps in enumerate(cycles):
-        fit_generator(model, *batches(output, batch_size, conditions, GENERATOR_SEED + 1000 * cycle), steps)
+        fit_generator(model, *scene_batches(output, batch_size, conditions, GENERATOR_SEED + 1000 * cycle), steps)
     save_half(model, output.generator)
 
 
@@ -305,7 +305,7 @@ def train_janus(output: TextFiles, steps: int = JANUS_STEPS, batch_size: int = 3
         logits = states @ model.text_embeddings.weight.T
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=config.pad)
 
-    fit_generator(model, *batches(output, batch_size, conditions), steps, text_loss)
+    fit_generator(model, *scene_batches(output, batch_size, conditions), steps, text_loss)
     language = {"num_hidden_layers": config.layers, "hidden_size": config.width, "num_attention_heads": config.heads}
     text = json.dumps({"model_type": "multi_modality", "language_config": language}, indent=2) + "\n"
     write_atomically(output.janus / "config.json", lambda path: path.write_text(text, "utf-8"))
