@@ -90,8 +90,8 @@ def size(dimension: str) -> int:
 
 
 def documented_tensors(text: str, named: bool) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the documented dtypes and shapes, without data; the first of two alternatives."""
-    pattern = rf"`(\w+)` ({KINDS})(?: or \w+)? `\[(.*?)\]`" if named else rf"()\b({KINDS}) `\[(.*?)\]`"
+    """Tensors of the documented dtypes and shapes, without data; the first of several dtypes."""
+    pattern = rf"`(\w+)` ({KINDS})(?:(?:, \w+)* or \w+)? `\[(.*?)\]`" if named else rf"()\b({KINDS}) `\[(.*?)\]`"
     for name, dtype, dimensions in re.findall(pattern, text):
         yield name, torch.empty(shape(dimensions), dtype=DTYPES[dtype], device="meta")
 
