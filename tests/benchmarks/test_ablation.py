@@ -56,8 +56,9 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[AlignConfig]:
 
 @pytest.mark.parametrize("table", ablation.TABLES)
 def test_rows_are_runs_that_can_be_done(table: str, tmp_path: Path) -> None:
-    rows = ablation.rows_of(table, 2e-5)
-    configs = [Runs(tmp_path, {}).config(0, changes) for changes in rows.values()]
+    runs = Runs(tmp_path, {})
+    rows = ablation.rows_of(table, runs.config(0, {}))
+    configs = [runs.config(0, changes) for changes in rows.values()]
     assert len({str(dataclasses.replace(config, output_dir=tmp_path)) for config in configs}) == len(rows)
     assert sum(config.control == "random" for config in configs) == {"steps": 3, "recipe": 3}.get(table, 1)
     assert all(config.model == "tiny" for config in configs)
@@ -98,7 +99,7 @@ def test_what_is_finished_is_not_repeated(done: list[AlignConfig], tmp_path: Pat
 def test_rows_with_the_preset_s_own_values_are_the_unchanged_run(done: list[AlignConfig], tmp_path: Path) -> None:
     runs = Runs(tmp_path, {})
     for table, row in (("prior", "CE, β 0.1"), ("noise", "ξ 0"), ("group", "G 8"), ("reward", VAPI)):
-        runs.finished(0, ablation.rows_of(table, 2e-5)[row])
+        runs.finished(0, ablation.rows_of(table, runs.config(0, {}))[row])
     assert [config.output_dir.name for config in done] == ["unchanged_seed-0"]
 
 
