@@ -250,12 +250,15 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_the_shipped_file_has_a_ratio_for_each_benchmark() -> None:
+    """On one kind of device or another: what is new has been measured on few."""
     names = {f"{each.name} {passes}" for each in every_operation() for passes in each.passes}
-    for kind, rows in Baseline(BENCHMARKS / "baseline.json").kinds.items():
+    kinds = Baseline(BENCHMARKS / "baseline.json").kinds
+    assert set().union(*kinds.values()) >= names
+    for kind, rows in kinds.items():
         models = {"reward score", "alignment step", f"generate {'xxl 384²' if 'NVIDIA' in kind else 'tiny'}"}
-        assert set(rows) == names | models
+        assert set(rows) <= names | models
         assert all(row["ratio"] for row in rows.values())
-        assert {name for name, row in rows.items() if row["yardstick"]} == models
+        assert {name for name, row in rows.items() if row["yardstick"]} == models & set(rows)
 
 
 def test_table_of_ratios() -> None:
