@@ -103,7 +103,7 @@ def table(
 def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
     share = f", of which a process has 1/{processes}" if processes > 1 else ""
     return (
-        f"LlamaGen-{config['model']}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
+        f"{'LlamaGen-' * (config['model'] in LLAMAGEN_CONFIGS)}{config['model']}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
         f"{config['group_size']} rollouts a step{share}, micro-batches of {config['micro_batch']}\n"
         f"{device.name}: copy {device.ceilings.copy / 1e12:.4g} TB/s ({device.copy}), "
         f"matrix product {device.ceilings.matmul / 1e12:.3g} TFLOP/s ({device.matmul})"
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="run.json of an alignment, to hold against the floor")
     parser.add_argument("--gpu", choices=[*DEVICES, MEASURE], help="default h100; for a run its own device")
-    parser.add_argument("--model", choices=LLAMAGEN_CONFIGS, default="xxl")
+    parser.add_argument("--model", choices=tuple(catalog.CATALOG), default="xxl")
     recipes = [name for name, values in catalog.RECIPES.items() if values["rollouts"] != "free"]
     parser.add_argument("--recipe", choices=recipes, default=catalog.PAPER.recipe, help="a run has its own")
     for name in ("--image-size", "--batch-size", "--group-size", "--micro-batch"):

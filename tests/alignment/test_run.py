@@ -104,7 +104,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     decode = f"{record['stages']['decode']['seconds']:.4f}"  # in the run's own table and in the roofline's
     assert sum(line.startswith("decode") and decode in line for line in printed.splitlines()) >= 2
     assert f"{record['aligned']['entropy']:9.3f}{record['aligned']['cross_entropy']:8.3f}" in printed
-    for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster", "of matmul", "gradients differ by"):
+    for text in ("base", "aligned, CFG", "± standard error", "images/s", "faster", "of ceiling", "gradients differ by"):
         assert text in printed
 
     moved = weights(output / "aligned.pt") - weights(config.gpt_ckpt)
