@@ -102,8 +102,9 @@ def table(
 
 def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
     share = f", of which a process has 1/{processes}" if processes > 1 else ""
+    name = "LlamaGen-" * (config["model"] in LLAMAGEN_CONFIGS) + config["model"]
     return (
-        f"{'LlamaGen-' * (config['model'] in LLAMAGEN_CONFIGS)}{config['model']}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
+        f"{name}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
         f"{config['group_size']} rollouts a step{share}, micro-batches of {config['micro_batch']}\n"
         f"{device.name}: copy {device.ceilings.copy / 1e12:.4g} TB/s ({device.copy}), "
         f"matrix product {device.ceilings.matmul / 1e12:.3g} TFLOP/s ({device.matmul})"
