@@ -17,7 +17,6 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from vapi_fast.alignment.costs import (
     config_costs,
     model_flop_utilisation,
     stage_table,
+    usual_size,
 )
 from vapi_fast.alignment.kernel_costs import Cost
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, catalog
@@ -147,8 +147,8 @@ def shares(kinds: Mapping[str, float], most: int = 4) -> str:
 
 def sampling(config: Mapping[str, Any], rates: Rates) -> str:
     """What a token of SAMPLED sequences takes, and so an image, with either cache."""
-    side = config["image_size"] // VQ_CONFIGS[config["tokenizer"].lower()].downsample
-    generator = replace(generator_config(config["model"]), grid_size=side)
+    tokenizer = VQ_CONFIGS[config["tokenizer"].lower()]
+    generator = usual_size(generator_config(config["model"]), tokenizer, config["image_size"])
     lines = []
     for cache in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
         token = prediction.token_seconds(generator, SAMPLED, rates, cache)
@@ -156,7 +156,7 @@ def sampling(config: Mapping[str, Any], rates: Rates) -> str:
         lines.append(
             f"sampling, {SAMPLED} at once without guidance, {rates.name}, cache in {str(cache)[6:]}: "
             f"{1e3 * step:.1f} ms a token ({', '.join(f'{kind} {1e3 * taken:.1f}' for kind, taken in token.items())}), "
-            f"{SAMPLED / side**2 / step:.0f} images/s"
+            f"{SAMPLED / generator.grid_size**2 / step:.0f} images/s"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,16 @@ def test_every_builtin_figure_says_where_it_is_from() -> None:
     for device in roofline.DEVICES.values():
         assert {device.copy, device.matmul} <= {roofline.MEASURED, roofline.SPECIFICATION}
     assert roofline.DEVICES["h200"].ceilings == Ceilings(4.3e12, 788e12)
+
+
+def test_janus_is_held_to_prompts_of_usual_length(capsys: pytest.CaptureFixture[str]) -> None:
+    """In sampling as in a step: not to the 512 tokens that it takes at most."""
+    assert roofline.main(["--model", "janus-pro-1b", "--predict", "--gpu", "h100"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("janus-pro-1b, vapi, 384², 64 images × 8 rollouts")
+    rate = re.search(r"cache in bfloat16: .* ([0-9]+) images/s", output)
+    assert rate is not None
+    # A sequence's keys and values of 40 + 576 / 2 slots alone, at the ceiling of copy, and they are most of it.
+    slots, layers, width, sequences = 40 + 288, 24, 2048, 256
+    at_most = sequences / (576 * sequences * slots * layers * width * 4 / 3.0e12)
+    assert 0.6 * at_most < int(rate[1]) < at_most

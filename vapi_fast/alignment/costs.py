@@ -67,9 +67,7 @@ def step_costs(
     Batch sizes are those of one process. shards: processes that share weights, gradients and optimizer states.
     """
     length = (image_size // tokenizer.downsample) ** 2
-    generator = replace(generator, grid_size=image_size // tokenizer.downsample)
-    if isinstance(generator.condition, Prompts):
-        generator = generator.fitted(min(PROMPT, generator.prefix_len))
+    generator = usual_size(generator, tokenizer, image_size)
     passes = -(-batch_size // micro_batch)
     forward, backward = transformer_costs(generator, batch_size, passes, shards)
     logits, gradients = head_costs(generator, batch_size * length, passes, shards)
@@ -110,6 +108,14 @@ def step_costs(
         through = costs["decode"] + maps.times(decodings, rewards)
         costs["backward"] += through + elementwise(through.bytes, through.runs) + costs.pop("loss")
     return costs
+
+
+def usual_size(generator: GeneratorConfig, tokenizer: VQTokenizerConfig, image_size: int) -> GeneratorConfig:
+    """The generator of images of this size, with a prefix that a usual prompt fills."""
+    generator = replace(generator, grid_size=image_size // tokenizer.downsample)
+    if isinstance(generator.condition, Prompts):
+        return generator.fitted(min(PROMPT, generator.prefix_len))
+    return generator
 
 
 TEXT_ENCODER = {"layers": 24, "hidden_width": 5120}  # of flan-t5-xl, with gated feed-forward, as wide as its states
