@@ -18,6 +18,7 @@ setup(
     package_data={
         "vapi_fast.tiny": ["preset/*", "preset/*/*"],
         "vapi_fast.kernels": ["*.json"],
+        "vapi_fast.runtime": ["*.json"],
     },
     install_requires=[
         "torch>=2.8,<2.14",
