@@ -58,6 +58,11 @@ SHORTEST = 512
 HOST = 75e-6  # seconds to launch a kernel from Python; measured on a development machine, the launches left out
 REPLAYED = ("encode", "decode", "lpips")  # from CUDA graphs: a launch each
 
+# The public loop's: launches of one layer and one token of `transformers`' Llama, and around the layers; seconds that
+# the host takes for each. Measured on a development machine, launches left out: 24 layers, 13.4 ms a token.
+LAYER_LAUNCHES, TOKEN_LAUNCHES = 40, 33
+EAGER_HOST = 13.6e-6
+
 MACHINE = 8  # GPUs
 # Bytes a second that a GPU receives in NCCL's collectives.
 NVLINK = 350e9  # from the others of its machine; 450 by specification
@@ -222,6 +227,28 @@ def token_seconds(config: GeneratorConfig, sequences: int, rates: Rates, cache: 
     # Norms, sums, rotary, the cache's new entry and SwiGLU, as far as they are kernels of their own.
     small = Kernel("elementwise", 0, BF16 * sequences * layers * (16 * width + 3 * hidden), 3 * layers)
     return rates.by_kind(products + Cost((Kernel("cache", 0, read, layers), small)))
+
+
+class PublicLoop(NamedTuple):
+    """One token of Janus's `generation_inference.py`, on `transformers`' Llama: rows of one prompt, half without it."""
+
+    launches: int
+    host: float  # seconds
+    reading: float  # seconds: weights, and the cache, which every layer's concatenation reads and writes as well
+
+    @property
+    def seconds(self) -> float:
+        return max(self.host, self.reading)
+
+
+def public_token(config: GeneratorConfig, images: int, rates: Rates) -> PublicLoop:
+    """What a token of the public loop takes at least, `images` of a prompt at once: the host launches every kernel."""
+    launches = LAYER_LAUNCHES * config.layers + TOKEN_LAUNCHES
+    weights = config.layers * (4 * config.width**2 + 3 * config.width * config.hidden_width)
+    slots = config.prefix_len + config.grid_size**2 / 2
+    cache = 2 * images * config.layers * slots * 2 * config.width
+    reading = BF16 * (weights + 3 * cache) / rates.ceilings.copy
+    return PublicLoop(launches, launches * EAGER_HOST, reading)
 
 
 # ---- many GPUs

@@ -34,7 +34,7 @@ from vapi_fast.alignment.costs import (
 from vapi_fast.alignment.kernel_costs import Cost
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, catalog
 from vapi_fast.models.families import generator_config
-from vapi_fast.models.sizes import Captions
+from vapi_fast.models.sizes import Captions, Prompts
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
 
@@ -59,6 +59,7 @@ MEASURE = "measure"
 
 MANY = (1, 8, 32, 64, 128)  # GPUs
 SAMPLED = 256  # sequences at once
+PROMPTED = 16  # images of a prompt, in Janus's `generation_inference.py`
 
 # Name, format and width of each column behind the stage's.
 COLUMNS = [("TFLOP", ".2f", 9), ("GB", ".2f", 9), ("bound", "", 8), ("floor s", ".4f", 10)]
@@ -157,6 +158,17 @@ def sampling(config: Mapping[str, Any], rates: Rates) -> str:
             f"sampling, {SAMPLED} at once without guidance, {rates.name}, cache in {str(cache)[6:]}: "
             f"{1e3 * step:.1f} ms a token ({', '.join(f'{kind} {1e3 * taken:.1f}' for kind, taken in token.items())}), "
             f"{SAMPLED / generator.grid_size**2 / step:.0f} images/s"
+        )
+    if isinstance(generator.condition, Prompts):  # both halves of the guidance are sequences
+        public = prediction.public_token(generator, PROMPTED, rates)
+        token = sum(prediction.token_seconds(generator, SAMPLED, rates, torch.bfloat16).values())
+        engine, loop = (
+            images / generator.grid_size**2 / seconds
+            for images, seconds in ((SAMPLED / 2, token), (PROMPTED, public.seconds))
+        )
+        lines.append(
+            f"guided, {SAMPLED // 2} images at once: {engine:.1f} images/s; the public loop, {PROMPTED} of a prompt at "
+            f"once, {public.launches} launches a token: {loop:.2f} images/s, the engine {engine / loop:.0f} × as many"
         )
     return "\n".join(lines)
 

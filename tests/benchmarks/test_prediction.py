@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_generate_janus
 import prediction
 import pytest
 import rates as rates_script
 import roofline
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vapi_fast.alignment.costs import config_costs
 from vapi_fast.alignment.kernel_costs import FP32, Cost, Kernel, product
-from vapi_fast.models import catalog
+from vapi_fast.models import Janus, catalog
 from vapi_fast.models.families import generator_config
+from vapi_fast.models.sizes import JANUS_CONFIGS
 
 STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
 XXL: dict[str, Any] = catalog.entry("xxl").preset("align", "lean") | {"model": "xxl"}
@@ -233,3 +238,44 @@ def test_collectives_move_over_the_slower_of_two_links() -> None:
     weights = FP32 * 1.4e9
     assert prediction.collective(weights, 8) == pytest.approx(weights * 7 / 8 / 350e9)
     assert prediction.collective(weights, 32) == pytest.approx(weights * max(31 / 32 / 350e9, 3 / 4 / (8 * 45e9)))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what launches a kernel: whatever is no view and no bare allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(each.alias_info and not each.alias_info.is_write for each in operation._schema.returns)
+        self.count += not view and not re.search("empty|_unsafe_view", operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_launches_of_janus_public_loop() -> None:
+    """As `transformers` makes them today, in bf16: by layer and around them, within a tenth."""
+    pytest.importorskip("transformers")
+    counts = {}
+    for layers in (1, 3):
+        config = replace(JANUS_CONFIGS["tiny-janus"], layers=layers, grid_size=2)
+        model = Janus(config).to(torch.bfloat16).eval()
+        ids = torch.tensor([config.bos, 5, config.begin_image])
+        setting = bench_generate_janus.Setting("small", model, bench_generate_janus.public_model(model), [ids], 1)
+        with Launches() as launches:
+            bench_generate_janus.public_loop(setting, ids)
+        counts[layers] = launches.count / config.grid_size**2
+    by_layer = (counts[3] - counts[1]) / 2
+    assert by_layer == pytest.approx(prediction.LAYER_LAUNCHES, rel=0.1)
+    assert counts[1] - by_layer == pytest.approx(prediction.TOKEN_LAUNCHES, rel=0.1)
+
+
+def test_janus_guided_sampling_beside_the_public_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = (line for line in printed(capsys, "--model", "janus-pro-1b") if "the public loop" in line)
+    engine, loop, times = map(float, re.findall(r"([\d.]+)(?: images/s| ×)", line))
+    assert times == pytest.approx(engine / loop, rel=0.05)
+    public = prediction.public_token(generator_config("janus-pro-1b").fitted(40), 16, rates())
+    assert public.launches == 24 * prediction.LAYER_LAUNCHES + prediction.TOKEN_LAUNCHES
+    assert public.host > public.reading > 0.8e-3  # 2.5 GB of weights alone
+    assert loop == pytest.approx(16 / 576 / public.host, rel=0.05)
