@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,13 @@ from vapi_fast.runtime.accelerators import (
     attention_backend,
     attention_for,
     causal_attention,
+    cudnn_attention,
     optional_attention,
 )
+from vapi_fast.runtime.forms import taking
 
 CUDA = torch.device("cuda")
-PACKAGES = ("flash_attn", "xformers", "apex")
+PACKAGES = ("flash_attn", "flash_attn_interface", "xformers", "apex")
 NOT_INSTALLED = "raise ImportError('no such package')"
 BROKEN = "raise OSError('libcudart.so.11.0: cannot open shared object file')"
 
@@ -100,6 +102,27 @@ def test_xformers_where_flash_attn_cannot_be_imported(packages: Packages, flash_
     assert all(given is taken for given, taken in zip((q, k, v), heads, strict=True))
 
 
+def test_measured_forms_come_before_what_is_installed(packages: Packages) -> None:
+    packages.write("flash_attn/__init__.py", FLASH_ATTN)
+    with taking(attention="cudnn"):
+        assert attention_backend(CUDA) == "cudnn"
+        assert attention_for(CUDA, torch.float32, 64).name == "sdpa"
+    with taking(attention="flash-attn-3"):
+        assert attention_backend(CUDA) == "flash-attn"  # the other is not installed
+
+
+@pytest.mark.parametrize("result", ["q - k + v", "(q - k + v, None)"])
+def test_flash_attn_3(packages: Packages, result: str) -> None:
+    packages.write(
+        "flash_attn_interface/__init__.py", f"def flash_attn_func(q, k, v, causal=False):\n    return {result}\n"
+    )
+    q, k, v = torch.randn(3, 2, 5, 4, 8).unbind(0)
+    with taking(attention="flash-attn-3"):
+        name, function = attention_for(CUDA, torch.bfloat16, 8)
+    assert name == "flash-attn-3"
+    assert torch.equal(function(q, k, v), q - k + v)
+
+
 def test_packages_that_fail_to_load_count_as_absent(packages: Packages) -> None:
     for name in PACKAGES:
         packages.write(f"{name}/__init__.py", BROKEN)
@@ -142,10 +165,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 
+@pytest.mark.parametrize("attention", [causal_attention, cudnn_attention])
 @pytest.mark.parametrize("shape", [(2, 1, 3, 8), (1, 65, 2, 16), (3, 7, 1, 20)])
-def test_attention_is_the_formula(shape: tuple[int, ...]) -> None:
+def test_attention_is_the_formula(shape: tuple[int, ...], attention: Callable[..., Tensor]) -> None:
     heads = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    out, expected = causal_attention(*heads), softmax_attention(*heads)
+    out, expected = attention(*heads), softmax_attention(*heads)
     direction = torch.randn(shape, dtype=torch.float64)
     assert relative_l2(out.detach(), expected.detach()) < 1e-12
     gradients, expected_gradients = (torch.autograd.grad(y, heads, direction) for y in (out, expected))

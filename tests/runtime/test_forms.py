@@ -46,7 +46,7 @@ def test_a_process_may_take_others(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["encoder", "encoder=int4", "decoder=tf32"])
 def test_an_unknown_form_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(forms.VARIABLE, text)
-    with pytest.raises(ConfigError, match=r"there is no .*: choose of attention=sdpa\|cudnn"):
+    with pytest.raises(ConfigError, match=r"there is no .*: choose of attention=installed\|cudnn"):
         forms.form("encoder", CPU)
 
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vapi_fast.runtime.forms import form
 
 
 class Attention(NamedTuple):
@@ -39,19 +42,32 @@ def attention_backend(device: torch.device) -> str:
 def attention_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
     """The optional packages compute in 16 bits on CUDA, with heads of a multiple of 8 numbers (16 bytes)."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0:
-        return optional_attention()
+        return optional_attention(form("attention", device))
     return SDPA
 
 
 @functools.cache
-def optional_attention() -> Attention:
-    """Of the optional packages the first that can be imported, once a process."""
-    for load in (flash_attn_attention, xformers_attention):
+def optional_attention(kind: str = "installed") -> Attention:
+    """Of the optional packages the first that can be imported, once a process; before them a form of `forms.FORMS`."""
+    if kind == "cudnn":
+        return CUDNN
+    for load in (*[flash_attn_3_attention] * (kind == "flash-attn-3"), flash_attn_attention, xformers_attention):
         try:
             return load()
         except (ImportError, OSError):
             continue
     return SDPA
+
+
+def flash_attn_3_attention() -> Attention:
+    """FlashAttention-3, for Hopper, a package of its own."""
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = flash_attn_func(q, k, v, causal=True)
+        return found[0] if isinstance(found, tuple) else found  # some releases give the log-sums of the scores too
+
+    return Attention("flash-attn-3", attend)
 
 
 def flash_attn_attention() -> Attention:
@@ -71,7 +87,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*by_head, is_causal=True).transpose(1, 2)
 
 
-SDPA = Attention("sdpa", sdpa_attention)
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's by cuDNN, or where that has no kernel by another."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        return sdpa_attention(q, k, v)
+
+
+SDPA, CUDNN = Attention("sdpa", sdpa_attention), Attention("cudnn", cudnn_attention)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 from vapi_fast.runtime.errors import ConfigError
 
 FORMS: dict[str, tuple[str, ...]] = {
-    "attention": ("sdpa", "cudnn"),  # PyTorch's of the transformer: its own choice, or cuDNN's
+    "attention": ("installed", "cudnn", "flash-attn-3"),  # the transformer's: flash-attn, xformers, or PyTorch's choice
     "convolution": ("cudnn", "triton"),  # 3×3, of a tokenizer's blocks; each shape has its own
     "cudnn-benchmark": ("off", "on"),  # cuDNN's algorithms by its heuristics, or by trying them
     "encoder": ("tf32", "float16"),  # of a tokenizer, in which the images become tokens
@@ -82,5 +82,8 @@ def measured(name: str) -> dict[str, str]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
+    """As `sm_90`; "" where there is no GPU, on which nothing was measured."""
+    if not torch.cuda.is_available():
+        return ""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

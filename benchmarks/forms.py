@@ -1,0 +1,67 @@
+"""Which forms of the same work a GPU is to take, by the rates that a GPU check measured on it.
+
+    python benchmarks/forms.py gpu_check.json [--dry-run]
+
+Compares each form of `vapi_fast/runtime/forms.py` with the usual one, in seconds of the same run, prints both, and
+notes what is faster by a margin under the GPU's architecture in `vapi_fast/runtime/forms.json`, which the package takes
+from then on. A form that was not measured stays as it is. What a form costs in exactness the package's tests hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prediction import RatesError, convolution_name, read_rates
+from rates import CONVOLUTIONS, ENCODER, ENDS, TRIED
+
+from vapi_fast.runtime import forms
+from vapi_fast.runtime.checkpoint import write_atomically
+
+MARGIN = 1.03  # that a form must be faster by, as medians of a rate differ by a percent or two from run to run
+Seconds = Mapping[str, float]
+
+
+class Comparison(NamedTuple):
+    """kind: of FORMS, with the shape where each has its own. usual, other: the same work, in seconds."""
+
+    kind: str
+    form: str
+    usual: float
+    other: float
+
+    @property
+    def faster(self) -> bool:
+        return self.usual >= MARGIN * self.other
+
+    def __str__(self) -> str:
+        verdict = "taken" if self.faster else "left"
+        return f"{self.kind}={self.form}: {1e3 * self.usual:.3f} → {1e3 * self.other:.3f} ms, {verdict}"
+
+
+def comparisons(seconds: Seconds) -> Iterator[Comparison]:
+    """Of all forms whose rates, and those of the usual one, are among `seconds`, by the names of `rates.py`."""
+
+    def compared(kind: str, form: str, usual: Sequence[str], other: Sequence[str]) -> Iterator[Comparison]:
+        if all(name in seconds for name in (*usual, *other)):
+            yield Comparison(kind, form, *(sum(map(seconds.__getitem__, names)) for names in (usual, other)))
+
+    def named(kind: str, shapes: Sequence[tuple[int, int, int]], note: str = "") -> list[str]:
+        return [convolution_name(3, kind, *shape) + note for shape in shapes]
+
+    trained = "attention, T 576, heads of 64, {}, forward and backward"
+    for form, row in (("cudnn", "cuDNN"), ("flash-attn-3", "flash-attn-3")):
+        yield from compared("attention", form, [trained.format("default")], [trained.format(row)])
+    wide = "attention, one head of 512, {}"
+    yield from compared("wide-attention", "matmul", [wide.format("default")], [wide.format("bmm")])
+    yield from compared("encoder", "float16", named("TF32", ENCODER), named("float16", ENCODER))
+    yield from compared("last-convolution", "eight", named("bfloat16", ENDS[:1]), named("bfloat16", ENDS[1:]))
+    tried = [CONVOLUTIONS[index] for index in TRIED]
+    yield from compared(
+        "cudnn-benchmark", "on", named("bfloat16", tried), named("bfloat16", tried, ", cudnn.benchmark")
+    )
