@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +54,10 @@ def comparisons(seconds: Seconds) -> Iterator[Comparison]:
         return [convolution_name(3, kind, *shape) + note for shape in shapes]
 
     trained = "attention, T 576, heads of 64, {}, forward and backward"
+    packages = (name for name in ("flash-attn", "xformers") if trained.format(name) in seconds)
+    usual = trained.format(next(packages, "default"))
     for form, row in (("cudnn", "cuDNN"), ("flash-attn-3", "flash-attn-3")):
-        yield from compared("attention", form, [trained.format("default")], [trained.format(row)])
+        yield from compared("attention", form, [usual], [trained.format(row)])
     wide = "attention, one head of 512, {}"
     yield from compared("wide-attention", "matmul", [wide.format("default")], [wide.format("bmm")])
     yield from compared("encoder", "float16", named("TF32", ENCODER), named("float16", ENCODER))
@@ -65,3 +66,50 @@ def comparisons(seconds: Seconds) -> Iterator[Comparison]:
     yield from compared(
         "cudnn-benchmark", "on", named("bfloat16", tried), named("bfloat16", tried, ", cudnn.benchmark")
     )
+
+
+def fastest(found: Sequence[Comparison]) -> dict[str, str]:
+    """Of each kind the form that gains most, where one gains enough."""
+    gains = sorted((each for each in found if each.faster), key=lambda each: each.usual / each.other)
+    return {each.kind: each.form for each in gains}
+
+
+def noted(table: Mapping[str, Mapping[str, str]], architecture: str, found: Sequence[Comparison]) -> dict[str, Any]:
+    """`forms.json` with what was measured: a kind that was, and whose usual form is as fast, is not in it any more."""
+    kept = {
+        kind: form for kind, form in table.get(architecture, {}).items() if kind not in {each.kind for each in found}
+    }
+    return dict(table) | {architecture: dict(sorted((kept | fastest(found)).items()))}
+
+
+def measured(path: Path) -> tuple[str, list[Comparison]]:
+    """The architecture that a GPU check ran on, and what it found. Raises RatesError."""
+    rows = read_rates(path)
+    try:
+        major, minor = json.loads(path.read_text(encoding="utf-8"))["device"]["capability"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RatesError(f"{path}: no GPU is named in it: pass a gpu_check.json") from error
+    seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
+    return f"sm_{major}{minor}", list(comparisons(seconds))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("check", type=Path, help="a gpu_check.json")
+    parser.add_argument("--dry-run", action="store_true", help="only print")
+    options = parser.parse_args(arguments)
+    try:
+        architecture, found = measured(options.check)
+    except RatesError as error:
+        parser.error(str(error).removeprefix("--rates "))
+    print("\n".join(map(str, found)) or "no form was measured beside its usual one")
+    if not options.dry_run:
+        table = noted(json.loads(forms.MEASURED.read_text(encoding="utf-8")), architecture, found)
+        text = json.dumps(table, ensure_ascii=False, indent=1) + "\n"
+        write_atomically(forms.MEASURED, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        print(f"{architecture} takes, in {forms.MEASURED.name}: {table[architecture] or 'the usual forms'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

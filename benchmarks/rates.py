@@ -41,7 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vapi_fast import ops
 from vapi_fast.models import VQTokenizer
 from vapi_fast.models.frozen import FrozenTokenizer, conv_relu
-from vapi_fast.runtime import ceilings
+from vapi_fast.runtime import accelerators, ceilings
+from vapi_fast.runtime.accelerators import Attention, optional_attention
 from vapi_fast.runtime.graphs import Replayed
 
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
@@ -63,6 +64,7 @@ CONVOLUTIONS = [
     (128, 128, 384), (64, 64, 384), (8, 64, 384), (128, 128, 192), (256, 128, 192), (64, 128, 192),
     (256, 256, 96), (512, 256, 48), (256, 256, 48), (512, 512, 48), (512, 512, 24), (256, 512, 24),
 ]  # fmt: skip
+TRIED = (0, 3, 6)  # of these, with cudnn.benchmark too
 PHASES = [(128, 512, 192), (256, 1024, 48), (512, 2048, 24)]  # of 2×2, in place of upsampling and a 3×3 one
 ENCODER = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48), (512, 512, 24)]
 ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and what padding its channels would make of it
@@ -143,8 +145,8 @@ def convolutions(bench: Bench) -> None:
     for shape, dtype in itertools.product(ENCODER, (torch.float32, torch.float16)):
         convolution(bench, shape, dtype)
     torch.backends.cudnn.benchmark = True
-    for shape in (CONVOLUTIONS[index] for index in (0, 3, 6)):
-        convolution(bench, shape, torch.bfloat16, note=", cudnn.benchmark")
+    for index in TRIED:
+        convolution(bench, CONVOLUTIONS[index], torch.bfloat16, note=", cudnn.benchmark")
     torch.backends.cudnn.benchmark = False
 
 
@@ -178,9 +180,12 @@ def attention(bench: Bench) -> None:
     one("one head of 512, bmm", (batch, tokens, width), plain_attention, work)
     batch, heads = bench.less(16), bench.less(24)
     work = 2 * batch * heads * tokens**2 * 64  # causal: half of the products
-    for backend, both in itertools.product(BACKENDS, (False, True)):
-        name = f"T 576, heads of 64, {backend}, forward{' and backward' * both}"
-        call = functools.partial(attend, backend=backend, causal=True)
+    calls = {backend: functools.partial(attend, backend=backend, causal=True) for backend in BACKENDS}
+    for kind in ("flash-attn-3", "installed"):
+        if (installed := optional_attention(kind)).name not in (accelerators.SDPA.name, *calls):
+            calls[installed.name] = functools.partial(attend_by_position, attention=installed)
+    for (name, call), both in itertools.product(calls.items(), (False, True)):
+        name = f"T 576, heads of 64, {name}, forward{' and backward' * both}"
         one(name, (batch, heads, tokens, 64), call, work * (3.5 if both else 1), both)  # 2 products forward, 5 backward
 
 
@@ -190,6 +195,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str, causal: bool = Fals
     with sdpa_kernel(BACKENDS[backend]) if BACKENDS[backend] else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return torch.autograd.grad(out, (q, k, v), v.detach()) if out.requires_grad else out
+
+
+@torch.enable_grad()
+def attend_by_position(q: Tensor, k: Tensor, v: Tensor, *, attention: Attention) -> object:
+    """An optional package's, whose tensors have the heads behind the positions."""
+    out = attention.function(*(x.transpose(1, 2) for x in (q, k, v)))
+    return torch.autograd.grad(out, (q, k, v), v.detach().transpose(1, 2)) if out.requires_grad else out
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""What a GPU check's rates make of the forms of the same work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import forms as script
+import pytest
+import rates
+import torch
+from rates import ENCODER, ENDS
+
+from vapi_fast.runtime import forms
+from vapi_fast.runtime.forms import form
+
+TRAINED = "attention, T 576, heads of 64, {}, forward and backward"
+
+
+def check(folder: Path, seconds: dict[str, float], **more: Any) -> Path:
+    rows = [{"name": name, "seconds": each, "rate": 1 / each} for name, each in seconds.items()]
+    path = folder / "gpu_check.json"
+    device = {"name": "NVIDIA H200", "capability": [9, 0]}
+    path.write_text(json.dumps({"device": device, "parts": {"rates": {"figures": rows}}} | more))
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "forms.json"
+    path.write_text(json.dumps({"sm_80": {"encoder": "float16"}, "sm_90": {"wide-attention": "matmul"}}))
+    monkeypatch.setattr(forms, "MEASURED", path)
+    monkeypatch.setattr(forms, "architecture", lambda device: "sm_90")
+    forms.measured.cache_clear()
+    yield path
+    forms.measured.cache_clear()
+
+
+def convolutions(kind: str, shapes: list[tuple[int, int, int]], seconds: float) -> dict[str, float]:
+    return {f"convolution 3×3 {kind} {a}→{b} {side}²": seconds for a, b, side in shapes}
+
+
+def test_what_is_faster_is_taken_on_that_architecture(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = convolutions("TF32", ENCODER, 2e-3) | convolutions("float16", ENCODER, 1e-3)
+    seconds |= convolutions("bfloat16", ENDS[:1], 1e-3) | convolutions("bfloat16", ENDS[1:], 0.99e-3)
+    seconds |= {TRAINED.format(name): each for name, each in (("default", 3e-3), ("cuDNN", 2e-3))}
+    path = check(tmp_path, seconds)
+    assert script.main([str(path), "--dry-run"]) == 0
+    assert form("encoder", torch.device("cuda")) == "tf32"
+    assert script.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder=float16: 10.000 → 5.000 ms, taken" in printed
+    assert "last-convolution=eight: 1.000 → 0.990 ms, left" in printed
+    forms.measured.cache_clear()
+    assert form("encoder", torch.device("cuda")) == "float16"
+    expected = {"attention": "cudnn", "encoder": "float16", "wide-attention": "matmul"}  # the last was not measured
+    assert json.loads(table.read_text()) == {"sm_80": {"encoder": "float16"}, "sm_90": expected}
+
+
+def test_what_is_not_faster_any_more_is_left(table: Path, tmp_path: Path) -> None:
+    wide = "attention, one head of 512, {}"
+    script.main([str(check(tmp_path, {wide.format("default"): 1e-3, wide.format("bmm"): 1e-3}))])
+    assert json.loads(table.read_text())["sm_90"] == {}
+
+
+def test_the_fastest_of_several_against_what_is_installed(tmp_path: Path) -> None:
+    seconds = {"default": 5e-3, "cuDNN": 3e-3, "flash-attn": 3.05e-3, "flash-attn-3": 2e-3}
+    found = list(script.comparisons({TRAINED.format(name): each for name, each in seconds.items()}))
+    assert [each.usual for each in found] == [3.05e-3, 3.05e-3]
+    assert script.fastest(found) == {"attention": "flash-attn-3"}
+    assert script.fastest(found[:1]) == {}  # a percent or two is chance
+
+
+@pytest.mark.parametrize("more", [{"device": {}}, {"parts": {}}])
+def test_a_file_without_a_gpu_or_rates_is_refused(
+    tmp_path: Path, more: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main([str(check(tmp_path, {"copy": 1.0}, **more))])
+    assert "pass a gpu_check.json" in capsys.readouterr().err
+
+
+def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form has its rates among those of `rates.py`, which here runs small, with made-up seconds."""
+    seconds: dict[str, float] = {}
+    monkeypatch.setattr(rates, "rate", lambda sets, call, work: {"seconds": 1e-3, "rate": work / 1e-3})
+    monkeypatch.setattr(rates, "report", lambda name, **found: seconds.update({name: found.get("seconds", 0.0)}))
+    bench = rates.Bench(torch.device("cpu"), shrink=16)
+    rates.convolutions(bench)
+    rates.attention(bench)
+    found = {each.kind.split()[0] for each in script.comparisons(seconds)}
+    assert found == set(forms.FORMS) - {"convolution"}
