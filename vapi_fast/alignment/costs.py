@@ -247,8 +247,8 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
 
 
 def weight_casts(config: GeneratorConfig, passes: int, shards: int = 1) -> Cost:
-    """The blocks' matrices to bf16: whole ones once a step, CAST of them in a launch; of sharded ones each process casts
-    its own in every pass, before they are gathered."""
+    """The blocks' matrices to bf16: whole ones once a step, CAST numbers in a launch; of sharded ones each process
+    casts its own in every pass, before they are gathered."""
     weights = config.layers * (4 * config.width**2 + 3 * config.width * config.hidden_width)
     if shards == 1:
         launches = -(-weights // CAST)

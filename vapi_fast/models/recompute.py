@@ -205,7 +205,8 @@ def cast_once(blocks: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     matrices = [module.weight for module in blocks.modules() if type(module) is nn.Linear]
     with torch.no_grad():
         copies = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
-        torch._foreach_copy_(copies, matrices)
+        if matrices:
+            torch._foreach_copy_(copies, matrices)
     _copies.update(zip(map(id, matrices), copies, strict=True))
     del copies
     try:
