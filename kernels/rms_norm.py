@@ -96,10 +96,10 @@ def rms_norm_backward_kernel(
         rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
         normed = wide * rstd
         rounded = normed.to(x.dtype).to(tl.float32)
+        dweight += tl.sum(dy * rounded, axis=0)
         if y_ptr is not None:
             y = rounded * weight[None, :]
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=inside)
-        dweight += tl.sum(dy * rounded, axis=0)
         dnormed = dy * weight[None, :]
         dx = rstd * (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / D)[:, None])
         if dsum_ptr is not None:
@@ -108,16 +108,19 @@ def rms_norm_backward_kernel(
     tl.store(dweight_ptr + program.to(tl.int64) * D + column, dweight, mask=column < D)
 
 
+def programs_of(rows: int, width: int, settings: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """Programs for all rows, and settings."""
+    return -(-rows // settings["BLOCK_ROWS"]), settings | {"BLOCK_D": next_power_of_2(width)}
+
+
 def normalised(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The sum of x and a branch, if there is one (else x), and its norm in `dtype`, contiguous."""
     rows, y = rows_of(x), x.new_empty(x.shape, dtype=dtype)
     total = None if branch is None else x.new_empty(x.shape)
     other = None if branch is None else rows_of(branch)
-    width = x.shape[-1]
-    grid = (triton.cdiv(len(rows), FORWARD["BLOCK_ROWS"]),)
-    sizes = (len(rows), width, rows.stride(0), 0 if other is None else other.stride(0))
-    block = FORWARD | {"BLOCK_D": next_power_of_2(width)}
-    launch(rms_norm_forward_kernel, grid, rows, other, weight.contiguous(), total, y, *sizes, eps, **block)
+    programs, block = programs_of(*rows.shape, FORWARD)
+    sizes = (*rows.shape, rows.stride(0), 0 if other is None else other.stride(0))
+    launch(rms_norm_forward_kernel, (programs,), rows, other, weight.contiguous(), total, y, *sizes, eps, **block)
     return x if total is None else total, y
 
 
@@ -126,11 +129,11 @@ def rms_norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x, with `dsum` added where there is one, and to the weight in fp32; y: takes the norm once more."""
     rows, dx = rows_of(x), x.new_empty(x.shape)
-    programs = min(triton.cdiv(len(rows), BACKWARD["BLOCK_ROWS"]), 2 * multiprocessors(x.device))
+    programs, block = programs_of(*rows.shape, BACKWARD)
+    programs = min(programs, 2 * multiprocessors(x.device))
     dweight = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     tensors = (dy.contiguous(), rows, weight.contiguous(), contiguous(dsum), dx, dweight, y)
-    sizes = (len(rows), x.shape[-1], rows.stride(0))
-    block = BACKWARD | {"BLOCK_D": next_power_of_2(x.shape[-1])}
+    sizes = (*rows.shape, rows.stride(0))
     launch(rms_norm_backward_kernel, (programs,), *tensors, *sizes, eps, **block)
     return dx, dweight.sum(0)
 

@@ -18,6 +18,7 @@ less than half of that.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -181,6 +182,7 @@ def swiglu_backward_kernel(
     tl.store(dup_ptr + row * D + column, dup.to(dup_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def tile_of(rows: int, columns: int) -> tuple[int, int, dict[str, int]]:
     """Programs for `[rows, columns]`, those side by side, and settings: BLOCK_ELEMENTS as whole rows if they fit."""
     block = {name: value for name, value in SETTINGS.items() if name != "BLOCK_ELEMENTS"}
