@@ -232,7 +232,7 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
     if shards == 1:
         backward += elementwise(FP32 * weights * (passes - 1), 0)  # what the first pass has not to read
     else:
-        backward += sums(weights, passes, 5 * config.layers)
+        backward += sums(weights, passes, config.layers)
     backward += attended("attention backward", 2.5 * attention, 8 * width)
     backward += maps(10 * width, 2) + maps(6 * width) + maps(6 * hidden)  # norms with sums; rotated back; SwiGLU
     backward += elementwise(0, 2 * config.layers * (2 * passes - 1), "cast")  # of norms' weights, added up
@@ -248,13 +248,12 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
 
 def weight_casts(config: GeneratorConfig, passes: int, shards: int = 1) -> Cost:
     """The blocks' matrices to bf16: whole ones once a step, CAST numbers in a launch; of sharded ones each process
-    casts its own in every pass, before they are gathered."""
+    casts its own in every pass, a block's in a launch, before they are gathered."""
     weights = config.layers * (4 * config.width**2 + 3 * config.width * config.hidden_width)
     if shards == 1:
         launches = -(-weights // CAST)
         return casts(weights / launches, launches)
-    runs = 5 * config.layers * passes
-    return casts(weights / shards * passes / runs, runs)
+    return casts(weights / config.layers / shards, config.layers * passes)
 
 
 class Network(NamedTuple):
