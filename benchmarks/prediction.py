@@ -1,5 +1,9 @@
 """What a step is expected to take, kernel by kernel, at rates that a GPU's run corrects; and on many GPUs.
 
+    python benchmarks/prediction.py
+
+says what the host of this machine takes for a layer's forward and backward.
+
 A kernel takes its FLOPs at the rate of its kind or its bytes at that of memory, whichever is longer, and the time
 between two launches. A product's rate holds while its tiles fill the multiprocessors: the last wave takes as long as a
 full one. Between GPUs, what a collective moves goes beside kernels, but for the first gathering and the last sum.
@@ -11,6 +15,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +26,13 @@ import torch
 from gpu_check import json_lines
 from sampling import bytes_read
 
+from vapi_fast import ops
 from vapi_fast.alignment import memory
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.costs import config_costs, parameters
+from vapi_fast.alignment.costs import config_costs, parameters, transformer_costs
 from vapi_fast.alignment.kernel_costs import BF16, FP32, Cost, Kernel, product, total
+from vapi_fast.kernels.launch import recorded
+from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig
 from vapi_fast.models.families import generator_config
 from vapi_fast.models.sizes import GeneratorConfig
 from vapi_fast.runtime.ceilings import Ceilings
@@ -55,7 +63,7 @@ TILES = {(128, 256): 1.0, (128, 128): 0.85, (64, 128): 0.6}
 SPLITS = {1: 1.0, 2: 0.95, 4: 0.9}
 SHORTEST = 512
 
-HOST = 75e-6  # seconds to launch a kernel from Python; measured on a development machine, the launches left out
+HOST = 45e-6  # seconds to launch a kernel from Python, on a development machine: `python benchmarks/prediction.py`
 REPLAYED = ("encode", "decode", "lpips")  # from CUDA graphs: a launch each
 
 # The public loop's: launches of one layer and one token of `transformers`' Llama, and around the layers; seconds that
@@ -324,3 +332,43 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
         exposed += max(reducing + again - hidden["backward"] / passes, 0)
     kinds, launched = rates.by_kind(total(costs.values())), sum(rates.by_kind(launches).values())
     return Shared(kinds, exposed, launched, HOST * launches.runs, plan.total if plan.fits else None)
+
+
+# ---- the host
+
+
+def host_seconds(rounds: int = 30) -> tuple[float, float]:
+    """What this machine's host takes for a layer's forward and backward, the least of `rounds`, on one thread.
+
+    No kernel of ours is launched, and PyTorch's have next to nothing to do: what a second layer takes more than one, in
+    float32 on the CPU, where as on a GPU no weight is cast.
+    """
+    taken = []
+    for layers in (2, 10):
+        sizes = {"heads": 2, "width": 32, "vocab_size": 64, "grid_size": 4, "num_classes": 9}
+        model = LlamaGen(LlamaGenConfig(layers=layers, **sizes))
+        tokens, labels = torch.zeros(2, 15, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        times = []
+        for _ in range(rounds):
+            with ops.use_backend("triton"), recorded():
+                start = time.thread_time()
+                hidden = model.hidden(tokens, Condition(labels))
+                middle = time.thread_time()
+                hidden.backward(torch.zeros_like(hidden))
+                times.append((middle - start, time.thread_time() - middle))
+        taken.append([min(each) for each in zip(*times, strict=True)])
+    few, many = taken
+    return (many[0] - few[0]) / 8, (many[1] - few[1]) / 8
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what a kernel that was not launched leaves may be any numbers
+    forward, backward = host_seconds()
+    launches = total(transformer_costs(generator_config("xxl"), images=128, passes=8)).runs / (
+        8 * generator_config("xxl").layers
+    )
+    print(
+        f"the host for a layer: {1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} ms backward; of {launches:.0f} "
+        f"launches {1e6 * (forward + backward) / launches:.0f} µs each"
+    )

@@ -59,8 +59,8 @@ def dropout_kernel(
         tl.store(y_ptr + row[:, None] * D + here, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("vapi_fast::dropout", mutates_args=())
-def dropout_op(x: Tensor, p: float, site: int, seed: Tensor, sample_ids: Tensor | None) -> Tensor:
+def dropout_forward(x: Tensor, p: float, site: int, seed: Tensor, sample_ids: Tensor | None) -> Tensor:
+    """x without a share p, without autograd; also its own gradient."""
     rows, y = rows_of(x), x.new_empty(x.shape)
     grid = (triton.cdiv(len(rows), SETTINGS["BLOCK_ROWS"]),)
     sizes = (len(rows), x.shape[1], x.shape[2], rows.stride(0))
@@ -70,6 +70,7 @@ def dropout_op(x: Tensor, p: float, site: int, seed: Tensor, sample_ids: Tensor 
     return y
 
 
+dropout_op = torch.library.custom_op("vapi_fast::dropout", dropout_forward, mutates_args=())
 dropout_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vapi_fast.reference.precision import product
+
 # Logits held at once. At V = 16384 it is 2560 rows, so that 16 images of 576 tokens make 4 chunks of 2304 rows. Tiles
 # of 128 × 256 then fill 97 % of an H100's last wave, and the 151 MB with 101 MB of ∇weight at D = 1536 are a tenth of
 # what plain PyTorch takes. Each chunk more is 201 MB more traffic for ∇weight, 0.07 ms.
@@ -35,23 +37,6 @@ def load_logits(row_ptr, bias_ptr, index, V):
     if bias_ptr is not None:
         x = x.to(tl.float32) + tl.load(bias_ptr + index, mask=index < V, other=0.0).to(tl.float32)
     return x
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """out = a · b, or out += a · b, with fp32 sums and outside a caller's autocast.
-
-    a `[m, k]` and b `[k, n]` of one dtype, out `[m, n]` of the same or fp32; gaps between rows or columns are fine.
-    """
-    with torch.autocast("cuda" if a.is_cuda else "cpu", enabled=False):
-        if not a.is_cuda:  # `out_dtype` is for CUDA alone
-            result = torch.mm(a.float(), b.float())
-            out.add_(result) if accumulate else out.copy_(result)
-            return
-        wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-        if accumulate:
-            torch.addmm(out, a, b, out=out, **wider)
-        else:
-            torch.mm(a, b, out=out, **wider)
 
 
 def head_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -257,10 +257,12 @@ def test_gradients_under_bfloat16_autocast(fresh_model: LlamaGen) -> None:
 def test_the_residual_stream_is_in_the_autocast_dtype(fresh_model: LlamaGen) -> None:
     seen = []
     for block in fresh_model.layers:
-        block.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+        block.register_forward_hook(
+            lambda _, inputs, output: seen.extend([inputs[0].dtype, *(each.dtype for each in output)])
+        )
     with torch.autocast("cpu", torch.bfloat16):
         fresh_model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
-    assert seen == [torch.bfloat16] * 4
+    assert seen == [torch.bfloat16] * 6
 
 
 def test_what_a_block_keeps_for_its_backward(fresh_model: LlamaGen) -> None:
@@ -275,12 +277,12 @@ def test_what_a_block_keeps_for_its_backward(fresh_model: LlamaGen) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = block(x, fresh_model.rotary[:16], None, None, 0, None)
+        out, branch = block(x, None, fresh_model.rotary[:16], None, None, 0, None)
     for shared in (*block.parameters(), fresh_model.rotary):
         kept.pop(shared.untyped_storage().data_ptr(), None)
     per_token = 2 * (2 + 3 + 1) * config.width + 2 * 2 * config.hidden_width + 4 * config.heads
     assert sum(kept.values()) == 3 * 16 * per_token
-    out.sum().backward()
+    (out + branch).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -294,8 +296,9 @@ def test_an_xxl_block_keeps_34_kilobytes_a_token_on_a_gpu() -> None:
     cast_weights = 2 * sum(p.numel() for p in block.parameters())
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16):
-        out = block(x, rotary, None, None, 0, None)
-    kept = torch.cuda.memory_allocated() - before - cast_weights  # x itself is counted before, `out` here
+        stream = block(x, None, rotary, None, None, 0, None)
+    kept = torch.cuda.memory_allocated() - before - cast_weights  # x itself is counted before, the last branch here
+    out = sum(stream)
     expected = 4 * 577 * (2 * 6 * config.width + 4 * config.hidden_width + 4 * config.heads)
     assert kept == pytest.approx(expected, rel=0.02)
     direction = torch.randn_like(out)
@@ -304,7 +307,7 @@ def test_an_xxl_block_keeps_34_kilobytes_a_token_on_a_gpu() -> None:
         exact = block.double()
         wide = x.detach().double().requires_grad_()
         expected_gradients = torch.autograd.grad(
-            exact(wide, rotary, None, None, 0, None), [wide, *exact.parameters()], direction.double()
+            sum(exact(wide, None, rotary, None, None, 0, None)), [wide, *exact.parameters()], direction.double()
         )
     for gradient, exactly in zip(found, expected_gradients, strict=True):
         assert golden.relative_error(gradient.cpu(), exactly.cpu()) < 2e-2
@@ -441,19 +444,16 @@ def test_dropout_falls_on_embeddings_and_both_branches(fresh_model: LlamaGen) ->
     tokens, labels = torch.randint(97, (8, 15)), torch.randint(7, (8,))
     block, seen = fresh_model.layers[0], {}
 
-    def keep(name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update({name: inputs[0], f"{name} out": output}))
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        assert inputs[-1] is not None
+        seen[module] = inputs[0], output[1], module.forward(*inputs[:-1], None)[1]
 
-    for name in ("attention", "feed_forward"):
-        keep(name, getattr(block, name))
-    keep("next", fresh_model.layers[1].attention)
+    branches = block.attention, block.feed_forward
+    for module in branches:
+        module.register_forward_hook(keep)
     fresh_model(tokens, labels, dropout=Dropout(0.25, 0.0, 3))
     embedded = fresh_model.tok_embeddings(tokens)
-    for total, clean in [
-        (seen["attention"][:, 1:], embedded),
-        (seen["feed_forward"] - seen["attention"], seen["attention out"]),
-        (seen["next"] - seen["feed_forward"], seen["feed_forward out"]),
-    ]:
+    for total, clean in [(seen[block.attention][0][:, 1:], embedded), *(seen[module][1:] for module in branches)]:
         kept = total.abs() > clean.abs()
         assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
         assert torch.allclose(total[kept], clean[kept] / 0.75, atol=1e-5)

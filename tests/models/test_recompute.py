@@ -1,4 +1,4 @@
-"""Recomputing norms and SwiGLU in the backward changes neither values nor gradients, only what is kept."""
+"""The parts of a block against their plain forms: values, gradients, what is kept, launched, cast and added up."""
 
 from __future__ import annotations
 
@@ -9,54 +9,72 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import RELATIVE_L2, relative_l2
-from fused import DEVICE
-from torch import Tensor
+from fused import DEVICE, misaligned
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vapi_fast import ops
+from vapi_fast import ops, reference
 from vapi_fast.kernels.launch import recorded
-from vapi_fast.models.recompute import norm_linear, rotated_heads, swiglu_linear
+from vapi_fast.models.recompute import Draw, add_norm, cast_once, linear, norm_heads, norm_swiglu
+from vapi_fast.ops.backends import implementation
 
 Operation = Callable[..., Sequence[Tensor]]
 
 TABLE = ops.rotary_2d_table(2, 8, 1)
+DRAW = {"p": 0.25, "site": 3, "seed": 5}
 
 
-def one_linear(x: Tensor, norm: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    return norm_linear(x, norm, 1e-5, weight)
+def draw() -> Draw:
+    return Draw(**DRAW | {"seed": torch.tensor(DRAW["seed"], device=DEVICE)}, sample_ids=None)
 
 
-def two_linears(x: Tensor, norm: Tensor, first: Tensor, second: Tensor) -> Sequence[Tensor]:
-    return norm_linear(x, norm, 1e-5, first, second)
+def heads(x: Tensor, branch: Tensor, norm: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    return norm_heads(x, branch, norm, 1e-5, weight, 3, TABLE.to(x.device))
 
 
-def plain_linears(x: Tensor, norm: Tensor, *weights: Tensor) -> Sequence[Tensor]:
-    return [F.linear(ops.rms_norm(x, norm, 1e-5), weight) for weight in weights]
+def plain_heads(x: Tensor, branch: Tensor, norm: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    table = TABLE.to(x)
+    q, k, v = F.linear(ops.rms_norm(x + branch, norm, 1e-5), weight).unflatten(-1, (3, 3, -1)).unbind(2)
+    return x + branch, ops.rotary_2d(q, table), ops.rotary_2d(k, table), v
 
 
-def swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    return [swiglu_linear(gate, up, weight)]
+def swiglu(x: Tensor, branch: Tensor, norm: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+    return norm_swiglu(x, branch, norm, 1e-5, *weights, draw())
 
 
-def plain_swiglu(gate: Tensor, up: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    return [F.linear(ops.swiglu(gate, up), weight)]
+def plain_swiglu(x: Tensor, branch: Tensor, norm: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    normed = ops.rms_norm(x + branch, norm, 1e-5)
+    fed = F.linear(ops.swiglu(F.linear(normed, gate), F.linear(normed, up)), weight)
+    return x + branch, ops.dropout(fed, **DRAW)
 
 
-def heads(qkv: Tensor) -> Sequence[Tensor]:
-    return rotated_heads(qkv, TABLE.to(qkv.device))
-
-
-def plain_heads(qkv: Tensor) -> Sequence[Tensor]:
-    q, k, v = qkv.unbind(2)
-    return ops.rotary_2d(q, TABLE.to(q)), ops.rotary_2d(k, TABLE.to(k)), v
-
-
-CASES = {
-    "one linear": (one_linear, plain_linears, [(2, 5, 24), (24,), (72, 24)]),
-    "two linears": (two_linears, plain_linears, [(2, 5, 24), (24,), (40, 24), (16, 24)]),
-    "SwiGLU": (swiglu, plain_swiglu, [(2, 5, 40), (2, 5, 40), (24, 40)]),
-    "heads": (heads, plain_heads, [(2, 5, 3, 3, 8)]),
+CASES: dict[str, tuple[Operation, Operation, list[tuple[int, ...]]]] = {
+    "heads": (heads, plain_heads, [(2, 5, 24), (2, 5, 24), (24,), (72, 24)]),
+    "first heads": (
+        lambda x, norm, weight: norm_heads(x, None, norm, 1e-5, weight, 3, TABLE.to(x.device)),
+        lambda x, norm, weight: plain_heads(x, torch.zeros_like(x), norm, weight),
+        [(2, 5, 24), (24,), (72, 24)],
+    ),
+    "SwiGLU": (swiglu, plain_swiglu, [(2, 5, 24), (2, 5, 24), (24,), (40, 24), (40, 24), (24, 40)]),
+    "last norm": (
+        lambda x, branch, norm: [add_norm(x, branch, norm, 1e-5)],
+        lambda x, branch, norm: [ops.rms_norm(x + branch, norm, 1e-5)],
+        [(2, 5, 24), (2, 5, 24), (24,)],
+    ),
+    "linear": (
+        lambda x, weight: [linear(x, weight, draw())],
+        lambda x, weight: [ops.dropout(F.linear(x, weight), **DRAW)],
+        [(2, 5, 24), (16, 24)],
+    ),
 }
+every_backend_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in ("reference", "triton")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 every_case = pytest.mark.parametrize(("operation", "plain", "shapes"), CASES.values(), ids=CASES.keys())
 
 
@@ -87,7 +105,7 @@ def test_values_and_gradients_equal_the_plain_form(operation: Operation, plain: 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_triton_forward_and_backward(operation: Operation, plain: Operation, shapes: Any, dtype: Any) -> None:
-    """The backward recomputes on the forward's backend though it is called, as by autograd's threads, outside."""
+    """The backward runs on the forward's backend though it is called, as by autograd's threads, outside."""
     inputs = [x.detach().to(DEVICE).requires_grad_() for x in random_inputs(shapes, dtype)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     with ops.use_backend("reference"):
@@ -97,10 +115,13 @@ def test_on_triton_forward_and_backward(operation: Operation, plain: Operation, 
     with recorded(carry_out=True) as backward:
         gradients = torch.autograd.grad(outputs, inputs, directions(outputs))
     assert forward.launches
-    assert {launch.kernel for launch in forward.launches} <= {launch.kernel for launch in backward.launches}
+    assert backward.launches
     for found, exactly in zip([*outputs, *gradients], expected, strict=True):
         assert found.dtype == dtype
-        assert relative_l2(found.detach(), exactly.detach()) < RELATIVE_L2[dtype]
+        # Several roundings of bfloat16 one after another, in the interpreter by truncation.
+        assert relative_l2(found.detach(), exactly.detach()) < RELATIVE_L2[dtype] * (
+            3 if dtype == torch.bfloat16 else 1
+        )
 
 
 class WeightCasts(TorchDispatchMode):
@@ -118,9 +139,9 @@ class WeightCasts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("case", ["one linear", "two linears", "SwiGLU"])
+@pytest.mark.parametrize("case", ["heads", "SwiGLU", "linear"])
 def test_float32_weights_are_cast_once(case: str, autocast: bool) -> None:
-    """Activations in bfloat16, master weights in float32: outputs bfloat16, weight gradients float32."""
+    """Activations in bfloat16, master weights in float32: outputs bfloat16, weight gradients float32, norms' too."""
     operation, plain, shapes = CASES[case]
     inputs = [x.detach().float().requires_grad_() for x in random_inputs(shapes)]
     activations = [i for i, shape in enumerate(shapes) if len(shape) == 3]
@@ -140,12 +161,12 @@ def test_float32_weights_are_cast_once(case: str, autocast: bool) -> None:
 
 def test_autocast_changes_nothing_but_the_weights() -> None:
     """The norm of float32 activations stays float32 in autocast: their dtype is the model's choice."""
-    inputs = random_inputs(CASES["one linear"][2], torch.float32)
+    inputs = random_inputs(CASES["heads"][2], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        (inside,) = one_linear(*inputs)
-    (outside,) = one_linear(*inputs)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, outside)
+        inside = heads(*inputs)
+    for found, outside in zip(inside, heads(*inputs), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, outside)
 
 
 @every_case
@@ -183,7 +204,159 @@ def test_a_second_derivative_is_refused(operation: Operation, plain: Operation, 
         gradient.sum().backward()
 
 
-def test_the_rotated_heads_free_the_projection() -> None:
-    (qkv,) = random_inputs([(2, 5, 3, 3, 8)])
-    storages = {x.untyped_storage().data_ptr() for x in heads(qkv)}
-    assert qkv.untyped_storage().data_ptr() not in storages
+def test_heads_share_the_projections_memory() -> None:
+    _, *found = heads(*random_inputs(CASES["heads"][2]))
+    assert len({x.untyped_storage().data_ptr() for x in found}) == 1
+    assert found[0].untyped_storage().nbytes() == sum(x.nbytes for x in found)
+
+
+class Blocks(nn.Module):
+    """Two matrices, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 16, bias=False), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.first.weight), self.second.weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients_of_weights_cast_once_are_added_up_in_float32(backend: str) -> None:
+    """Three micro-batches: each product of bfloat16 operands reaches the sum unrounded."""
+    torch.manual_seed(0)
+    blocks, exact = Blocks().to(DEVICE), Blocks().to(DEVICE).double()
+    blocks.second.weight.requires_grad_(False)
+    exact.load_state_dict({name: value.bfloat16() for name, value in blocks.state_dict().items()})
+    for _ in range(3):
+        x = torch.randn(300, 24, device=DEVICE).bfloat16()
+        with ops.use_backend(backend), cast_once(blocks, torch.bfloat16):
+            with WeightCasts() as casts:
+                y = blocks(x)
+            y.backward(torch.ones_like(y))
+        assert casts.count == 0
+        y = exact(x.double())
+        y.backward(torch.ones_like(y))
+    assert blocks.second.weight.grad is None
+    found, expected = blocks.first.weight.grad, exact.first.weight.grad
+    assert found.dtype == torch.float32
+    # Only the gradient to the first product is rounded: what comes of it is exact but for float32.
+    assert relative_l2(found, expected) < 2e-3
+
+
+def test_weights_cast_once_follow_the_masters() -> None:
+    """Each `with` block takes them as they are when it begins; after it nothing of them is left."""
+    blocks, x = Blocks(), torch.randn(3, 24).bfloat16()
+    for factor in (1, 2, 3):
+        with torch.no_grad():
+            blocks.first.weight.fill_(1.0).mul_(factor)
+            blocks.second.weight.fill_(0.5)
+        blocks.load_state_dict({name: value.clone() for name, value in blocks.state_dict().items()}, assign=True)
+        with cast_once(blocks, torch.bfloat16):
+            inside = blocks(x)
+            assert torch.equal(inside, blocks(x))
+        torch.testing.assert_close(inside, blocks(x))
+        with torch.no_grad():
+            blocks.first.weight.zero_()
+        assert not blocks(x).any()
+
+
+def test_weights_cast_once_are_given_up_by_an_error() -> None:
+    blocks, x = Blocks(), torch.ones(1, 24).bfloat16()
+    with pytest.raises(RuntimeError), cast_once(blocks, torch.bfloat16):
+        raise RuntimeError
+    with torch.no_grad():
+        blocks.first.weight.zero_()
+    assert not blocks(x).any()
+
+
+# ---- the launches themselves
+
+
+@every_backend_dtype
+@pytest.mark.parametrize("shape", [(1, 3), (3, 5, 192), (2, 2, 2, 1000), (130, 20), (0, 8)])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+def test_add_norm(shape: tuple[int, ...], dtype: torch.dtype, backend: str, weight_dtype: torch.dtype | None) -> None:
+    """Sum, norm and gradients, weights in the states' dtype or in float32, against autograd in float64."""
+    x, branch, dsum, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(4))
+    branch = misaligned(branch)
+    weight = (1 + 0.1 * torch.randn(shape[-1], device=DEVICE)).to(weight_dtype or dtype)
+    with ops.use_backend(backend):
+        kernels = implementation(x)
+    total, normed = kernels.add_norm(x, branch, weight, 1e-5)
+    dx, dweight, again = kernels.add_norm_backward(dy, total, weight, 1e-5, dsum)
+    assert (total.dtype, normed.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, dtype, torch.float32)
+    assert torch.equal(normed, again)
+    exact = [value.double().requires_grad_() for value in (total, weight)]
+    expected = reference.rms_norm(*exact, 1e-5)
+    gradients = torch.autograd.grad(expected, exact, dy.double())
+    if 0 in shape:
+        assert not dweight.any()
+        return
+    close = RELATIVE_L2[dtype]
+    assert relative_l2(total, x.double() + branch.double()) < close
+    assert relative_l2(normed, expected.detach()) < close
+    assert relative_l2(dx, gradients[0] + dsum.double()) < close
+    assert relative_l2(dweight, gradients[1]) < close
+    alone, same = kernels.add_norm(total, None, weight, 1e-5)
+    assert alone is total
+    assert torch.equal(same, normed)
+    dx, *others = kernels.add_norm_backward(dy, total, weight, 1e-5, None)
+    assert relative_l2(dx, gradients[0]) < close
+    assert all(map(torch.equal, others, (dweight, again)))
+
+
+@every_backend_dtype
+@pytest.mark.parametrize("shape", [(5, 1, 3, 64), (1, 63, 2, 100), (3, 65, 1, 4), (0, 2, 3, 8)])
+def test_rotate_heads(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    batch, length, count, width = shape
+    qkv = torch.randn(batch, length, 3, count, width, device=DEVICE).to(dtype)
+    table = ops.rotary_2d_table(9, width, 0)[:length].to(DEVICE)
+    exact = qkv.double().requires_grad_()
+    q, k, v = exact.unbind(2)
+    expected = torch.stack([reference.rotary_2d(q, table.double()), reference.rotary_2d(k, table.double()), v], 2)
+    gradients = torch.randn(batch, length, 4, count, width, device=DEVICE).to(dtype)
+    dq, dv = gradients.unbind(2)[:2]  # with gaps between their rows
+    dk = torch.randn(batch, count, length, width, device=DEVICE).to(dtype).transpose(1, 2)  # heads apart
+    with ops.use_backend(backend):
+        kernels = implementation(qkv)
+    memory = qkv.data_ptr()
+    kernels.rotate_heads(qkv, table)
+    dqkv = kernels.rotate_heads_backward(dq, dk, dv, table)
+    assert qkv.data_ptr() == memory
+    assert (dqkv.shape, dqkv.dtype, dqkv.is_contiguous()) == (qkv.shape, dtype, True)
+    if batch:
+        assert relative_l2(qkv, expected.detach()) < RELATIVE_L2[dtype]
+        direction = torch.stack([dq, dk, dv], 2).double()
+        assert relative_l2(dqkv, torch.autograd.grad(expected, exact, direction)[0]) < RELATIVE_L2[dtype]
+        assert torch.equal(dqkv[:, :, 2], dv)
+
+
+@every_backend_dtype
+@pytest.mark.parametrize("shape", [(7,), (5, 1), (65, 63), (3, 2, 2, 520)])
+def test_swiglu_backward_gives_the_product_again(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    gate, up, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+    with ops.use_backend(backend):
+        kernels = implementation(gate)
+    product = kernels.swiglu_forward(gate, misaligned(up))
+    *found, again = kernels.swiglu_backward(misaligned(dy), gate, up)
+    assert torch.equal(product, again)
+    exact = [value.double().requires_grad_() for value in (gate, up)]
+    expected = reference.swiglu(*exact)
+    assert relative_l2(product, expected.detach()) < RELATIVE_L2[dtype]
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, exact, dy.double()), strict=True):
+        assert gradient.dtype == dtype
+        assert relative_l2(gradient, wanted) < RELATIVE_L2[dtype]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nan_stays_in_its_row(backend: str) -> None:
+    x = torch.randn(4, 8, device=DEVICE)
+    branch, weight = torch.zeros_like(x), torch.ones(8, device=DEVICE)
+    branch[2, 5] = torch.nan
+    with ops.use_backend(backend):
+        kernels = implementation(x)
+    total, normed = kernels.add_norm(x, branch, weight, 1e-5)
+    dx, dweight, _ = kernels.add_norm_backward(torch.ones_like(x), total, weight, 1e-5, torch.zeros_like(x))
+    assert normed.isnan().all(-1).tolist() == dx.isnan().all(-1).tolist() == [False, False, True, False]
+    assert dweight.isnan().all()

@@ -49,7 +49,9 @@ def wrong_fake(watch: Watch) -> None:
 
 
 def launched(grid: tuple[int, ...], x: Tensor, rows: int = 1) -> None:
-    launch(rms_norm_forward_kernel, grid, x, x, x, rows, 3, 3, 1e-5, BLOCK_D=4, BLOCK_ROWS=1, num_warps=1)
+    launch(
+        rms_norm_forward_kernel, grid, x, None, x, None, x, rows, 3, 3, 0, 1e-5, BLOCK_D=4, BLOCK_ROWS=1, num_warps=1
+    )
 
 
 def replayed_in_a_capture() -> None:

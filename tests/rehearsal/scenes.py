@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment import run
+from vapi_fast.alignment import rollout, run
 from vapi_fast.generation import sequences as generation
 from vapi_fast.generation.engine import Engine
-from vapi_fast.models import Generator, Janus, LlamaGen, janus, llamagen
+from vapi_fast.models import Condition, Generator, Janus, LlamaGen, janus, llamagen
 
 from .watch import Watch
 
@@ -152,6 +152,32 @@ def sharded(watch: Watch) -> None:
         align(watch)
 
 
+MOST_LAUNCHES = 40  # of a layer and micro-batch, forward and backward: below, the host keeps ahead of a GPU
+
+
+def launches_of_a_layer(watch: Watch) -> None:
+    """Of the default recipe's, with dropout: what a second layer launches more than one alone, weights cast before."""
+    config = AlignConfig(model="xxl", random_init=True, synthetic_data=True)
+    tokens, ids = torch.zeros(IMAGES, 576, dtype=torch.int64, device=DEVICE), torch.arange(IMAGES, device=DEVICE)
+    counts = []
+    for depth in (1, 2):
+        with layers(depth), DEVICE:
+            model = LlamaGen(llamagen.LLAMAGEN_CONFIGS["xxl"])
+        with rollout.weights_of_step(model):
+            for _ in range(2):  # the second one adds to gradients that are there
+                start = watch.launched_so_far
+                draw = {"seed": 0, "sample_ids": ids}
+                hidden = rollout.teacher_forced_hidden(model, tokens, Condition(ids), config, training=True, **draw)
+                middle = watch.launched_so_far
+                hidden.backward(torch.zeros_like(hidden))
+                found = middle - start, watch.launched_so_far - middle
+        counts.append(found)
+    forward, backward = (two - one for one, two in zip(*counts, strict=True))
+    print(f"a layer: {forward} launches forward, {backward} backward")
+    if forward + backward >= MOST_LAUNCHES:
+        watch.note("launches", f"a layer's forward and backward are {forward + backward}", "transformer.Block")
+
+
 PLAIN_LAYOUTS = ("published recipe", "straight-through", "both paths", "released recipe")
 SCENES: dict[str, Scene] = {
     "align": partial(align, steps=2),
@@ -164,6 +190,7 @@ SCENES: dict[str, Scene] = {
     "dropout": partial(align, rollout_mode="train"),
     "released recipe": partial(align, path="both", batch_size=4, steps=2),
     "credit by token": partial(align, credit_window=3),
+    "a layer": launches_of_a_layer,
     "small micro-batches": partial(align, micro_batch=4),
     "free rollouts": partial(align, rollouts="free", batch_size=4),
     "published recipe": partial(align, path="reference", batch_size=4),

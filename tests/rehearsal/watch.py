@@ -34,6 +34,8 @@ OURS = ("/vapi_fast/", "/kernels/", "/benchmarks/")
 # Results that the host needs before it can go on.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "bincount"}
 CONVOLUTIONS = {"convolution", "cudnn_convolution_relu"}
+# Operations that launch nothing, beside views.
+SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Watch(TorchDispatchMode):
         self.findings: collections.Counter[Finding] = collections.Counter()
         self.host = Host(self.host_note)
         self.scene = ""
+        self.launched_so_far = 0  # of our kernels and of PyTorch's operations on the device
         self.hot = self.channels_last = False
         self.operators = {op._qualname: op for op in own_operators()}
         self.launches: dict[str, list[Specialisation]] = {}
@@ -152,6 +155,7 @@ class Watch(TorchDispatchMode):
         on_gpu = any(each.is_cuda for each in given)
         self.check_copies(func, name, args, kwargs, given)
         if on_gpu:
+            self.launched_so_far += func.namespace == "aten" and not func.is_view and name not in SILENT
             self.check_devices(func, name, given)
             if name in WAITING or (name in ("index", "index_put", "index_put_") and has_mask(given)):
                 self.waits(f"{func}")
@@ -215,6 +219,7 @@ class Watch(TorchDispatchMode):
 
     def launched(self, launch: Launch) -> Specialisation:
         name = launch.kernel.__name__
+        self.launched_so_far += 1
         if not all(isinstance(size, int) for size in launch.grid):
             self.note("grid", f"{name}: {launch.grid} is not of integers")
         elif any(size > limit for size, limit in zip(launch.grid, GRID_LIMITS, strict=False)):

@@ -37,6 +37,7 @@ from vapi_fast.runtime.ceilings import Ceilings
 
 TRANSFORMER_STAGES = ("forward", "sample", "loss", "backward")
 LOGITS = 160 * 2**20  # bytes that the head holds at once (`vapi_fast.kernels.head.CHUNK_BYTES`)
+CAST = 320 * 65536  # numbers that PyTorch's `_foreach_copy_` takes in one launch
 PROMPT = 40  # tokens of a usual prompt; what a model takes at most is many times as much
 
 
@@ -70,6 +71,7 @@ def step_costs(
     generator = usual_size(generator, tokenizer, image_size)
     passes = -(-batch_size // micro_batch)
     forward, backward = transformer_costs(generator, batch_size, passes, shards)
+    cast = weight_casts(generator, passes, shards)
     logits, gradients = head_costs(generator, batch_size * length, passes, shards)
     masked = Cost()
     if dropout:  # each residual branch read and written
@@ -79,7 +81,7 @@ def step_costs(
     optimizer = Cost((Kernel("optimizer", 0, 8 * FP32 * parameters(generator) / shards, 2),))
     if method == "ntp":
         return {
-            "forward": forward + masked,
+            "forward": forward + masked + cast,
             "loss": logits + gradients,
             "backward": backward + masked,
             "optimizer": optimizer,
@@ -92,7 +94,7 @@ def step_costs(
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {
         "encode": encoder_cost(tokenizer, image_size).times(batch_size, -(-2 * batch_size // MAX_CHUNK)),
-        "forward": forward + masked,
+        "forward": forward + masked + cast,
         "sample": logits + read + drawn,
         "decode": decoder_cost(tokenizer, image_size).times(decodings, rewards),
         "lpips": maps.times(batch_size + decodings, 2 * rewards),
@@ -205,8 +207,8 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
     2·S²·D FLOPs a layer and image forward, as half of its scores are masked, and 2.5 times that backward, where the
     scores are computed again. Norms and SwiGLU are computed again for the backward.
 
-    Whole weights are cast to bf16 in every pass, and their gradients cast back and added up; of sharded ones each
-    process casts its own before they are gathered.
+    The sum of a residual stream is taken by the kernel of its norm, and so is its gradient. The weights' gradients are
+    added up in fp32 by their products; sharded ones' are cast and added up as autograd does.
     """
     width, hidden = config.width, config.hidden_width
     length = config.grid_size**2 + config.prefix_len - 1
@@ -223,15 +225,17 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
     def attended(kind: str, flops: float, widths: int) -> Cost:
         return Cost((Kernel(kind, flops, BF16 * rows * widths * runs, runs),))
 
-    norms, residuals, rotary = maps(4 * width, 2), maps(6 * width, 2), maps(6 * width, 2)  # of q and k; v copied
     forward = total(product(rows, *linear, runs) for linear in linears) + attended("attention", attention, 4 * width)
-    forward += norms + residuals + rotary + maps(3 * hidden)
-    forward += casts(weights / shards / (5 * runs) * passes, 5 * runs) + elementwise(0, 2 * runs, "cast")  # and norms'
-    backward = total(gradient_products(rows, *linear, runs) for linear in linears)
+    forward += maps(8 * width, 2) + maps(4 * width) + maps(3 * hidden)  # sums and norms; q and k rotated; SwiGLU
+    written = FP32 if shards == 1 else BF16
+    backward = total(gradient_products(rows, *linear, runs, written=written) for linear in linears)
+    if shards == 1:
+        backward += elementwise(FP32 * weights * (passes - 1), 0)  # what the first pass has not to read
+    else:
+        backward += sums(weights, passes, config.layers)
     backward += attended("attention backward", 2.5 * attention, 8 * width)
-    backward += norms + maps(6 * width, 2) + residuals  # the norms again, their gradients, the residual stream's sums
-    backward += maps(10 * width, 5) + maps(8 * hidden, 2)  # rotated back and put together; SwiGLU again, its gradient
-    backward += sums(weights, passes, 7 * config.layers)
+    backward += maps(10 * width, 2) + maps(6 * width) + maps(6 * hidden)  # norms with sums; rotated back; SwiGLU
+    backward += elementwise(0, 2 * config.layers * (2 * passes - 1), "cast")  # of norms' weights, added up
     for network, tokens in zip(around(config), (config.grid_size**2 - 1, config.grid_size**2), strict=True):
         if weights := network.weights:
             kept = BF16 * images * tokens * network.kept
@@ -240,6 +244,16 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
             forward += Cost((Kernel("product", flops, 2 * kept + read, passes),)) + casts(weights / shards, passes)
             backward += Cost((Kernel("product", 2 * flops, 3 * kept + read, 2 * passes),)) + sums(weights, passes)
     return forward, backward
+
+
+def weight_casts(config: GeneratorConfig, passes: int, shards: int = 1) -> Cost:
+    """The blocks' matrices to bf16: whole ones once a step, CAST numbers in a launch; of sharded ones each process
+    casts its own in every pass, a block's in a launch, before they are gathered."""
+    weights = config.layers * (4 * config.width**2 + 3 * config.width * config.hidden_width)
+    if shards == 1:
+        launches = -(-weights // CAST)
+        return casts(weights / launches, launches)
+    return casts(weights / config.layers / shards, config.layers * passes)
 
 
 class Network(NamedTuple):

@@ -13,7 +13,7 @@ from vapi_fast.alignment.control import advantages_of
 from vapi_fast.alignment.figures import mean_terms, metrics_of, non_finite
 from vapi_fast.alignment.losses import Losses, base_logprobs, ntp_loss, rewards_of
 from vapi_fast.alignment.models import Models
-from vapi_fast.alignment.rollout import condition_of, teacher_forced_hidden
+from vapi_fast.alignment.rollout import condition_of, teacher_forced_hidden, weights_of_step
 from vapi_fast.alignment.step import Gradients
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation.sequences import Generation, sample_groups
@@ -55,22 +55,23 @@ def accumulate_free_gradients(
     if config.prior == "ce" and config.prior_weight:
         micro_batches += [("prior", rows) for rows in split(len(tokens), config.micro_batch)]
     sums = {name: torch.zeros((), device=tokens.device) for name in ("loss", "cross_entropy", "kl", "clipped")}
-    for index, (term, rows) in enumerate(micro_batches):
-        reduce_at(models.generator, last=index + 1 == len(micro_batches))
-        if term == "policy":
-            part = Sequences(*(value[rows] for value in sequences))
-            losses = sequence_loss(models, config, part, condition.take(rows), seed, clock)
-            weight = share = (rows.stop - rows.start) / (config.batch_size * config.group_size)
-        else:
-            losses = ntp_loss(models, config, batch.take(rows), tokens[rows], seed, clock)
-            share = (rows.stop - rows.start) / config.batch_size
-            weight = config.prior_weight * share
-        with clock("backward"):
-            (losses.terms["loss"] * weight).backward()
-        sums["loss"] += weight * losses.terms["loss"].detach()
-        for name in ("cross_entropy", "kl", "clipped"):
-            if name in losses.terms:
-                sums[name] += share * losses.terms[name].detach()
+    with weights_of_step(models.generator):
+        for index, (term, rows) in enumerate(micro_batches):
+            reduce_at(models.generator, last=index + 1 == len(micro_batches))
+            if term == "policy":
+                part = Sequences(*(value[rows] for value in sequences))
+                losses = sequence_loss(models, config, part, condition.take(rows), seed, clock)
+                weight = share = (rows.stop - rows.start) / (config.batch_size * config.group_size)
+            else:
+                losses = ntp_loss(models, config, batch.take(rows), tokens[rows], seed, clock)
+                share = (rows.stop - rows.start) / config.batch_size
+                weight = config.prior_weight * share
+            with clock("backward"):
+                (losses.terms["loss"] * weight).backward()
+            sums["loss"] += weight * losses.terms["loss"].detach()
+            for name in ("cross_entropy", "kl", "clipped"):
+                if name in losses.terms:
+                    sums[name] += share * losses.terms[name].detach()
     share = len(tokens) / config.batch_size
     metrics = metrics_of(config)
     means = mean_terms(sums | {name: share * value.mean() for name, value in rewards.items()}, metrics)

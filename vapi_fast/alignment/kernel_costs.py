@@ -116,9 +116,9 @@ def product(rows: float, inner: int, columns: int, runs: float = 1, *, written: 
     )
 
 
-def gradient_products(rows: float, inner: int, columns: int, runs: float) -> Cost:
-    """The two products of a linear's backward: the gradients of its input and of its weight."""
-    return product(rows, columns, inner, runs) + product(columns, round(rows), inner, runs)
+def gradient_products(rows: float, inner: int, columns: int, runs: float, *, written: int = BF16) -> Cost:
+    """The two products of a linear's backward: the gradients of its input and, in so many bytes, of its weight."""
+    return product(rows, columns, inner, runs) + product(columns, round(rows), inner, runs, written=written)
 
 
 def casts(weights: float, runs: float) -> Cost:

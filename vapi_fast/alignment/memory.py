@@ -210,7 +210,7 @@ def step_parts(config: AlignConfig, generator: GeneratorConfig, micro_batch: int
     return {
         "activations": activations,
         "loss": loss,
-        "backward": BF16 * positions * (8 * width + 6 * hidden) + FP32 * vocab * width,
+        "backward": BF16 * positions * (8 * width + 4 * hidden) + FP32 * vocab * width,
     }
 
 

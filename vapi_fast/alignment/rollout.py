@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from vapi_fast import ops
 from vapi_fast.alignment.config import RolloutOptions
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import Condition, Dropout, Generator
+from vapi_fast.models.recompute import cast_once
 from vapi_fast.models.transformer import Head
 from vapi_fast.runtime.clock import Clock
 
@@ -30,6 +31,16 @@ class Rollout(NamedTuple):
 def condition_of(batch: ImageBatch) -> Condition:
     """What the images were drawn from: their classes, or their captions."""
     return Condition(batch.labels) if batch.features is None else Condition(batch.features, batch.mask)
+
+
+def is_cast(model: Generator) -> bool:
+    """Whether its forwards compute in bf16 with weights of float32: whole ones; sharded ones are gathered in bf16."""
+    return model.head.weight.device.type in AUTOCAST and not isinstance(model, FSDPModule)
+
+
+def weights_of_step(model: Generator) -> AbstractContextManager[None]:
+    """In which the forwards of a step have one cast of the blocks' weights, and no optimizer may change them."""
+    return cast_once(model.layers, torch.bfloat16) if is_cast(model) else nullcontext()
 
 
 def teacher_forced_hidden(
@@ -52,9 +63,7 @@ def teacher_forced_hidden(
     dropout = None
     if training and (config.dropout or config.label_dropout):
         dropout = Dropout(config.dropout, config.label_dropout, seed, sample_ids)
-    # Sharded weights are gathered in bf16; whole ones are float32 and cast by autocast.
-    autocast = tokens.device.type in AUTOCAST and not isinstance(model, FSDPModule)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=is_cast(model)):
         return model.hidden(context, condition, dropout)
 
 

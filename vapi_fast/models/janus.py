@@ -94,10 +94,7 @@ class Janus(Generator):
         return janus_files.language_head(source)
 
     def text_states(self, ids: Tensor) -> Tensor:
-        h, rotary = self.text_embeddings(ids), self.rotary[: ids.shape[1]]
-        for i, layer in enumerate(self.layers):
-            h = layer(h, rotary, None, None, i, None)
-        return self.norm(h)
+        return self.norm(*self.blocks(self.text_embeddings(ids), self.rotary[: ids.shape[1]]))
 
     def save(self, folder: Path, weights: dict[str, Tensor], source: Path | None) -> None:
         """A folder `aligned` with all files of `source`, in its layout; of random weights the generator's alone."""

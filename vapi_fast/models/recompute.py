@@ -1,115 +1,251 @@
-"""Parts of a transformer block that keep their inputs for the backward and compute what lies between again.
+"""Parts of a transformer block with gradients of their own, which compute again what is cheap and keep the rest.
 
 A plain RMSNorm → linear keeps the norm's input for the norm and its output for the linear; SwiGLU → linear likewise.
-Here the output is recomputed: one more pass over memory instead of 2·D bytes a token for each norm and 2·hidden for
-SwiGLU in bf16, for LlamaGen-XXL 14 KB a token and layer beside the 34 KB that are kept.
+Here the kernel of the norm's or of SwiGLU's gradient writes the output once more: one pass over memory instead of 2·D
+bytes a token for each norm and 2·hidden for SwiGLU in bf16, for LlamaGen-XXL 14 KB a token and layer beside the 34 KB
+that are kept. The residual stream is a pair, a state and the branch that is still to be added to it: the sum is taken
+where it is normed, and its gradient where the norm's is computed.
 
-Everything is computed in the dtype of the activations: parameters of another dtype (fp32 master weights) are cast to
-it once a forward, as by autocast, and their gradients are cast back.
+Forward and backward call the launches of `implementation` themselves, without operators and graphs inside of graphs,
+so that the host keeps ahead of the device.
+
+Everything is computed in the dtype of the activations: matrices of another dtype (fp32 master weights) are cast to it
+once a forward, as by autocast, and their gradients cast back; inside of `cast_once` they are cast once for all
+forwards, and their gradients added up in fp32 by the products that make them. Norms take their weights as they are.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vapi_fast import ops
-from vapi_fast.ops.backends import backend_name
-from vapi_fast.reference.precision import full_precision
+from vapi_fast.ops.backends import implementation
+from vapi_fast.reference.precision import full_precision, product
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
-    """RMSNorm(x) times each of `weights`; keeps x, not its norm.
+class Draw(NamedTuple):
+    """One of a model's dropouts, as `ops.dropout` takes it."""
 
-    x floating `[..., D]`, norm_weight `[D]`, weights `[N_i, D]` → each `[..., N_i]` in x's dtype, gradients to all.
+    p: float
+    site: int
+    seed: Tensor
+    sample_ids: Tensor | None
+
+
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x + branch) · weight; keeps the sum.
+
+    x and branch floating `[..., D]`, weight `[D]` → `[..., D]` in x's dtype, gradients to all.
     """
-    operation = functools.partial(ops.rms_norm, eps=eps)
-    return RecomputedLinear.apply(operation, 2, x, norm_weight.to(x.dtype), *(weight.to(x.dtype) for weight in weights))
+    return AddedNorm.apply(x, branch, weight, eps)
 
 
-def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """SiLU(gate) · up times `weight`; keeps gate and up, not their product.
+def norm_heads(
+    x: Tensor, branch: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, heads: int, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum x + branch, and queries, keys and values of its norm, the former two with `ops.rotary_2d` applied.
 
-    gate and up floating `[..., hidden]`, weight `[D, hidden]` → `[..., D]` in gate's dtype, gradients to all.
+    x and branch floating `[B, T, D]`, norm_weight `[D]`, weight `[3·D, D]`, table `[T, head_dim / 2, 2]` → the sum
+    `[B, T, D]` and three `[B, T, heads, head_dim]`, side by side in one memory, in x's dtype; gradients to all but the
+    table. Keeps the sum.
     """
-    return RecomputedLinear.apply(ops.swiglu, 2, gate, up, weight.to(gate.dtype))[0]
+    return NormedHeads.apply(x, branch, norm_weight, eps, weight, heads, table)
 
 
-def rotated_heads(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of a fused projection with `ops.rotary_2d` applied, and its values; keeps none of its memory.
+def norm_swiglu(
+    x: Tensor,
+    branch: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    weight: Tensor,
+    draw: Draw | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum x + branch, and SwiGLU of its norm with dropout: (SiLU(n·W_gateᵀ) · n·W_upᵀ) · Wᵀ, n the norm.
 
-    qkv floating `[B, T, 3, heads, head_dim]`, table `[T, head_dim / 2, 2]` → three `[B, T, heads, head_dim]`, with a
-    gradient to qkv.
+    x and branch floating `[B, T, D]`, norm_weight `[D]`, gate_weight and up_weight `[hidden, D]`, weight `[D, hidden]`
+    → two `[B, T, D]` in x's dtype, gradients to all. Keeps the sum, gate and up.
     """
-    return RotatedHeads.apply(qkv, table)
+    return NormedSwiglu.apply(x, branch, norm_weight, eps, gate_weight, up_weight, weight, draw)
 
 
-class RecomputedLinear(torch.autograd.Function):
-    """operation(*inputs) times each of `weights`; keeps the inputs, not what the operation makes of them."""
+def linear(x: Tensor, weight: Tensor, draw: Draw | None = None) -> Tensor:
+    """x `[..., D]` times weight `[N, D]`, with dropout → `[..., N]` in x's dtype."""
+    return Linear.apply(x, weight, draw)
 
+
+class AddedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operation: Callable[..., Tensor], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, weights = tensors[:count], tensors[count:]
-        ctx.save_for_backward(*tensors)
-        ctx.operation, ctx.count, ctx.backend = operation, count, backend_name(inputs[0])
-        with full_precision(inputs[0]):
-            product = operation(*inputs)
-            return tuple(F.linear(product, weight) for weight in weights)
+    def forward(ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        ctx.kernels, ctx.eps, ctx.branches = implementation(x), eps, branch is not None
+        total, normed = ctx.kernels.add_norm(x, branch, weight, eps)
+        ctx.save_for_backward(total, weight)
+        return normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        with full_precision(inputs[0]):
-            # The forward's backend: a CUDA backward runs in a thread where no `use_backend` is in force.
-            with torch.enable_grad(), ops.use_backend(ctx.backend):
-                product = ctx.operation(*leaves)
-            needed = zip(gradients, ctx.needs_input_grad[2 + ctx.count :], strict=True)
-            dweights = [weight_gradient(gradient, product) if needs else None for gradient, needs in needed]
-            dinputs = torch.autograd.grad(product, leaves, input_gradient(gradients, weights))
-        return None, None, *dinputs, *dweights
+    def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        dx, dweight, _ = ctx.kernels.add_norm_backward(dnormed, total, weight, ctx.eps, None)
+        return dx, dx if ctx.branches else None, dweight.to(weight.dtype), None
 
 
-class RotatedHeads(torch.autograd.Function):
+class NormedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(table)
-        ctx.backend = backend_name(qkv)
-        heads = qkv.shape[3]
-        q, k = ops.rotary_2d(qkv[:, :, :2].flatten(2, 3), table).unflatten(2, (2, heads)).unbind(2)
-        return q, k, qkv[:, :, 2].clone()  # a view would keep the projection's queries and keys in memory
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        heads: int,
+        table: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.kernels, ctx.eps, ctx.branches = implementation(x), eps, branch is not None
+        (cast,) = keep_weights(ctx, x.dtype, weight)
+        total, normed = ctx.kernels.add_norm(x, branch, norm_weight, eps)
+        with full_precision(x):
+            qkv = F.linear(normed, cast).unflatten(-1, (3, heads, -1))
+        ctx.kernels.rotate_heads(qkv, table)
+        ctx.save_for_backward(total, norm_weight, table, cast)
+        return total, *qkv.unbind(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:
-        (table,) = ctx.saved_tensors
-        back = table.clone()  # a rotation's transpose turns by the opposite angle
-        back[..., 1].neg_()
-        batch, length, heads, head_dim = dv.shape
-        dqkv = dv.new_empty(batch, length, 3, heads, head_dim)
-        with ops.use_backend(ctx.backend):
-            dqkv[:, :, 0] = ops.rotary_2d(dq, back)
-            dqkv[:, :, 1] = ops.rotary_2d(dk, back)
-        dqkv[:, :, 2] = dv
-        return dqkv, None
+    def backward(ctx: Any, dtotal: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        total, norm_weight, table, weight = ctx.saved_tensors
+        with full_precision(total):
+            dqkv = ctx.kernels.rotate_heads_backward(dq, dk, dv, table).flatten(2)
+            dx, dnorm, normed = ctx.kernels.add_norm_backward(
+                torch.matmul(dqkv, weight), total, norm_weight, ctx.eps, dtotal
+            )
+            dweight = weight_gradient(ctx, 0, dqkv, normed)
+        return dx, dx if ctx.branches else None, dnorm.to(norm_weight.dtype), None, dweight, None, None
 
 
-def weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """Of a bias-free linear: gradientᵀ · inputs over all rows."""
-    return gradient.flatten(0, -2).T @ inputs.detach().flatten(0, -2)
+class NormedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        weight: Tensor,
+        draw: Draw | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernels, ctx.eps, ctx.branches, ctx.draw = implementation(x), eps, branch is not None, draw
+        to_gate, to_up, down = keep_weights(ctx, x.dtype, gate_weight, up_weight, weight)
+        total, normed = ctx.kernels.add_norm(x, branch, norm_weight, eps)
+        with full_precision(x):
+            gate, up = F.linear(normed, to_gate), F.linear(normed, to_up)
+            fed = F.linear(ctx.kernels.swiglu_forward(gate, up), down)
+        ctx.save_for_backward(total, norm_weight, gate, up, to_gate, to_up, down)
+        return total, fed if draw is None else ctx.kernels.dropout_forward(fed, *draw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dfed: Tensor) -> tuple[Tensor | None, ...]:
+        total, norm_weight, gate, up, to_gate, to_up, down = ctx.saved_tensors
+        if ctx.draw is not None:
+            dfed = ctx.kernels.dropout_forward(dfed, *ctx.draw)
+        with full_precision(total):
+            dgate, dup, fed = ctx.kernels.swiglu_backward(torch.matmul(dfed, down), gate, up)
+            ddown = weight_gradient(ctx, 2, dfed, fed)
+            del fed
+            dnormed = torch.matmul(dgate, to_gate)
+            dnormed.flatten(0, -2).addmm_(dup.flatten(0, -2), to_up)
+            dx, dnorm, normed = ctx.kernels.add_norm_backward(dnormed, total, norm_weight, ctx.eps, dtotal)
+            dgates = weight_gradient(ctx, 0, dgate, normed), weight_gradient(ctx, 1, dup, normed)
+        return dx, dx if ctx.branches else None, dnorm.to(norm_weight.dtype), None, *dgates, ddown, None
 
 
-def input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Of bias-free linears with one input: Σ gradient · weight."""
-    first, *others = gradients
-    total = first.flatten(0, -2) @ weights[0]
-    for gradient, weight in zip(others, weights[1:], strict=True):
-        total.addmm_(gradient.flatten(0, -2), weight)
-    return total.unflatten(0, first.shape[:-1])
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, draw: Draw | None) -> Tensor:
+        ctx.kernels, ctx.draw = implementation(x), draw
+        (cast,) = keep_weights(ctx, x.dtype, weight)
+        ctx.save_for_backward(x, cast)
+        with full_precision(x):
+            y = F.linear(x, cast)
+        return y if draw is None else ctx.kernels.dropout_forward(y, *draw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if ctx.draw is not None:
+            dy = ctx.kernels.dropout_forward(dy, *ctx.draw)
+        with full_precision(x):
+            return torch.matmul(dy, weight), weight_gradient(ctx, 0, dy, x), None
+
+
+# ---- master weights
+
+_copies: dict[int, Tensor] = {}  # of master weights, by their id; only inside of `cast_once`
+
+
+@contextmanager
+def cast_once(blocks: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the `with` block all matrices of `blocks` are taken in `dtype`, as they are now: nobody may change them.
+
+    Gradients to those that are trained are added to `.grad`, in their own dtype, by the backward itself, whichever way
+    it is called: `torch.autograd.grad` does not give them. Not for sharded weights; parametrised ones are cast as ever.
+    """
+    matrices = [module.weight for module in blocks.modules() if type(module) is nn.Linear]
+    with torch.no_grad():
+        copies = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
+        if matrices:
+            torch._foreach_copy_(copies, matrices)
+    _copies.update(zip(map(id, matrices), copies, strict=True))
+    del copies
+    try:
+        yield
+    finally:
+        _copies.clear()
+
+
+class Master(NamedTuple):
+    """A weight whose gradient is wanted: what adds up its gradient, and its dtype."""
+
+    parameter: Tensor | None  # None: autograd
+    dtype: torch.dtype
+
+
+def keep_weights(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> list[Tensor]:
+    """The weights in `dtype`, for the products; on ctx what `weight_gradient` needs to know of each."""
+    found, ctx.masters = [], []
+    for weight in weights:
+        copy = _copies.get(id(weight))
+        known = copy is not None and copy.dtype == dtype
+        found.append(copy if known else weight.to(dtype))
+        ctx.masters.append(Master(weight if known else None, weight.dtype) if weight.requires_grad else None)
+    return found
+
+
+def weight_gradient(ctx: Any, index: int, gradient: Tensor, inputs: Tensor) -> Tensor | None:
+    """Of a bias-free linear: gradientᵀ · inputs over all rows, for autograd, or added to what there is of it."""
+    if (master := ctx.masters[index]) is None:
+        return None
+    a, b = gradient.flatten(0, -2).T, inputs.flatten(0, -2)
+    if a.dtype == master.dtype:
+        return a @ b
+    total = None if master.parameter is None else master.parameter.grad
+    accumulate = total is not None
+    if total is None:
+        total = a.new_empty(len(a), b.shape[1], dtype=master.dtype)
+    product(a, b, total, accumulate=accumulate)
+    if master.parameter is None:
+        return total
+    master.parameter.grad = total
+    return None

@@ -23,7 +23,7 @@ from vapi_fast.reference.philox import LABEL_DROPOUT, default_sample_ids, philox
 from vapi_fast.runtime.accelerators import causal_attention
 from vapi_fast.runtime.checkpoint import save_generator
 
-from .recompute import norm_linear, rotated_heads, swiglu_linear
+from .recompute import Draw, add_norm, linear, norm_heads, norm_swiglu
 
 
 class Condition(NamedTuple):
@@ -55,6 +55,16 @@ class Dropout(NamedTuple):
         if not self.share:
             return x
         return ops.dropout(x, self.share, seed=self.seed, site=site, sample_ids=self.sample_ids)
+
+    def draw(self, site: int) -> Draw | None:
+        """What `states` would leave out of one of the model's places, for who leaves it out by himself."""
+        return Draw(self.share, site, self.seed, self.sample_ids) if self.share else None
+
+    def on(self, device: torch.device) -> Dropout:
+        """The same, with the seed in the device's memory once, where kernels read it."""
+        if isinstance(self.seed, Tensor):
+            return self
+        return self._replace(seed=torch.full((), self.seed, dtype=torch.int64, device=device))
 
     def condition(self, rows: Tensor, unconditional: Tensor) -> Tensor:
         """The condition's rows `[B,…]`, some of them those of `unconditional`."""
@@ -89,14 +99,18 @@ class Cache(Protocol):
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+Stream = tuple[Tensor, Tensor]  # a state of the residual stream, and the branch that is still to be added to it
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Of x, or of the sum of both."""
+        return add_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -107,19 +121,26 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:
-        """Attention over norm(x)."""
-        (qkv,) = norm_linear(x, norm.weight, norm.eps, self.wqkv.weight)
-        q, k, v = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), rotary)
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        norm: RMSNorm,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        draw: Draw | None,
+    ) -> Stream:
+        """x + branch, and attention over its norm."""
+        x, q, k, v = norm_heads(x, branch, norm.weight, norm.eps, self.wqkv.weight, self.heads, rotary)
         if mask is None and cache is None:
-            return self.wo(causal_attention(q, k, v).flatten(2))
+            return x, linear(causal_attention(q, k, v).flatten(2), self.wo.weight, draw)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         causal = mask is None and x.shape[1] > 1  # a single query sees everything in the cache
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return x, linear(out.transpose(1, 2).flatten(2), self.wo.weight, draw)
 
 
 class FeedForward(nn.Module):
@@ -129,10 +150,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.hidden_width, bias=False)
         self.w2 = nn.Linear(config.hidden_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """SwiGLU of norm(x)."""
-        gate, up = norm_linear(x, norm.weight, norm.eps, self.w1.weight, self.w3.weight)
-        return swiglu_linear(gate, up, self.w2.weight)
+    def forward(self, x: Tensor, branch: Tensor, norm: RMSNorm, draw: Draw | None) -> Stream:
+        """x + branch, and SwiGLU of its norm."""
+        weights = self.w1.weight, self.w3.weight, self.w2.weight
+        return norm_swiglu(x, branch, norm.weight, norm.eps, *weights, draw)
 
 
 class Block(nn.Module):
@@ -144,12 +165,19 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, dropout: Dropout | None
-    ) -> Tensor:
-        attended = self.attention(x, self.attention_norm, rotary, mask, cache, layer)
-        x = x + (attended if dropout is None else dropout.states(attended, 2 * layer + 1))
-        fed = self.feed_forward(x, self.ffn_norm)
-        return x + (fed if dropout is None else dropout.states(fed, 2 * layer + 2))
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        dropout: Dropout | None,
+    ) -> Stream:
+        """The residual stream x + branch after this block, again with its last branch still to be added."""
+        draws = [None if dropout is None else dropout.draw(2 * layer + place) for place in (1, 2)]
+        x, attended = self.attention(x, branch, self.attention_norm, rotary, mask, cache, layer, draws[0])
+        return self.feed_forward(x, attended, self.ffn_norm, draws[1])
 
 
 class Generator(nn.Module, ABC):
@@ -241,6 +269,20 @@ class Generator(nn.Module, ABC):
         """The states `[B,T,D]` that predict x_1 … x_T from the context x_1 … x_{T−1}, int64 `[B,T−1]`."""
         return self(context, condition.rows, condition_mask=condition.mask, dropout=dropout, return_hidden=True)
 
+    def blocks(
+        self,
+        h: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        dropout: Dropout | None = None,
+    ) -> Stream:
+        """The states `[B,S,D]` after all layers, of which the last norm takes the sum."""
+        branch = None
+        for i, layer in enumerate(self.layers):
+            h, branch = layer(h, branch, rotary, mask, cache, i, dropout)
+        return h, branch
+
     def forward(
         self,
         tokens: Tensor | None,
@@ -287,14 +329,15 @@ class Generator(nn.Module, ABC):
             condition_mask = torch.ones(1, self.config.prefix_len, dtype=torch.bool, device=h.device)
         mask = None if condition_mask is None else attention_mask(condition_mask, start - skipped, end - skipped)
         if dropout is not None:
+            dropout = dropout.on(h.device)
             h = dropout.states(h, 0)
-        for i, layer in enumerate(self.layers):
-            h = layer(h, self.rotary[start:end], mask, cache, i, dropout)
+        h, branch = self.blocks(h, self.rotary[start:end], mask, cache, dropout)
         if cache is not None:
             cache.length = end
         if condition is not None:
-            h = h[:, self.config.prefix_len - skipped - 1 :]
-        h = self.readout(self.norm(h))
+            first = self.config.prefix_len - skipped - 1
+            h, branch = h[:, first:], branch[:, first:]
+        h = self.readout(self.norm(h, branch))
         return h if return_hidden else self.head.logits(h).float()
 
 

@@ -23,6 +23,11 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor, site: int = 0, sample_id
     return torch.where(dropped, 0.0, wide * (1 / (1 - p))).to(x.dtype)
 
 
+def dropout_forward(x: Tensor, p: float, site: int, seed: int | Tensor, sample_ids: Tensor | None) -> Tensor:
+    """`dropout` without autograd; also its own gradient."""
+    return dropout(x, p, seed=seed, site=site, sample_ids=sample_ids)
+
+
 def dropout_mask(
     shape: torch.Size, p: float, *, seed: int | Tensor, site: int, sample_ids: Tensor | None, device: torch.device
 ) -> Tensor:

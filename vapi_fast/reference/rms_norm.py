@@ -11,3 +11,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """RMSNorm, the weight multiplied after the cast back; see `vapi_fast.ops.rms_norm`."""
     wide = x.to(accumulation_dtype(x))
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+
+
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream's next state and its norm, without autograd.
+
+        sum = x + branch, or x itself where there is none
+        normed = RMSNorm(sum) · weight
+
+    x and branch floating `[..., D]`, weight floating `[D]` → both `[..., D]` in x's dtype; the norm is that of the sum
+    as it is returned, rounded.
+    """
+    total = x if branch is None else x + branch
+    return total, rms_norm(total, weight, eps).to(x.dtype)
+
+
+def add_norm_backward(
+    dy: Tensor, total: Tensor, weight: Tensor, eps: float, dtotal: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_norm` to x, which is that to the branch too, and to the weight, in fp32; and the norm again.
+
+    dy and dtotal: to the norm and to the sum, `[..., D]` (None: nothing comes to the sum).
+    """
+    dtype = accumulation_dtype(total, weight)
+    wide, dy_wide = total.to(dtype), dy.to(dtype)
+    rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = wide * rstd
+    rounded = normed.to(total.dtype)
+    dnormed = dy_wide * weight
+    dx = rstd * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+    if dtotal is not None:
+        dx += dtotal
+    dweight = (dy_wide * rounded).flatten(0, -2).sum(0)
+    return dx.to(total.dtype), dweight, (rounded * weight).to(dy.dtype)
