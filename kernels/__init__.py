@@ -14,13 +14,14 @@ if __name__ == "vapi_fast.kernels":
     from vapi_fast.reference import group_advantages
 
     from .attention import append_to_cache, decode_attention
+    from .bias_add import bias_add
     from .codebook import codebook_lookup, vq_lookup
     from .dropout import dropout
     from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
     from .group_sample import group_sample, linear_group_sample
     from .losses import linear_cross_entropy, policy_loss
     from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-    from .perceptual import lpips_distance, mse
+    from .perceptual import lpips_distance, mse, scaled_pixels
     from .rms_norm import rms_norm
     from .rotary_swiglu import rotary_2d, swiglu
     from .straight_through import straight_through_lookup
@@ -28,6 +29,7 @@ if __name__ == "vapi_fast.kernels":
 __all__ = [
     "add_group_norm_silu",
     "append_to_cache",
+    "bias_add",
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
@@ -44,6 +46,7 @@ __all__ = [
     "policy_loss",
     "rms_norm",
     "rotary_2d",
+    "scaled_pixels",
     "straight_through_lookup",
     "swiglu",
     "vq_lookup",

@@ -71,11 +71,11 @@ class Stream:
             h, *norm, residual=residual, channel_bias=self.bias, phases=self.phases, silu=silu
         )
 
-    def sum(self) -> Tensor:
-        """The sum where no norm follows: before a change of resolution, where h is never of phases."""
+    def sum(self, pad: int = 0) -> Tensor:
+        """The sum where no norm follows: before a change of resolution, where h is never of phases. pad: rows of zeros
+        below it, and columns to its right."""
         h, residual = self.let_go()
-        h.add_(self.bias.to(h.dtype).view(-1, 1, 1))
-        return h if residual is None else h.add_(residual)
+        return ops.bias_add(h, self.bias, residual, pad=pad)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same, to be added in another dtype."""
@@ -161,7 +161,7 @@ class FrozenDownsample:
         self.bias = frozen_bias(block.conv.bias, dtype)
 
     def __call__(self, stream: Stream) -> Stream:
-        return Stream(F.conv2d(F.pad(stream.sum(), (0, 1, 0, 1)), self.weight, stride=2), self.bias)
+        return Stream(F.conv2d(stream.sum(pad=1), self.weight, stride=2), self.bias)
 
 
 def phase_weight(weight: Tensor) -> Tensor:
@@ -397,7 +397,7 @@ class FrozenLPIPS:
 
     def __init__(self, lpips: LPIPS, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.shift, self.scale = frozen_bias(lpips.shift, dtype), frozen_bias(lpips.scale, dtype)
+        self.shift, self.scale = (frozen_bias(each.flatten(), dtype) for each in (lpips.shift, lpips.scale))
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
         self.layers = []
         pool = 0
@@ -415,8 +415,8 @@ class FrozenLPIPS:
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
         # Scaled before the first convolution pads with zeros, so that its border is that of the plain network.
-        h = ((images - self.shift) / self.scale).to(self.dtype, memory_format=torch.channels_last)
-        h = F.pad(h, (0, 0, 0, 0, 0, self.layers[0].weight.shape[1] - h.shape[1]))
+        channels = self.layers[0].weight.shape[1]
+        h = ops.scaled_pixels(images, self.shift, self.scale, channels=channels, dtype=self.dtype)
         maps = []
         for layer in self.layers:
             h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h

@@ -5,13 +5,14 @@ here they are taken as right. Inputs in fp16 and bf16 are computed in fp32, floa
 """
 
 from .attention import append_to_cache, decode_attention
+from .bias_add import bias_add
 from .codebook import codebook_lookup, vq_lookup
 from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_loss
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse
+from .perceptual import lpips_distance, mse, scaled_pixels
 from .philox import fold_seed, philox
 from .rms_norm import rms_norm
 from .rotary_swiglu import rotary_2d, rotary_2d_table, swiglu
@@ -21,6 +22,7 @@ __all__ = [
     "PolicyLoss",
     "add_group_norm_silu",
     "append_to_cache",
+    "bias_add",
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
@@ -40,6 +42,7 @@ __all__ = [
     "rms_norm",
     "rotary_2d",
     "rotary_2d_table",
+    "scaled_pixels",
     "straight_through_lookup",
     "swiglu",
     "vq_lookup",
