@@ -241,7 +241,8 @@ def graph(bench: Bench, coder: str, form: str = "") -> dict[str, Any]:
     torch.manual_seed(0)
     kind, _, name = form.partition("=")
     with bench.device, forms.taking(**({kind: name} if form else {})):
-        codec = PixelCodec(VQTokenizer.from_name("vq-16" if gpu else "tiny"), 16, torch.bfloat16)
+        tokenizer = VQTokenizer.from_name("vq-16" if gpu else "tiny").to(memory_format=torch.channels_last)
+        codec = PixelCodec(tokenizer, 16, torch.bfloat16)
         given = Source(bench.device, torch.float32).maps(16, 3, bench.sizes.pixels, bench.sizes.pixels).clamp(-1, 1)
         if coder == "decoder":
             given = torch.randint(len(codec.frozen.entries), (16, bench.sizes.tokens))

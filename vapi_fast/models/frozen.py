@@ -294,7 +294,7 @@ def drawn_images(device: torch.device) -> Tensor:
         noise = 2 * torch.rand(2, 3, DRAWN_SIDE // cell, DRAWN_SIDE // cell, generator=generator) - 1
         noise[0].sign_()
         images.append(noise.repeat_interleave(cell, 2).repeat_interleave(cell, 3))
-    return torch.cat(images).to(device)
+    return torch.cat(images).to(device, memory_format=torch.channels_last)
 
 
 class FrozenTokenizer:

@@ -15,4 +15,5 @@ def bias_add(h: Tensor, channel_bias: Tensor, residual: Tensor | None = None, *,
     total = h.to(dtype) + channel_bias.to(dtype)[:, None, None]
     if residual is not None:
         total += residual.to(dtype)
-    return channels_last(F.pad(total.to(h.dtype), (0, pad, 0, pad)))
+    total = channels_last(total.to(h.dtype))
+    return F.pad(total, (0, pad, 0, pad)) if pad else total  # a copy, even where nothing is added

@@ -37,8 +37,9 @@ def scaled_pixels(
     """(images − shift) / scale; see `vapi_fast.ops.scaled_pixels`."""
     wide = accumulation_dtype(images, shift, scale)
     scaled = (images.to(wide) - shift.to(wide)[:, None, None]) / scale.to(wide)[:, None, None]
-    padded = F.pad(scaled, (0, 0, 0, 0, 0, channels - len(shift)))
-    return padded.to(images.dtype if dtype is None else dtype, memory_format=torch.channels_last)
+    scaled = scaled.to(images.dtype if dtype is None else dtype, memory_format=torch.channels_last)
+    more = channels - len(shift)
+    return F.pad(scaled, (0, 0, 0, 0, 0, more)) if more else scaled
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
