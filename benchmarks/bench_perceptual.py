@@ -26,6 +26,10 @@ def mse_loss(a: Tensor, b: Tensor) -> Tensor:
     return F.mse_loss(a, b, reduction="none").mean((-3, -2, -1))
 
 
+def padded_pixels(images: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.pad((images - shift[:, None, None]) / scale[:, None, None], (0, 0, 0, 0, 0, 5))
+
+
 def features(s: Sizes) -> int:
     """Numbers in an image's five maps."""
     return sum(channels * side**2 for channels, side in s.levels)
@@ -55,5 +59,11 @@ OPERATIONS = [
         ("F.mse_loss", mse_loss),
         lambda s, e: (2 * e * s.images * image(s), 3 * e * s.images * image(s)),
         forward=False,
+    ),
+    Operation(
+        "scaled_pixels",
+        ("F.pad", padded_pixels),
+        lambda s, e: (e * s.images * (3 + 8) * s.pixels**2, 0),
+        targets=share(0.80),
     ),
 ]

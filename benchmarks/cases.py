@@ -211,6 +211,11 @@ def images(s: Sizes, new: Source, *group: int) -> dict[str, Any]:
     return {"a": new.maps(s.images, *group, *one), "b": new.maps(s.images, *one)}
 
 
+def pixels(s: Sizes, new: Source) -> dict[str, Any]:
+    shift, scale = new.normal(3, dtype=torch.float32), 1 + new.normal(3, scale=0.1, dtype=torch.float32)
+    return {"images": new.maps(s.images, 3, s.pixels, s.pixels), "shift": shift, "scale": scale}
+
+
 def norm(s: Sizes, new: Source, channels: int) -> dict[str, Any]:
     return {"weight": 1 + new.normal(channels, scale=0.1), "bias": new.normal(channels), "groups": s.norm_groups}
 
@@ -247,6 +252,11 @@ def group_norms(factor: int, shrink: int) -> dict[str, Case]:
         "sum": Case("add_group_norm_silu", summed, eps, level),
         "phases": Case("add_group_norm_silu", phases, {"phases": True, **eps}, f"{level} phases"),
     }
+
+
+def added(s: Sizes, new: Source) -> dict[str, Any]:
+    h, residual = (new.maps(*s.maps(1, 1)) for _ in range(2))
+    return {"h": h, "channel_bias": new.normal(s.channels), "residual": residual}
 
 
 def one_slot(s: Sizes, new: Source) -> dict[str, Any]:
@@ -315,12 +325,15 @@ CASES = [
     Case("lpips_distance", lambda s, new: features(s, new, s.group)),
     Case("lpips_distance", features, variant="of pairs", gradients=("features_a",)),
     Case("mse", lambda s, new: images(s, new, s.group)),
+    Case("scaled_pixels", pixels, {"channels": 8}),
     Case("mse", images, variant="of pairs", gradients=("a",)),
     *(each["alone"] for each in (FULL, HALF, EIGHTH)),
     FULL["bias"],
     FULL["sum"],
     HALF["sum"],
     FULL["phases"],
+    Case("bias_add", added, variant="C@S"),
+    Case("bias_add", added, {"pad": 1}, "C@S padded"),
     Case(
         "rms_norm",
         lambda s, new: {"x": new.normal(s.images, s.tokens, s.width), "weight": 1 + new.normal(s.width, scale=0.1)},

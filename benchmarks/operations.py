@@ -42,6 +42,7 @@ STEMS = (
     "codebook",
     "straight_through",
     "perceptual",
+    "bias_add",
     "group_norm",
     "rms_norm",
     "dropout",

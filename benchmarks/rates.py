@@ -4,9 +4,10 @@
 
 One line of JSON each, as soon as it is known. First the rates, in FLOPs or bytes a second, medians over inputs that
 take turns, so that none is found in the cache: a large copy and product, cuDNN's convolutions at the shapes of decoder,
-LPIPS and encoder, attention, GroupNorm. Then LPIPS's fused convolution over poisoned memory, the decoder as a CUDA
-graph, and every operation, in parallel, against its truth in float64. Exit code 1 if anything fails or is less exact
-than it must be. Needs torch, triton and numpy. With --cpu everything is small, and times say nothing.
+LPIPS and encoder, attention, GroupNorm. Then LPIPS's fused convolution over poisoned memory, encoder and decoder as
+CUDA graphs in each of their forms, and every operation, in parallel, against its truth in float64. Exit code 1 if
+anything fails or is less exact than it must be. Needs torch, triton and numpy. With --cpu everything is small, and
+times say nothing.
 """
 
 from __future__ import annotations
@@ -40,17 +41,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vapi_fast import ops
 from vapi_fast.models import VQTokenizer
-from vapi_fast.models.frozen import FrozenTokenizer, conv_relu
-from vapi_fast.runtime import accelerators, ceilings
+from vapi_fast.models.frozen import PixelCodec, conv_relu, matmul_attention
+from vapi_fast.runtime import accelerators, ceilings, forms
 from vapi_fast.runtime.accelerators import Attention, optional_attention
-from vapi_fast.runtime.graphs import Replayed
 
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
 IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil
-GRAPH_ERROR = 1e-2  # between the decoder's replay and its kernels one by one: cuDNN may take another algorithm
+# Between a graph's replay and its kernels one by one, of images or the share of other tokens: cuDNN may take another
+# algorithm.
+GRAPH_ERROR = {"decoder": 1e-2, "encoder": 5e-2}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vapi_fast.ops", "vapi_fast.models.frozen"])
 NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
+# Of encoder and decoder, beside the usual ones, by what they belong to.
+GRAPHS = {
+    "encoder": ("encoder=float16", "cudnn-benchmark=on"),
+    "decoder": ("wide-attention=matmul", "last-convolution=eight", "cudnn-benchmark=on"),
+}
 BACKENDS = {
     "default": None,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -177,7 +184,7 @@ def attention(bench: Bench) -> None:
     for backend in BACKENDS:
         call = functools.partial(attend, backend=backend)
         one(f"one head of 512, {backend}", (batch, 1, tokens, width), call, work)
-    one("one head of 512, bmm", (batch, tokens, width), plain_attention, work)
+    one("one head of 512, bmm", (batch, tokens, width), torch.no_grad()(matmul_attention), work)
     batch, heads = bench.less(16), bench.less(24)
     work = 2 * batch * heads * tokens**2 * 64  # causal: half of the products
     calls = {backend: functools.partial(attend, backend=backend, causal=True) for backend in BACKENDS}
@@ -202,11 +209,6 @@ def attend_by_position(q: Tensor, k: Tensor, v: Tensor, *, attention: Attention)
     """An optional package's, whose tensors have the heads behind the positions."""
     out = attention.function(*(x.transpose(1, 2) for x in (q, k, v)))
     return torch.autograd.grad(out, (q, k, v), v.detach().transpose(1, 2)) if out.requires_grad else out
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1), v)
 
 
 def norms(bench: Bench) -> None:
@@ -245,18 +247,25 @@ def poisoned(bench: Bench, dtype: torch.dtype, poison: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def graph(bench: Bench) -> dict[str, Any]:
-    """The frozen decoder of random weights, eight rollouts at once, by replay and kernel by kernel."""
+def graph(bench: Bench, coder: str, form: str = "") -> dict[str, Any]:
+    """The frozen encoder or decoder of random weights, of eight images at once, by replay and kernel by kernel."""
     gpu = bench.device.type == "cuda"
     torch.manual_seed(0)
-    with bench.device:
-        frozen = FrozenTokenizer(VQTokenizer.from_name("vq-16" if gpu else "tiny"), torch.bfloat16, torch.float32)
-        tokens, others = torch.randint(len(frozen.entries), (2, 8, bench.sizes.tokens))
-    replayed = Replayed(frozen.decode)
-    replayed(others, chunk=8)  # the recording
-    error = relative(replayed(tokens, chunk=8), frozen.decode(tokens).double())
-    figures = rate(itertools.cycle([(tokens,), (others,)]), functools.partial(replayed, chunk=8), 8)
-    return figures | {"unit": "images/s", "error": error, "ok": error < GRAPH_ERROR}
+    kind, _, name = form.partition("=")
+    with bench.device, forms.taking(**({kind: name} if form else {})):
+        tokenizer = VQTokenizer.from_name("vq-16" if gpu else "tiny").to(memory_format=torch.channels_last)
+        codec = PixelCodec(tokenizer, 16, torch.bfloat16)
+        given = Source(bench.device, torch.float32).maps(16, 3, bench.sizes.pixels, bench.sizes.pixels).clamp(-1, 1)
+        if coder == "decoder":
+            given = torch.randint(len(codec.frozen.entries), (16, bench.sizes.tokens))
+        replayed, plain = getattr(codec, f"_{coder[:-1]}"), getattr(codec.frozen, coder[:-1])
+        first, second = given.split(8)
+        replayed(second, chunk=8)  # the recording
+        found, expected = replayed(first, chunk=8), plain(first)
+    differing = (found != expected).double().mean() if coder == "encoder" else relative(found, expected.double())
+    error = float(differing)
+    figures = rate(itertools.cycle([(first,), (second,)]), functools.partial(replayed, chunk=8), 8)
+    return figures | {"unit": "images/s", "error": error, "ok": error < GRAPH_ERROR[coder]}
 
 
 def operation_error(index: int, passes: str, device: str) -> dict[str, Any]:
@@ -299,7 +308,10 @@ def measure(bench: Bench) -> None:
         rates(bench)
     bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
     bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
-    bench.attempt("decoder as a CUDA graph", lambda: graph(bench))
+    for coder, others in GRAPHS.items():
+        for form in ("", *others):
+            name = f"{coder} as a CUDA graph{', ' * bool(form)}{form}"
+            bench.attempt(name, functools.partial(graph, bench, coder, form))
 
 
 def main() -> int:

@@ -6,6 +6,7 @@
 | lpips_backward | 2a + b for the gradient to a, a + 2b for that to b, 2a + 2b for both | 15                     |
 | mse_forward    | a + b                                                                | 3                      |
 | mse_backward   | as lpips_backward                                                    | 3                      |
+| scaled_pixels  | the images, and channels / C times as many numbers of the result     | 2                      |
 | row_sums       | partial sums only: 4 bytes for each 4096 elements of a               | -                      |
 
 A program holds one tile of the reference in registers while the group's tiles go by, the next STAGES − 1 of them under
@@ -27,12 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import channel_blocks, channels_last, check_dtypes, launch, multiprocessors
+from .launch import DTYPES, channel_blocks, channels_last, check_dtypes, launch, multiprocessors, next_power_of_2
 
 LPIPS_FORWARD = {"BLOCK_ELEMENTS": 4096, "num_warps": 4, "num_stages": 3}
 LPIPS_BACKWARD = {"BLOCK_ELEMENTS": 2048, "num_warps": 4, "num_stages": 3}
 MSE = {"BLOCK": 4096, "num_warps": 4, "num_stages": 3}
 ROW_SUMS = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
+SCALED = {"BLOCK_P": 512, "num_warps": 4, "num_stages": 1}
 PROGRAMS_PER_MULTIPROCESSOR = 8  # what it takes to hide the latency of device memory
 CHANNEL_EPS = tl.constexpr(1e-10)
 
@@ -219,6 +221,35 @@ def mse_backward_kernel(
         tl.store(db_ptr + image * N + start + within, db.to(db_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["P", "tiles", "stride_b", "stride_c"])
+def scaled_pixels_kernel(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    y_ptr,
+    P,
+    tiles,
+    stride_b,
+    stride_c,
+    stride_p,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = (x − shift) / scale for one tile of an image's P pixels, `[B, P, CHANNELS]`; beyond the first C, zeros."""
+    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    pixel, channel = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    given, inside = channel < C, pixel < P
+    shift = tl.load(shift_ptr + channel, mask=given, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(scale_ptr + channel, mask=given, other=1.0).to(tl.float32)[None, :]
+    place = image * stride_b + pixel.to(tl.int64)[:, None] * stride_p + channel.to(tl.int64)[None, :] * stride_c
+    x = tl.load(x_ptr + place, mask=inside[:, None] & given[None, :], other=0.0).to(tl.float32)
+    y = (x - shift) / scale
+    out = y_ptr + image * P * CHANNELS + pixel[:, None] * CHANNELS + channel[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (channel < CHANNELS)[None, :])
+
+
 @triton.jit
 def row_sums_kernel(x_ptr, sum_ptr, columns, BLOCK: tl.constexpr):
     """Sum of each row of fp32 `[rows, columns]`."""
@@ -357,6 +388,41 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
         names = (f"features_a[{level}]", f"features_b[{level}]", f"weights[{level}]")
         check_dtypes("lpips_distance", **dict(zip(names, (a, b, weight), strict=True)))
     return lpips_distance_op(list(features_a), list(features_b), list(weights))
+
+
+@torch.library.custom_op("vapi_fast::scaled_pixels", mutates_args=())
+def scaled_pixels_op(images: Tensor, shift: Tensor, scale: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    if images.stride(2) != images.shape[3] * images.stride(3):  # the kernel takes pixels that are equally far apart
+        images = channels_last(images)
+    y = empty_pixels(images, channels, dtype)
+    pixels = images.shape[2:].numel()
+    tiles = triton.cdiv(pixels, SCALED["BLOCK_P"])
+    sizes = (pixels, tiles, images.stride(0), images.stride(1), images.stride(3))
+    constants = {"C": images.shape[1], "CHANNELS": channels, "BLOCK_C": next_power_of_2(channels), **SCALED}
+    maps = (images, shift.contiguous(), scale.contiguous(), y)
+    launch(scaled_pixels_kernel, (len(images) * tiles,), *maps, *sizes, **constants)
+    return y
+
+
+def empty_pixels(images: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    shape = (len(images), channels, *images.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+
+
+@scaled_pixels_op.register_fake
+def _(images: Tensor, shift: Tensor, scale: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    return empty_pixels(images, channels, dtype)
+
+
+def scaled_pixels(
+    images: Tensor, shift: Tensor, scale: Tensor, *, channels: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Shifted, scaled, cast and padded in one pass; see `vapi_fast.ops.scaled_pixels`."""
+    check_dtypes("scaled_pixels", images=images, shift=shift, scale=scale)
+    dtype = dtype or images.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"scaled_pixels: dtype must be one of 32 or 16 bits on the 'triton' backend, got {dtype}")
+    return scaled_pixels_op(images, shift, scale, channels, dtype)
 
 
 def same_layout(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, torch.memory_format]:

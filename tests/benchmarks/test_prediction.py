@@ -194,8 +194,8 @@ def test_a_run_stands_beside_what_was_expected(capsys: pytest.CaptureFixture[str
     lines = printed(capsys, str(path))
     assert "measured s" in lines[2]
     floor, expected, measured = map(float, cells(lines, "decode")[:3])
-    assert (floor, measured) == (0.151, 0.25)
-    assert expected == pytest.approx(1.762 / 8, abs=2e-3)
+    assert (floor, measured) == (0.150, 0.25)
+    assert expected == pytest.approx(1.750 / 8, abs=2e-3)
     assert not any(line.startswith("many GPUs") for line in lines)
 
 

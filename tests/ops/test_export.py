@@ -24,7 +24,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "ops.md"
 SIZES = {"B": 2, "G": 3, "T": 4, "V": 24, "D": 16, "C": 8, "H": 4, "W": 6, "K": 2, "N": 6, "S": 7, "P": 3, "L": 5}
 DTYPES = {"float": torch.bfloat16, "fp32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 OPTIONS = {
+    "channels": 8,
     "groups": 2,
+    "pad": 0,
     "group_size": 3,
     "top_k": 0,
     "vocab_size": 24,

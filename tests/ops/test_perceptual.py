@@ -87,6 +87,17 @@ def test_mse_is_pytorchs() -> None:
     assert torch.autograd.gradcheck(ops.mse, (a[:, :2, :, :2].requires_grad_(), b[:, :, :2].requires_grad_()))
 
 
+def test_scaled_pixels_is_its_formula() -> None:
+    x, shift, scale = torch.randn(2, 3, 5, 7, dtype=torch.float64), *torch.randn(2, 3, dtype=torch.float64)
+    for channels, dtype in ((3, None), (8, torch.float32), (5, torch.bfloat16)):
+        found = ops.scaled_pixels(x, shift, scale, channels=channels, dtype=dtype)
+        assert (found.shape, found.dtype) == ((2, channels, 5, 7), dtype or torch.float64)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert not found[:, 3:].any()
+        for c in range(3):
+            assert torch.equal(found[:, c], ((x[:, c] - shift[c]) / scale[c]).to(found.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_accuracy_of_the_reference(dtype: torch.dtype) -> None:
     inputs = [x + 0.1 for x in (*feature_maps(2, 3), *feature_maps(2), *head_weights())]
@@ -252,6 +263,44 @@ def test_extreme_values(dtype: torch.dtype, scale: float) -> None:
 def test_mse(group: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_fused_accurate(ops.mse, images(3, group, *shape), dtype)
     assert_fused_accurate(ops.mse, [x.contiguous() for x in images(1, group, *shape)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("shape", "channels"), [((2, 3, 9, 11), 8), ((1, 3, 1, 1), 3), ((3, 5, 33, 40), 6)])
+def test_scaled_pixels(shape: tuple[int, ...], channels: int, dtype: torch.dtype) -> None:
+    inputs = [torch.randn(shape), torch.randn(shape[1]), 0.3 + torch.rand(shape[1])]
+    changes = (
+        lambda x: x.to(memory_format=torch.channels_last),
+        misaligned,
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.cat([x, x], dim=1).to(memory_format=torch.channels_last)[:, : x.shape[1]],  # of more channels
+    )
+    for change in changes:
+        given = [change(inputs[0]), *inputs[1:]]
+        out = assert_fused_accurate(lambda *t: ops.scaled_pixels(*t, channels=channels), given, dtype, gradients=False)
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_scaled_pixels_of_another_dtype(backend: str) -> None:
+    x, shift, scale = torch.randn(2, 3, 6, 5, device=DEVICE), *torch.rand(2, 3, device=DEVICE).add(0.5)
+    expected = (x.double() - shift.double()[:, None, None]) / scale.double()[:, None, None]
+    for dtype in (torch.float16, torch.bfloat16):
+        found = ops.scaled_pixels(x, shift, scale, channels=8, dtype=dtype)
+        assert found.dtype == dtype
+        assert relative_l2(found[:, :3], expected) < RELATIVE_L2[dtype]
+        assert not found[:, 3:].any()
+    assert ops.scaled_pixels(x[:0], shift, scale, channels=8).shape == (0, 8, 6, 5)
+
+
+def test_bad_pixels() -> None:
+    x, one = torch.zeros(2, 3, 4, 4), torch.ones(3)
+    with pytest.raises(ValueError, match="scaled_pixels: channels must be an int >= 3, got 2"):
+        ops.scaled_pixels(x, one, one, channels=2)
+    with pytest.raises(TypeError, match="scaled_pixels: dtype must be floating or None, got dtype"):
+        ops.scaled_pixels(x, one, one, channels=3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"scaled_pixels: has no gradient, and scale requires one"):
+        ops.scaled_pixels(x, one, one.clone().requires_grad_(), channels=3)
 
 
 def test_a_rollout_has_the_same_distance_in_any_company() -> None:

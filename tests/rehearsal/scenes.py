@@ -21,7 +21,8 @@ from vapi_fast import AlignConfig
 from vapi_fast.alignment import rollout, run
 from vapi_fast.generation import sequences as generation
 from vapi_fast.generation.engine import Engine
-from vapi_fast.models import Condition, Generator, Janus, LlamaGen, janus, llamagen
+from vapi_fast.models import Condition, Generator, Janus, LlamaGen, frozen, janus, llamagen
+from vapi_fast.runtime import forms
 
 from .watch import Watch
 
@@ -41,6 +42,13 @@ def align(watch: Watch, steps: int = 1, path: str = "fast", **options: Any) -> N
         config.output_dir.mkdir()
         with watch.steps(), mock.patch.object(started, "save_state"):  # waits for the device, and needs its numbers
             started.steps(0)
+
+
+def align_by_other_forms(watch: Watch) -> None:
+    """Of tokenizer and perceptual network."""
+    others = {"encoder": "float16", "wide_attention": "matmul", "last_convolution": "eight", "cudnn_benchmark": "on"}
+    with forms.taking(**others):
+        align(watch)
 
 
 def generate(
@@ -96,15 +104,7 @@ def rates(watch: Watch) -> None:
     """All that the script measures in its own process; the operations beside float64 have processes of their own."""
     import rates as script
 
-    poisoned = script.poisoned
-
-    def beside_float64(*arguments: Any) -> dict[str, Any]:
-        watch.channels_last = False  # cuDNN has no such convolution in float64
-        try:
-            return poisoned(*arguments)
-        finally:
-            watch.channels_last = True
-
+    beside_float64 = watch.any_layout(script.poisoned)  # cuDNN has no channels-last convolution in float64
     bench, printed = script.Bench(DEVICE), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(printed))
@@ -181,6 +181,7 @@ def launches_of_a_layer(watch: Watch) -> None:
 PLAIN_LAYOUTS = ("published recipe", "straight-through", "both paths", "released recipe")
 SCENES: dict[str, Scene] = {
     "align": partial(align, steps=2),
+    "other forms": align_by_other_forms,
     "KL prior": partial(align, prior="kl"),
     "straight-through": partial(align, method="ste"),
     "next token": partial(align, method="ntp"),
@@ -236,13 +237,15 @@ def layers(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_ups(watch: Watch) -> Iterator[None]:
-    """Inside the `with` block an engine's start and the comparison of two steps may wait for the device."""
+    """Inside the `with` block an engine's start and the comparison of two steps may wait for the device, and what an
+    encoder's maps go up to is seen in the plain encoder, whose norms leave channels-last."""
     from comparison import Comparison
 
     with contextlib.ExitStack() as stack:
         checks = ((LlamaGen, "checked_condition"), (Janus, "checked_condition"))
         for owner, name in (*checks, (Engine, "__init__"), (Comparison, "gradients")):
             stack.enter_context(mock.patch.object(owner, name, watch.waiting(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(frozen, "ranges", watch.any_layout(frozen.ranges)))
         stack.enter_context(mock.patch.object(run, "kernels_compiled", return_value=contextlib.nullcontext()))
         yield
 

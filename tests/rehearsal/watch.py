@@ -137,6 +137,19 @@ class Watch(TorchDispatchMode):
 
         return wrapped
 
+    def any_layout(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose convolutions need not be channels-last."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            channels_last, self.channels_last = self.channels_last, False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.channels_last = channels_last
+
+        return wrapped
+
     def note(self, kind: str, detail: str, where: str | None = None) -> None:
         if self.scene:
             self.findings[Finding(self.scene, kind, detail, where or place())] += 1

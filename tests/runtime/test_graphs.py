@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vapi_fast.runtime.graphs import Replayed, graph_pool
+from vapi_fast.runtime.graphs import Replayed, convolutions_tried, graph_pool
 
 
 class Recorder:
@@ -49,6 +49,15 @@ def test_filling_rows_are_real_ones() -> None:
     x = torch.rand(5, 2) + 1
     Replayed(lambda rows: given.append(rows) or rows)(x, chunk=3)
     assert torch.equal(given[1], torch.stack([x[3], x[4], x[4]]))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("tried", [False, True])
+def test_algorithms_are_tried_for_a_recording_alone(before: bool, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    with convolutions_tried(tried):
+        assert torch.backends.cudnn.benchmark == (before or tried)
+    assert torch.backends.cudnn.benchmark == before
 
 
 def test_no_gradient_and_no_autocast() -> None:

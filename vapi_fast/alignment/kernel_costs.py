@@ -138,7 +138,7 @@ class NetworkKernels(TorchDispatchMode):
     A convolution's bias and activation ride on it or on the pass that follows. GroupNorm's statistics are a pass of
     their own before it is applied, and a sum is written by the former: 5 passes over the map; of an upsampling's phases
     or a convolution's bias alone 4, and 3 inside of a block, where nothing else reads the sum. A sum that is not normed
-    takes 5, the bias added first. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself.
+    takes 3, and its padding none. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself.
     FLOPs are those of PyTorch's `flop_registry`.
     """
 
@@ -203,11 +203,10 @@ class NetworkKernels(TorchDispatchMode):
 
     def note_upsample_nearest2d(self, result: Tensor, x: Tensor, *others: Any) -> None:
         if self.origin(x)[0] == "add":
-            self.note("elementwise", 0, 5 * x.numel(), runs=2)
+            self.note("elementwise", 0, 3 * x.numel())
 
     def note_constant_pad_nd(self, result: Tensor, x: Tensor, *others: Any) -> None:
-        self.note_upsample_nearest2d(result, x)
-        self.note("elementwise", 0, x.numel() + result.numel())
+        self.note("elementwise", 0, 2 * x.numel() + result.numel())
 
     def note_bmm(self, result: Tensor, a: Tensor, b: Tensor) -> None:
         """One of attention's two, whose scores stay on the chip: the result or a."""
@@ -255,11 +254,11 @@ def _decoder(config: VQTokenizerConfig, image_size: int) -> tuple[Cost, NetworkK
 def feature_cost(config: LPIPSConfig, image_size: int) -> Cost:
     """One image through the perceptual network, and its maps read again where distances are taken.
 
-    Shifted, scaled, cast and padded to eight channels first, in four passes over three channels.
+    Shifted, scaled, cast and padded to eight channels first, in one pass.
     """
-    pixels = (3 * (BF16 + FP32) + 6 * FP32 + 3 * (FP32 + BF16) + 3 * BF16 + 8 * BF16) * image_size**2
+    pixels = (3 + 8) * BF16 * image_size**2
     distances = elementwise(BF16 * _level_elements(config, image_size), len(config.levels))
-    return elementwise(pixels, 4) + _features(config, image_size)[0] + distances
+    return elementwise(pixels) + _features(config, image_size)[0] + distances
 
 
 @functools.cache

@@ -7,7 +7,8 @@ normalises the sum. All shapes follow from the inputs' and nothing waits for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +19,15 @@ from torch import Tensor, nn
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
 from vapi_fast.models.tokenizer import AttentionBlock, Decoder, Downsample, Encoder, GroupNorm, ResidualBlock, Upsample
+from vapi_fast.runtime.forms import form
 from vapi_fast.runtime.graphs import Replayed, graph_pool
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's fused bf16 convolutions take channels in multiples of 8
 MAX_CHUNK = 64  # sequences decoded at once
 MAX_PIXELS = 1 << 21  # decoded at once
+# What float16 is trusted with: a 32nd of its range, of drawn images; photographs go up to 3.0 times as far (presets).
+LARGEST_HALF = torch.finfo(torch.float16).max / 32
+DRAWN_SIDE = 64  # pixels
 
 
 def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,11 +71,16 @@ class Stream:
             h, *norm, residual=residual, channel_bias=self.bias, phases=self.phases, silu=silu
         )
 
-    def sum(self) -> Tensor:
-        """The sum where no norm follows: before a change of resolution, where h is never of phases."""
+    def sum(self, pad: int = 0) -> Tensor:
+        """The sum where no norm follows: before a change of resolution, where h is never of phases. pad: rows of zeros
+        below it, and columns to its right."""
         h, residual = self.let_go()
-        h.add_(self.bias.to(h.dtype).view(-1, 1, 1))
-        return h if residual is None else h.add_(residual)
+        return ops.bias_add(h, self.bias, residual, pad=pad)
+
+    def to(self, dtype: torch.dtype) -> Stream:
+        """The same, to be added in another dtype."""
+        self.h = self.h.to(dtype)
+        return self
 
     def let_go(self) -> tuple[Tensor, Tensor | None]:
         parts = self.h, self.residual
@@ -100,17 +110,40 @@ class FrozenAttentionBlock:
     def __init__(self, block: AttentionBlock, dtype: torch.dtype) -> None:
         self.norm = Norm.of(block.norm, dtype)
         parts = (block.q, block.k, block.v)
-        self.qkv_weight = torch.cat([part.weight.detach().flatten(1) for part in parts]).to(dtype)
-        self.qkv_bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+        self.attend = ATTENTION[form("wide-attention", block.q.weight.device)]
+        weight = torch.cat([part.weight.detach().flatten(1) for part in parts]).double()
+        bias = torch.cat([part.bias.detach() for part in parts]).double()
+        for queries in (weight, bias):  # come with the scores' scale
+            queries[: block.q.out_channels] *= block.q.out_channels**-0.5
+        self.qkv_weight, self.qkv_bias = weight.to(dtype), bias.to(dtype)
         self.weight = block.proj_out.weight.detach().flatten(1).to(dtype, copy=True)
         self.bias = frozen_bias(block.proj_out.bias, dtype)
 
     def __call__(self, stream: Stream) -> Stream:
         x, h = stream.normed(self.norm, silu=False)
         qkv = F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), self.qkv_weight, self.qkv_bias)  # [B, H·W, 3·C]
-        out = F.scaled_dot_product_attention(*qkv.unsqueeze(1).chunk(3, dim=-1))
-        out = F.linear(out.squeeze(1), self.weight)
+        out = F.linear(self.attend(*qkv.chunk(3, dim=-1)), self.weight)
         return Stream(out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), self.bias, x)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q · kᵀ) · v of one head, `[B,T,C]` each, by what PyTorch chooses."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=1.0).squeeze(1)
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as two products with the softmax between them: one head of all channels is wider than fused kernels'.
+
+    The scores `[B,T,T]` are in fp32 until they are weights; at 24² positions they are a hundredth of the largest map.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # CUDA alone has a product of 16-bit numbers that is not rounded to 16 bits.
+    single = q.is_cuda and q.dtype != wide
+    scores = torch.bmm(q, k.mT, wide) if single else torch.bmm(q.to(wide), k.to(wide).mT)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v)
+
+
+ATTENTION = {"sdpa": fused_attention, "matmul": matmul_attention}
 
 
 class FrozenUpsample:
@@ -128,7 +161,7 @@ class FrozenDownsample:
         self.bias = frozen_bias(block.conv.bias, dtype)
 
     def __call__(self, stream: Stream) -> Stream:
-        return Stream(F.conv2d(F.pad(stream.sum(), (0, 1, 0, 1)), self.weight, stride=2), self.bias)
+        return Stream(F.conv2d(stream.sum(pad=1), self.weight, stride=2), self.bias)
 
 
 def phase_weight(weight: Tensor) -> Tensor:
@@ -172,22 +205,96 @@ def blocks_of(coder: Encoder | Decoder) -> Iterator[nn.Module]:
 
 
 class FrozenCoder:
-    """The encoder or the decoder of a tokenizer; maps `[B,C,H,W]` of `dtype`, in and out, channels-last inside."""
+    """The encoder or the decoder of a tokenizer; maps `[B,C,H,W]`, channels-last inside.
 
-    def __init__(self, coder: Encoder | Decoder, dtype: torch.dtype) -> None:
-        self.weight_in = frozen_weight(coder.conv_in.weight, dtype)
-        self.bias_in = frozen_bias(coder.conv_in.bias, dtype)
-        self.blocks = [FROZEN_BLOCKS[type(block)](block, dtype) for block in blocks_of(coder)]
-        self.norm_out = Norm.of(coder.norm_out, dtype)
-        self.weight_out = frozen_weight(coder.conv_out.weight, dtype)
-        self.bias_out = coder.conv_out.bias.detach().to(dtype, copy=True)
+    Args:
+        dtype: of weights and maps.
+        single: the parts, by name, that are in float32 instead: `conv_in`, `conv_out` and blocks.
+    """
+
+    def __init__(self, coder: Encoder | Decoder, dtype: torch.dtype, single: Collection[str] = ()) -> None:
+        dtypes = {name: torch.float32 if name in single else dtype for name in parts_of(coder)}
+        self.weight_in = frozen_weight(coder.conv_in.weight, dtypes["conv_in"])
+        self.bias_in = frozen_bias(coder.conv_in.bias, dtypes["conv_in"])
+        self.dtypes = list(dtypes.values())[1:-1]  # of the blocks
+        blocks = zip(blocks_of(coder), self.dtypes, strict=True)
+        self.blocks = [FROZEN_BLOCKS[type(block)](block, each) for block, each in blocks]
+        self.norm_out = Norm.of(coder.norm_out, dtypes["conv_out"])
+        weight, bias = coder.conv_out.weight.detach(), coder.conv_out.bias.detach()
+        self.channels = len(weight)
+        if isinstance(coder, Decoder) and form("last-convolution", weight.device) == "eight":
+            weight, bias = (
+                F.pad(each, (0, 0) * (each.ndim - 1) + (0, TENSOR_CORE_CHANNELS - 3)) for each in (weight, bias)
+            )
+        self.weight_out = frozen_weight(weight, dtypes["conv_out"])
+        self.bias_out = bias.to(dtypes["conv_out"], copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(self.weight_in.dtype, memory_format=torch.channels_last)
         stream = Stream(F.conv2d(x, self.weight_in, padding=1), self.bias_in)
-        for block in self.blocks:
-            stream = block(stream)
-        return F.conv2d(stream.normed(self.norm_out)[1], self.weight_out, self.bias_out, padding=1)
+        for block, dtype in zip(self.blocks, self.dtypes, strict=True):
+            stream = block(stream.to(dtype))
+        h = stream.to(self.weight_out.dtype).normed(self.norm_out)[1]
+        return F.conv2d(h, self.weight_out, self.bias_out, padding=1)[:, : self.channels]
+
+
+def parts_of(coder: Encoder | Decoder) -> list[str]:
+    """Names of a coder's first convolution, its blocks and its last convolution, in the order of application."""
+    names = {module: name for name, module in coder.named_modules()}
+    return ["conv_in", *(names[block] for block in blocks_of(coder)), "conv_out"]
+
+
+# ---- the encoder in float16
+
+
+def single_parts(encoder: Encoder) -> set[str]:
+    """Parts of an encoder that stay in float32 where the others are in float16. Waits for the device.
+
+    From the last change of resolution on all of them: few FLOPs, and most of what rounding changes in the latents. And
+    those whose maps come near to what float16 can hold, by what they are for drawn images: the same parts at every
+    start, on every rank.
+    """
+    parts, found = parts_of(encoder), ranges(encoder, drawn_images(encoder.conv_in.weight.device))
+    large = {part for part in parts for name, most in found.items() if within(name, part) and not most <= LARGEST_HALF}
+    lowest = max((i for i, block in enumerate(blocks_of(encoder), 1) if isinstance(block, Downsample)), default=0)
+    after = {part for before, part in itertools.pairwise(parts) if before in large}  # which takes in what that gives
+    return {*parts[lowest:], *large, *after}
+
+
+def within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+@torch.no_grad()
+def ranges(encoder: Encoder, images: Tensor) -> dict[str, float]:
+    """Largest magnitude in what enters or leaves each convolution and each block, by name, for images `[N,3,H,W]`."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: tuple[Tensor], output: Tensor) -> None:
+        found[name] = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in (*inputs, output)]).amax()
+
+    noted = [each for each in encoder.named_modules() if isinstance(each[1], (nn.Conv2d, *FROZEN_BLOCKS))]
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
+        for name, module in noted
+    ]
+    try:
+        with ops.use_backend("reference"):
+            encoder(images.to(encoder.conv_in.weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+
+
+def drawn_images(device: torch.device) -> Tensor:
+    """Images `[8,3,H,W]` of noise in cells of four sizes, black and white or of all levels; always the same."""
+    generator, images = torch.Generator().manual_seed(0), []
+    for cell in (1, 4, 16, 64):
+        noise = 2 * torch.rand(2, 3, DRAWN_SIDE // cell, DRAWN_SIDE // cell, generator=generator) - 1
+        noise[0].sign_()
+        images.append(noise.repeat_interleave(cell, 2).repeat_interleave(cell, 3))
+    return torch.cat(images).to(device, memory_format=torch.channels_last)
 
 
 class FrozenTokenizer:
@@ -196,15 +303,16 @@ class FrozenTokenizer:
     Args:
         tokenizer: stays as it is; later changes to its weights are not seen here.
         dtype: of the decoder's weights and maps.
-        encoder_dtype: the encoder's.
+        encoder_dtype: the encoder's; of float16 those parts that it does not suit are in float32 (`single_parts`).
     """
 
     def __init__(self, tokenizer: VQTokenizer, dtype: torch.dtype, encoder_dtype: torch.dtype) -> None:
-        self.encoder_dtype = encoder_dtype
         self.downsample = tokenizer.config.downsample
-        self.encoder = FrozenCoder(tokenizer.encoder, encoder_dtype)
-        self.quant_weight = tokenizer.quant_conv.weight.detach().flatten(1).to(encoder_dtype, copy=True)
-        self.quant_bias = tokenizer.quant_conv.bias.detach().to(encoder_dtype, copy=True)
+        single = single_parts(tokenizer.encoder) if encoder_dtype == torch.float16 else ()
+        self.encoder = FrozenCoder(tokenizer.encoder, encoder_dtype, single)
+        latent_dtype = self.encoder.weight_out.dtype
+        self.quant_weight = tokenizer.quant_conv.weight.detach().flatten(1).to(latent_dtype, copy=True)
+        self.quant_bias = tokenizer.quant_conv.bias.detach().to(latent_dtype, copy=True)
         self.codebook = tokenizer.quantize.embedding.weight.detach().clone()
         with torch.no_grad():  # the decoder's input for each code: post_quant_conv sees one code at a time
             entries = F.linear(
@@ -221,7 +329,7 @@ class FrozenTokenizer:
         if images.ndim != 4 or any(side % self.downsample for side in images.shape[2:]):
             multiples = f"H and W multiples of {self.downsample}"
             raise ValueError(f"images must be [B,3,H,W] with {multiples}, got {list(images.shape)}")
-        h = self.encoder(images.to(self.encoder_dtype)).permute(0, 2, 3, 1)
+        h = self.encoder(images).permute(0, 2, 3, 1)
         _, indices = ops.vq_lookup(F.linear(h, self.quant_weight, self.quant_bias), self.codebook)
         return indices.flatten(1)
 
@@ -249,16 +357,20 @@ class PixelCodec:
         self.chunk = chunk
         self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         # In bf16 the encoder would give 1.7 % of the tokens of held-out images another code (tiny tokenizer), and so
-        # the transformer other inputs and targets; in float32 none. cuDNN then computes in TF32, as published.
-        self.frozen = FrozenTokenizer(tokenizer, self.dtype, torch.promote_types(self.dtype, torch.float32))
+        # the transformer other inputs and targets; in float16 0.16 %, in float32 0.1 %, where cuDNN computes in TF32,
+        # as published.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.encoder_dtype = {"tf32": wide, "float16": torch.float16}[form("encoder", device)]
+        self.frozen = FrozenTokenizer(tokenizer, self.dtype, self.encoder_dtype)
         self.pool = graph_pool(device)
         self._encode = Replayed(self.frozen.encode, self.pool)
         self._decode = Replayed(self.frozen.decode, self.pool)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[N,3,H,W]` in [−1, 1] → their tokens int64 `[N,T]`; no gradient."""
-        # The encoder's maps are as large as the decoder's, in a dtype that is up to twice as wide.
-        return self._encode(images, chunk=max(1, self.chunk_size(images[0, 0].numel()) // 2))
+        # The encoder's maps are as large as the decoder's, in a dtype that may be twice as wide.
+        chunk = self.chunk_size(images[0, 0].numel()) * torch.float16.itemsize // self.encoder_dtype.itemsize
+        return self._encode(images, chunk=max(1, chunk))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Token sequences int64 `[N,T]` → images `[N,3,H,W]`, approximately in [−1, 1]; no gradient."""
@@ -285,7 +397,7 @@ class FrozenLPIPS:
 
     def __init__(self, lpips: LPIPS, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.shift, self.scale = frozen_bias(lpips.shift, dtype), frozen_bias(lpips.scale, dtype)
+        self.shift, self.scale = (frozen_bias(each.flatten(), dtype) for each in (lpips.shift, lpips.scale))
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
         self.layers = []
         pool = 0
@@ -303,8 +415,8 @@ class FrozenLPIPS:
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
         # Scaled before the first convolution pads with zeros, so that its border is that of the plain network.
-        h = ((images - self.shift) / self.scale).to(self.dtype, memory_format=torch.channels_last)
-        h = F.pad(h, (0, 0, 0, 0, 0, self.layers[0].weight.shape[1] - h.shape[1]))
+        channels = self.layers[0].weight.shape[1]
+        h = ops.scaled_pixels(images, self.shift, self.scale, channels=channels, dtype=self.dtype)
         maps = []
         for layer in self.layers:
             h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h

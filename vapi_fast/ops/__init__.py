@@ -4,13 +4,14 @@ from vapi_fast.reference import PolicyLoss, fold_seed
 
 from .attention import append_to_cache, decode_attention
 from .backends import use_backend
+from .bias_add import bias_add
 from .codebook import codebook_lookup, vq_lookup
 from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import group_advantages, linear_cross_entropy, policy_loss
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse
+from .perceptual import lpips_distance, mse, scaled_pixels
 from .rms_norm import rms_norm
 from .rotary_swiglu import rotary_2d, rotary_2d_table, swiglu
 from .straight_through import straight_through_lookup
@@ -19,6 +20,7 @@ __all__ = [
     "PolicyLoss",
     "add_group_norm_silu",
     "append_to_cache",
+    "bias_add",
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
@@ -37,6 +39,7 @@ __all__ = [
     "rms_norm",
     "rotary_2d",
     "rotary_2d_table",
+    "scaled_pixels",
     "straight_through_lookup",
     "swiglu",
     "use_backend",

@@ -1,13 +1,14 @@
-"""Distances between images that make up the reward."""
+"""Distances between images that make up the reward, and the pixels as a perceptual network takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .backends import implementation
-from .checks import ArgumentChecks, described
+from .checks import FLOATING, ArgumentChecks, described
 
 
 def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -47,6 +48,28 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
         checks.floating(f"weights[{level}]", weight, "C")
         batch = checks
     return implementation(features_a[0]).lpips_distance(features_a, features_b, weights)
+
+
+def scaled_pixels(
+    images: Tensor, shift: Tensor, scale: Tensor, *, channels: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(images − shift) / scale for inference, with more channels of zeros, as a network's first convolution takes them.
+
+    images floating `[B, C, H, W]`, shift and scale floating `[C]`, channels at least C → `[B, channels, H, W]` of
+    `dtype` (floating; None: the images'), channels-last. Computed in fp32 (float64 for float64). Raises TypeError or
+    ValueError for an argument of the wrong type, shape, device or range, and ValueError where a gradient would be
+    wanted.
+    """
+    checks = ArgumentChecks("scaled_pixels")
+    checks.floating("images", images, "B C H W")
+    checks.not_empty("images", "C", "H", "W")
+    checks.floating("shift", shift, "C")
+    checks.floating("scale", scale, "C")
+    checks.count("channels", channels, checks.sizes["C"])
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"scaled_pixels: dtype must be floating or None, got {described(dtype)}")
+    checks.no_gradient("subtract and divide", images=images, shift=shift, scale=scale)
+    return implementation(images).scaled_pixels(images, shift, scale, channels=channels, dtype=dtype)
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ forward and a backward without autograd, of which `models/recompute` makes gradi
 """
 
 from .attention import append_to_cache, decode_attention
+from .bias_add import bias_add
 from .codebook import codebook_lookup, vq_lookup
 from .dropout import dropout, dropout_forward
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
 from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_loss
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse
+from .perceptual import lpips_distance, mse, scaled_pixels
 from .philox import fold_seed, philox
 from .rms_norm import add_norm, add_norm_backward, rms_norm
 from .rotary_swiglu import (
@@ -32,6 +33,7 @@ __all__ = [
     "add_norm",
     "add_norm_backward",
     "append_to_cache",
+    "bias_add",
     "bias_group_norm_silu",
     "codebook_lookup",
     "decode_attention",
@@ -54,6 +56,7 @@ __all__ = [
     "rotary_2d_table",
     "rotate_heads",
     "rotate_heads_backward",
+    "scaled_pixels",
     "straight_through_lookup",
     "swiglu",
     "swiglu_backward",

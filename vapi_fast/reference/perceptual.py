@@ -1,4 +1,4 @@
-"""Distances between images that make up the reward."""
+"""Distances between images that make up the reward, and the pixels as a perceptual network takes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .precision import accumulation_dtype
 
@@ -28,6 +29,17 @@ def level_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 def unit_channels(features: Tensor) -> Tensor:
     # vector_norm's gradient at the zero vector is zero, where that of sqrt(Σ x²) would be NaN.
     return features / (torch.linalg.vector_norm(features, dim=-3, keepdim=True) + CHANNEL_EPS)
+
+
+def scaled_pixels(
+    images: Tensor, shift: Tensor, scale: Tensor, *, channels: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(images − shift) / scale; see `vapi_fast.ops.scaled_pixels`."""
+    wide = accumulation_dtype(images, shift, scale)
+    scaled = (images.to(wide) - shift.to(wide)[:, None, None]) / scale.to(wide)[:, None, None]
+    scaled = scaled.to(images.dtype if dtype is None else dtype, memory_format=torch.channels_last)
+    more = channels - len(shift)
+    return F.pad(scaled, (0, 0, 0, 0, 0, more)) if more else scaled
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vapi_fast.ops.backends import backend_name
 from vapi_fast.runtime.errors import CaptureError
+from vapi_fast.runtime.forms import form
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -82,8 +84,9 @@ class RecordedGraph:
         self.graph = torch.cuda.CUDAGraph()
         name = getattr(function, "__qualname__", type(function).__qualname__)
         shapes = ", ".join(f"{list(each.shape)} {each.dtype}" for each in examples)
-        with torch.cuda.device(examples[0].device):
-            handle, stream = pool or graph_pool(examples[0].device)
+        device = examples[0].device
+        with torch.cuda.device(device), convolutions_tried(form("cudnn-benchmark", device) == "on"):
+            handle, stream = pool or graph_pool(device)
             stream.wait_stream(torch.cuda.current_stream())
             # The first call compiles kernels, chooses algorithms and creates handles: none of it can be recorded.
             with torch.cuda.stream(stream):
@@ -107,6 +110,20 @@ class RecordedGraph:
         if isinstance(self.outputs, tuple):
             return tuple(each.clone() for each in self.outputs)
         return self.outputs.clone()
+
+
+@contextmanager
+def convolutions_tried(tried: bool) -> Iterator[None]:
+    """cuDNN's algorithms are chosen by trying them inside of the `with` block, if so or by whoever set it before.
+
+    What was tried outside of a capture is found again inside of one, but only while this is on.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or tried
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def filled(rows: Tensor, size: int) -> Tensor:
