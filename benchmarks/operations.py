@@ -43,6 +43,7 @@ STEMS = (
     "straight_through",
     "perceptual",
     "group_norm",
+    "convolution",
     "rms_norm",
     "dropout",
     "rotary_swiglu",

@@ -15,6 +15,7 @@ if __name__ == "vapi_fast.kernels":
 
     from .attention import append_to_cache, decode_attention
     from .codebook import codebook_lookup, vq_lookup
+    from .convolution import convolution, convolution_group_norm_silu
     from .dropout import dropout
     from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
     from .group_sample import group_sample, linear_group_sample
@@ -30,6 +31,8 @@ __all__ = [
     "append_to_cache",
     "bias_group_norm_silu",
     "codebook_lookup",
+    "convolution",
+    "convolution_group_norm_silu",
     "decode_attention",
     "dropout",
     "group_advantages",

@@ -26,7 +26,7 @@ from typing import Any
 import triton
 
 from .compile import ARCHITECTURES, compiled, in_parallel, wanted
-from .launches import Pointer, Specialisation, load
+from .launches import Descriptor, Pointer, Specialisation, load
 from .library import keep, write_manifest
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
@@ -149,6 +149,8 @@ def shown(argument: Any) -> str:
     """An argument as the table has it: a pointer by its dtype, 16 for a multiple of it, 3 for another integer."""
     if isinstance(argument, Pointer):
         return argument.dtype + ("" if argument.aligned else " unaligned")
+    if isinstance(argument, Descriptor):
+        return f"{argument.dtype} {'×'.join(map(str, argument.block))}"
     return str(argument)
 
 
