@@ -169,12 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.compile", description="Fill Triton's cache.")
     parser.add_argument("--arch", default="sm_90", metavar="sm_90", help="architecture to compile for")
     parser.add_argument("--processes", type=int, default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
+    parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name contains NAME")
     options = parser.parse_args()
     end_with_parent()
-    work = [(each, options.arch) for each in wanted(options.arch)]
+    work = [(each, options.arch) for each in wanted(options.arch) if options.only in each.kernel]
     failures = [each for each in in_parallel(fill_cache, work, options.processes) if each]
     print(*failures, sep="\n", file=sys.stderr)
-    if not failures:
+    if not failures and not options.only:
         done = marker(options.arch)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

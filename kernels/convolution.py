@@ -1,28 +1,32 @@
 """3×3 convolution of channels-last maps for frozen networks; what follows it rides on its result.
 
-An implicit product, channels out × 9·channels in × pixels: a program computes BLOCK_C channels of a tile of TILE_H ×
-TILE_W pixels, tap by tap, BLOCK_K channels in at a time. Tiles come by tensor descriptors (TMA), for which a pixel
-outside of the map is a zero, so that padding costs nothing; where a GPU has none, or a map does not lie as they need
-it, by pointers and masks. The product is taken transposed: channels are its rows, so that the weights as well as the
-pixels reach the matrix units from shared memory, and a channel's sum over pixels stays within four threads.
+An implicit product, channels out × 9·channels in × pixels: a program computes BLOCK_C channels of a tile of pixels, tap
+by tap, BLOCK_K channels in at a time. Tiles come by tensor descriptors (TMA), for which a pixel outside of the map is a
+zero, so that padding costs nothing; where a GPU has none, or a map does not lie as they need it, by pointers and masks.
+The product is taken transposed, channels are its rows: so weights as well as pixels reach the matrix units from shared
+memory, and a channel's sum over pixels stays within four threads.
 
-| kernel                      | bytes moved                                             | FLOPs             |
-|-----------------------------|---------------------------------------------------------|-------------------|
-| convolution                 | x read, y written, the residual read; weights: 18·I·C   | 18·B·H·W·I·C      |
-| the same, with statistics   | and 8·C for each tile of pixels                         | and 3·B·H·W·C     |
+| kernel                    | bytes moved                                              | FLOPs         |
+|---------------------------|----------------------------------------------------------|---------------|
+| convolution               | x and the residual read, y written; weights, 18·I·C      | 18·B·H·W·I·C  |
+| the same, with statistics | and 8·C for each tile of pixels                          | and 3·B·H·W·C |
 
-Bound by the matrix units: at 128 channels in and out a pixel takes 0.37 ns of an H100 by FLOPs (798 TFLOP/s), and with
-its residual 0.26 ns by bytes (3.0 TB/s). The chip's own memory is near: a tile of 256 pixels and 128 channels reads
-9·I/64 times 48 KiB through L2, 9.3 TB/s at that rate; one of 128 pixels would read 12.5.
+Bound by the matrix units: with 128 channels a pixel takes 0.37 ns of an H100 by its FLOPs (798 TFLOP/s) and 0.26 by its
+bytes (3.0 TB/s). Near is what passes through L2: a step of 256 pixels and 128 channels reads 48 KiB, 9.3 TB/s at that
+rate; one of 128 pixels would read 12.5 TB/s.
 
-What rides on the result saves passes over maps (x: bytes of one). Behind a block's first convolution there is the
-norm's use alone, where statistics read the map before (3x to 2x); a block's end adds bias and residual before the one
-rounding and takes the sums, where a pass read the result and the residual and wrote the sum (5x to 3x, of which one
-is the residual, read here). Of a residual block that is 5x of the 8x that norms and sums move without it. Decoding an
-image of 384² pixels with VQ-16 in bf16 moves 0.51 GB less so, 0.17 ms at 3.0 TB/s: 0.17 s a step of LlamaGen-XXL (1024
-images) at the copy's rate, 0.22 at the 0.8 of it that GroupNorm's passes are expected to reach. None of it is measured,
-and a slower product would cost more than it saves: cuDNN stays, but for shapes at which a GPU was found faster with
-this (`runtime.forms`).
+What rides on the result saves passes over maps (x: bytes of one). In the middle of a residual block the statistics read
+nothing: the norm moves 2x, not 3x. At its end bias and residual are added before the one rounding, where a pass read
+result and residual and wrote the sum: 3x, of which one is the residual, not 5x; before an upsampling 1x, not 5x.
+Decoding an image of 384² pixels with VQ-16 in bf16 moves 0.52 GB of 1.49 less so, 0.17 ms at 3.0 TB/s. Of a step of
+LlamaGen-XXL (1024 images) that is 0.18 s at the copy's rate, 0.22 at the 0.8 of it that GroupNorm's passes are expected
+to reach, 0.27 if the residual's read hides behind products. Nobody has measured that. A slower product would cost more
+than it saves, as convolutions take 1.0 s of that step: cuDNN stays, but for shapes at which this was found faster on a
+GPU (`runtime.forms`).
+
+Machine code for sm_90 (`python -m vapi_fast.kernels.check`), bf16 by descriptors: 64×256×16 products in groups of four,
+one wait a group; 239 registers with residual and statistics (181 by Triton 3.6), no spill; 192 KiB of shared memory, so
+one program a multiprocessor, whose end no other one's products hide.
 
 The sums are of the values as they are written, not shifted: what the mean then costs the variance, 2⁻²⁴ of its square,
 is less than what rounding the map to 16 bits does.
