@@ -32,7 +32,7 @@ from .library import keep, write_manifest
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
 MATRIX_INSTRUCTION = re.compile(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|HMMA|IMMA|QMMA)\b")
-HOPPER_PRODUCT = re.compile(r"\bHGMMA\b[^;]*;")
+HOPPER_PRODUCT = re.compile(r"\b[HQI]GMMA\b[^;]*;")
 GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 LABEL = re.compile(r"(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
