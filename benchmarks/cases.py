@@ -220,13 +220,17 @@ def norm(s: Sizes, new: Source, channels: int) -> dict[str, Any]:
     return {"weight": 1 + new.normal(channels, scale=0.1), "bias": new.normal(channels), "groups": s.norm_groups}
 
 
-def group_norms(factor: int, shrink: int) -> dict[str, Case]:
-    """The four ways of a GroupNorm at one of the decoder's sizes, by channels C and side S at full resolution.
+def level_name(factor: int, shrink: int) -> str:
+    """One of the decoder's sizes by channels C and side S at full resolution, 128 and 384 of LlamaGen-XXL: `2C@S/2`."""
+    return f"{factor if factor > 1 else ''}C@S{f'/{shrink}' if shrink > 1 else ''}"
 
-    C and S are 128 and 384 of LlamaGen-XXL: "2C@S/2". They are: alone, behind a bias, behind a sum, and behind the four
-    phases of an upsampling.
+
+def group_norms(factor: int, shrink: int) -> dict[str, Case]:
+    """The four ways of a GroupNorm at one of the decoder's sizes.
+
+    They are: alone, behind a bias, behind a sum, and behind the four phases of an upsampling.
     """
-    level = f"{factor if factor > 1 else ''}C@S{f'/{shrink}' if shrink > 1 else ''}"
+    level = level_name(factor, shrink)
 
     def maps(s: Sizes, new: Source) -> Tensor:
         return new.maps(*s.maps(factor, shrink))
@@ -257,6 +261,29 @@ def group_norms(factor: int, shrink: int) -> dict[str, Case]:
 def added(s: Sizes, new: Source) -> dict[str, Any]:
     h, residual = (new.maps(*s.maps(1, 1)) for _ in range(2))
     return {"h": h, "channel_bias": new.normal(s.channels), "residual": residual}
+
+
+def convolutions(factor: int, shrink: int) -> dict[str, Case]:
+    """The 3×3 convolution at the end of a residual block of one of these sizes, alone and with the norm behind it."""
+
+    def alone(s: Sizes, new: Source) -> dict[str, Any]:
+        batch, channels, height, width = s.maps(factor, shrink)
+        scale = max(9 * channels, 1) ** -0.5
+        return {
+            "x": new.maps(batch, channels, height, width),
+            "kernel": new.normal(channels, channels, 3, 3, scale=scale).to(memory_format=torch.channels_last),
+            "channel_bias": new.normal(channels, dtype=torch.float32),
+            "residual": new.maps(batch, channels, height, width),
+        }
+
+    def normed(s: Sizes, new: Source) -> dict[str, Any]:
+        return alone(s, new) | norm(s, new, factor * s.channels)
+
+    level = level_name(factor, shrink)
+    return {
+        "alone": Case("convolution", alone, variant=level),
+        "norm": Case("convolution_group_norm_silu", normed, {"eps": 1e-6}, level),
+    }
 
 
 def one_slot(s: Sizes, new: Source) -> dict[str, Any]:
@@ -334,6 +361,8 @@ CASES = [
     FULL["phases"],
     Case("bias_add", added, variant="C@S"),
     Case("bias_add", added, {"pad": 1}, "C@S padded"),
+    *convolutions(1, 1).values(),
+    convolutions(4, 8)["norm"],
     Case(
         "rms_norm",
         lambda s, new: {"x": new.normal(s.images, s.tokens, s.width), "weight": 1 + new.normal(s.width, scale=0.1)},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prediction import RatesError, convolution_name, read_rates
-from rates import CONVOLUTIONS, ENCODER, ENDS, TRIED
+from rates import BLOCKS, CONVOLUTIONS, ENCODER, ENDS, TRIED
 
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.checkpoint import write_atomically
@@ -66,6 +66,10 @@ def comparisons(seconds: Seconds) -> Iterator[Comparison]:
     yield from compared(
         "cudnn-benchmark", "on", named("bfloat16", tried), named("bfloat16", tried, ", cudnn.benchmark")
     )
+    for inputs, outputs, side in BLOCKS:
+        shape = f"{inputs}→{outputs} {side}²"
+        ends = (f"block end bfloat16 {shape}, {form}" for form in forms.FORMS["convolution"])
+        yield from compared(f"convolution {shape}", "triton", *([end] for end in ends))
 
 
 def fastest(found: Sequence[Comparison]) -> dict[str, str]:

@@ -44,6 +44,7 @@ STEMS = (
     "perceptual",
     "bias_add",
     "group_norm",
+    "convolution",
     "rms_norm",
     "dropout",
     "rotary_swiglu",

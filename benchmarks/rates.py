@@ -4,10 +4,10 @@
 
 One line of JSON each, as soon as it is known. First the rates, in FLOPs or bytes a second, medians over inputs that
 take turns, so that none is found in the cache: a large copy and product, cuDNN's convolutions at the shapes of decoder,
-LPIPS and encoder, attention, GroupNorm. Then LPIPS's fused convolution over poisoned memory, encoder and decoder as
-CUDA graphs in each of their forms, and every operation, in parallel, against its truth in float64. Exit code 1 if
-anything fails or is less exact than it must be. Needs torch, triton and numpy. With --cpu everything is small, and
-times say nothing.
+LPIPS and encoder, attention, GroupNorm, our convolution. Then LPIPS's fused convolution over poisoned memory, encoder
+and decoder as CUDA graphs in each of their forms, and every operation, in parallel, against its truth in float64. Exit
+code 1 if anything fails or is less exact than it must be. Needs torch, triton and numpy. With --cpu everything is
+small, and times say nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -44,6 +45,7 @@ from vapi_fast.models import VQTokenizer
 from vapi_fast.models.frozen import PixelCodec, conv_relu, matmul_attention
 from vapi_fast.runtime import accelerators, ceilings, forms
 from vapi_fast.runtime.accelerators import Attention, optional_attention
+from vapi_fast.runtime.forms import FORMS, architecture
 
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
 IMAGES = 2  # of a batch, held to float64: the second shows what strides between images spoil
@@ -74,6 +76,7 @@ CONVOLUTIONS = [
 TRIED = (0, 3, 6)  # of these, with cudnn.benchmark too
 PHASES = [(128, 512, 192), (256, 1024, 48), (512, 2048, 24)]  # of 2×2, in place of upsampling and a 3×3 one
 ENCODER = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48), (512, 512, 24)]
+BLOCKS = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48)]  # of residual blocks: those of whole tiles
 ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and what padding its channels would make of it
 
 
@@ -161,12 +164,50 @@ def convolution(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, k
     inputs, outputs, side = (bench.less(size) for size in shape)
     batch = bench.less(16 if dtype == torch.float32 else 32)
     source = Source(bench.device, dtype)
-    weight = source.normal(outputs, inputs, kernel, kernel, scale=0.05).to(memory_format=torch.channels_last)
+    weight = filters(source, outputs, inputs, kernel)
     kind = "TF32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
     name = f"convolution {kernel}×{kernel} {kind} {shape[0]}→{shape[1]} {shape[2]}²{note}"
     work = 2 * batch * (side + 3 - kernel) ** 2 * inputs * outputs * kernel**2
-    convolve = functools.partial(F.conv2d, weight=weight, padding=1)
+    ours = functools.partial(ops.convolution, kernel=weight)
+    convolve = ours if note == ", triton" else functools.partial(F.conv2d, weight=weight, padding=1)
     bench.rate(name, lambda: (source.maps(batch, inputs, side, side),), convolve, work, "FLOP/s")
+
+
+def filters(source: Source, outputs: int, inputs: int, kernel: int = 3) -> Tensor:
+    return source.normal(outputs, inputs, kernel, kernel, scale=0.05).to(memory_format=torch.channels_last)
+
+
+def own_convolutions(bench: Bench) -> None:
+    """Ours beside cuDNN's row of the same name, and both forms of a residual block's end, with bias, residual and norm.
+
+    The ends decide about a shape's form; the rest says why.
+    """
+    for shape in BLOCKS:
+        convolution(bench, shape, torch.bfloat16, note=", triton")
+        for form in FORMS["convolution"]:
+            block_end(bench, shape, form)
+
+
+def block_end(bench: Bench, shape: tuple[int, int, int], form: str) -> None:
+    inputs, outputs, side = (bench.less(size) for size in shape)
+    batch, source = bench.less(32), Source(bench.device, torch.bfloat16)
+    weight, groups = filters(source, outputs, inputs), min(bench.sizes.norm_groups, outputs)
+    gain, bias, channel_bias = source.normal(3, outputs, dtype=torch.float32)
+    norm = (gain, bias, groups, 1e-6)
+
+    def end(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        added = {"residual": residual, "channel_bias": channel_bias}
+        if form == "triton":
+            return ops.convolution_group_norm_silu(x, weight, *norm, **added)
+        return ops.add_group_norm_silu(F.conv2d(x, weight, padding=1), *norm, **added)
+
+    bench.rate(
+        f"block end bfloat16 {shape[0]}→{shape[1]} {shape[2]}², {form}",
+        lambda: tuple(source.maps(batch, channels, side, side) for channels in (inputs, outputs)),
+        end,
+        18 * batch * side**2 * inputs * outputs,
+        "FLOP/s",
+    )
 
 
 def attention(bench: Bench) -> None:
@@ -304,7 +345,7 @@ def measure(bench: Bench) -> None:
     """All that this process measures itself."""
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    for rates in (measure_ceilings, convolutions, attention, norms):
+    for rates in (measure_ceilings, convolutions, attention, norms, own_convolutions):
         rates(bench)
     bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
     bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
@@ -325,6 +366,9 @@ def main() -> int:
     else:
         parser.error("no CUDA device; --cpu runs everything small")
     forkserver.ensure_running()  # it imports PyTorch meanwhile
+    if bench.device.type == "cuda":  # of these no other run has filled Triton's cache
+        only = ["--arch", architecture(torch.device("cuda", 0)), "--only", "convolution"]
+        subprocess.Popen([sys.executable, "-m", "vapi_fast.kernels.compile", *only])
     measure(bench)
     exactness(bench, every_operation(), 1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1))
     return 1 if bench.failed else 0

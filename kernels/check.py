@@ -6,7 +6,8 @@ Prints for every kernel and architecture the registers of a thread, bytes spille
 instruction that a dot became, the widest global load, and what it was specialised on; of a kernel that goes through a
 map by tiles of pixels and channels also the instructions that its loop takes for one element, and the barriers of one
 iteration. Exit code 1 if a kernel spills, needs more shared memory than a block can have, or has a dot without a matrix
-instruction. `--output-dir` leaves a library that VAPI_FAST_KERNELS can name.
+instruction or whose matrix instructions wait for each other. `--output-dir` leaves a library that VAPI_FAST_KERNELS can
+name.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import Any
 import triton
 
 from .compile import ARCHITECTURES, compiled, in_parallel, wanted
-from .launches import Pointer, Specialisation, load
+from .launches import Descriptor, Pointer, Specialisation, load
 from .library import keep, write_manifest
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block can have
 MATRIX_INSTRUCTION = re.compile(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|HMMA|IMMA|QMMA)\b")
+HOPPER_PRODUCT = re.compile(r"\b[HQI]GMMA\b[^;]*;")
 GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d)[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 LABEL = re.compile(r"(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
@@ -53,6 +55,7 @@ class Report:
     shared: int
     dots: int
     matrix_instruction: str
+    serial: bool  # each of its instructions waits for the one before: the assembler found no way to overlap them
     load_width: int
     instructions: float | None
     barriers: int | None
@@ -70,6 +73,8 @@ class Report:
             )
         if self.dots and self.matrix_instruction == "-":
             found.append("has a dot that did not become a matrix instruction: check its shape and precision")
+        if self.serial:
+            found.append("has matrix instructions that wait for each other: make its loop's length a constant")
         return found
 
 
@@ -91,6 +96,12 @@ def matrix_instruction(code: str) -> str:
     """The commonest matrix instruction of the machine code, "-" if there is none."""
     found = collections.Counter(MATRIX_INSTRUCTION.findall(code))
     return found.most_common(1)[0][0] if found else "-"
+
+
+def serial(code: str) -> bool:
+    """Whether each asynchronous matrix instruction of the machine code (of Hopper's) waits until it has ended."""
+    products = HOPPER_PRODUCT.findall(code)
+    return len(products) > 1 and all("gsb0" in each for each in products)
 
 
 def longest_loop(code: str) -> list[str]:
@@ -138,6 +149,7 @@ def report(each: Specialisation, architecture: str, library: Path | None) -> Rep
         shared=kernel.metadata.shared,
         dots=dots,
         matrix_instruction=matrix_instruction(code),
+        serial=serial(code),
         load_width=load_width(kernel.asm["ptx"]),
         instructions=len(loop) * threads / elements if loop else None,
         barriers=sum(name.startswith("BAR") for name in loop) if loop else None,
@@ -149,6 +161,8 @@ def shown(argument: Any) -> str:
     """An argument as the table has it: a pointer by its dtype, 16 for a multiple of it, 3 for another integer."""
     if isinstance(argument, Pointer):
         return argument.dtype + ("" if argument.aligned else " unaligned")
+    if isinstance(argument, Descriptor):
+        return f"{argument.dtype} {'×'.join(map(str, argument.block))}"
     return str(argument)
 
 

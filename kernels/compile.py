@@ -29,13 +29,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import library
-from .launches import Pointer, Specialisation, load
+from .launches import Descriptor, Pointer, Specialisation, load
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MOST_PROCESSES = 32  # at once; Triton's compiler takes half a gigabyte each
-FP8 = 89  # the compute capability from which GPUs have it
+FP8, DESCRIPTORS = 89, 90  # compute capabilities from which GPUs have them
 
 
 class Tensor(SimpleNamespace):
@@ -66,30 +67,42 @@ class Absent:
         return GPUTarget("cuda", self.number, 32)
 
 
+def stand_in(argument: Any) -> Any:
+    """For the tensor or the descriptor of one that a launch has, the argument itself for anything else."""
+    if isinstance(argument, Pointer):
+        return Tensor(dtype=getattr(torch, argument.dtype), pointer=argument.data_ptr())
+    if isinstance(argument, Descriptor):
+        base = Tensor(dtype=getattr(torch, argument.dtype), pointer=4096)
+        strides = [16] * (len(argument.block) - 1) + [1]
+        return TensorDescriptor(base, list(argument.block), strides, list(argument.block))
+    return argument
+
+
 def compiled(each: Specialisation, architecture: str) -> Any:
     """Triton's compiled kernel, from its cache if it is there; specialised as by a launch.
 
     For a process that launches nothing: Triton's driver is gone afterwards.
     """
-    arguments = [
-        Tensor(dtype=getattr(torch, a.dtype), pointer=a.data_ptr()) if isinstance(a, Pointer) else a
-        for a in each.arguments
-    ]
+    arguments = [stand_in(argument) for argument in each.arguments]
     driver.set_active(Absent(architecture))
     return each.function.run(*arguments, grid=(1,), warmup=True, **dict(each.constants))
 
 
 def wanted(architecture: str) -> list[Specialisation]:
     """What is launched on GPUs of this architecture."""
-    return [each for each in load() if number(architecture) >= FP8 or not needs_fp8(each)]
+    return [each for each in load() if number(architecture) >= needed(each)]
 
 
 def number(architecture: str) -> int:
     return int(architecture.removeprefix("sm_"))
 
 
-def needs_fp8(each: Specialisation) -> bool:
-    return any(isinstance(argument, Pointer) and "float8" in argument.dtype for argument in each.arguments)
+def needed(each: Specialisation) -> int:
+    """The least compute capability that has what the kernel takes, 0 for any."""
+    tensors = [argument for argument in each.arguments if isinstance(argument, Pointer | Descriptor)]
+    if any(isinstance(argument, Descriptor) for argument in tensors):
+        return DESCRIPTORS
+    return FP8 if any("float8" in argument.dtype for argument in tensors) else 0
 
 
 def in_parallel(function: Any, work: Sequence[tuple[Any, ...]], processes: int | None) -> Iterator[Any]:
@@ -156,12 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.compile", description="Fill Triton's cache.")
     parser.add_argument("--arch", default="sm_90", metavar="sm_90", help="architecture to compile for")
     parser.add_argument("--processes", type=int, default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
+    parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name contains NAME")
     options = parser.parse_args()
     end_with_parent()
-    work = [(each, options.arch) for each in wanted(options.arch)]
+    work = [(each, options.arch) for each in wanted(options.arch) if options.only in each.kernel]
     failures = [each for each in in_parallel(fill_cache, work, options.processes) if each]
     print(*failures, sep="\n", file=sys.stderr)
-    if not failures:
+    if not failures and not options.only:
         done = marker(options.arch)
         done.parent.mkdir(parents=True, exist_ok=True)
         done.touch()

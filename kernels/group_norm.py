@@ -180,17 +180,20 @@ def group_norm_finish_kernel(
 ):
     """Mean and 1 / sqrt(variance + eps) of one group of one image, fp32 `[B, groups]`, from the channels' sums.
 
-    The sums are those of x; the mean and variance are those of x + channel_bias, which moves whole channels. Of every
-    channel also scale and shift of its norm, x · scale + shift: fp32 `[B, 2, C]`.
+    The sums are those of x less its first pixel, or without x of the values themselves; the mean and variance are those
+    of x + channel_bias, which moves whole channels. Of every channel also scale and shift of its norm, x · scale +
+    shift: fp32 `[B, 2, C]`.
     """
     image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     size: tl.constexpr = C // GROUPS
     within = tl.arange(0, BLOCK_G)
     inside_c = within < size
     channel = group * size + within
-    first_pixel = x_ptr + image.to(tl.int64) * P * C
-    near = tl.load(first_pixel + group * size).to(tl.float32)  # means are taken from here on, to be exact
-    shift = tl.load(first_pixel + channel, mask=inside_c, other=0.0).to(tl.float32)
+    near, shift = 0.0, tl.zeros([BLOCK_G], tl.float32)
+    if x_ptr is not None:
+        first_pixel = x_ptr + image.to(tl.int64) * P * C
+        near = tl.load(first_pixel + group * size).to(tl.float32)  # means are taken from here on, to be exact
+        shift = tl.load(first_pixel + channel, mask=inside_c, other=0.0).to(tl.float32)
     totals = tl.zeros([BLOCK_SPLITS, BLOCK_G], tl.float32)
     squares = tl.zeros([BLOCK_SPLITS, BLOCK_G], tl.float32)
     for start in range(0, SPLITS, BLOCK_SPLITS):
@@ -377,15 +380,22 @@ def channel_sums(
 
 
 def group_statistics(
-    x: Tensor, sums: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, channel_bias: Tensor | None = None
+    x: Tensor,
+    sums: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    channel_bias: Tensor | None = None,
+    shifted: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Of the norm of x + channel_bias: the groups' means and reciprocal standard deviations, fp32 `[2, B, groups]`;
-    scale and shift of every channel of x, fp32 `[B, 2, C]`."""
+    scale and shift of every channel of x, fp32 `[B, 2, C]`. shifted: the sums are of x less its first pixel."""
     batch, channels, height, width = x.shape
     statistics = x.new_empty(2, batch, groups, dtype=torch.float32)
     affine = x.new_empty(batch, 2, channels, dtype=torch.float32)
     constants = {"C": channels, "GROUPS": groups, "BLOCK_G": next_power_of_2(channels // groups), **FINISH}
-    tensors = (x, channel_bias, weight.contiguous(), bias.contiguous(), sums, *statistics, affine)
+    tensors = (x if shifted else None, channel_bias, weight.contiguous(), bias.contiguous(), sums, *statistics, affine)
     sizes = (height * width, sums.shape[1])
     launch(group_norm_finish_kernel, (batch * groups,), *tensors, *sizes, eps, **constants)
     return statistics, affine

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import library
 
@@ -71,7 +72,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run `kernel` over `grid` on the device of its first argument, a tensor; an empty grid runs nothing.
+    """Run `kernel` over `grid` on the device of its tensors; an empty grid runs nothing.
 
     constants: the kernel's compile-time arguments, num_warps and num_stages.
     """
@@ -81,7 +82,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
             return
     if 0 in grid:
         return
-    device = args[0].device
+    device = next(each.device for each in map(tensor_of, args) if each is not None)
     if device.type == "cuda":
         library.served()
         with torch.cuda.device(device):
@@ -93,6 +94,13 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **cons
         )
     else:
         kernel[grid](*args, **constants)
+
+
+def tensor_of(argument: Any) -> Tensor | None:
+    """The tensor that an argument is, or describes."""
+    if isinstance(argument, TensorDescriptor):
+        argument = argument.base
+    return argument if isinstance(argument, Tensor) else None
 
 
 def check_dtypes(operation: str, dtypes: tuple[torch.dtype, ...] = DTYPES, /, **tensors: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 FILE = Path(__file__).with_name("launches.json")
 INT32 = 2**31
@@ -29,11 +30,18 @@ class Pointer(NamedTuple):
         return 4096 if self.aligned else 4096 + 8
 
 
+class Descriptor(NamedTuple):
+    """A tensor descriptor. dtype: the tensor's, its name in PyTorch; block: what one copy brings."""
+
+    dtype: str
+    block: tuple[int, ...]
+
+
 class Specialisation(NamedTuple):
     """One compilation. kernel: `<module>.<name>` below `vapi_fast.kernels`; integers stand for all of their class."""
 
     kernel: str
-    arguments: tuple[Pointer | int | float | bool | None, ...]
+    arguments: tuple[Pointer | Descriptor | int | float | bool | None, ...]
     constants: tuple[tuple[str, Any], ...]
 
     @property
@@ -50,11 +58,13 @@ def specialisation(kernel: Any, arguments: Sequence[Any], constants: Mapping[str
     return Specialisation(name, tuple(alike), tuple(sorted(constants.items())))
 
 
-def representative(argument: Any, unspecialised: bool) -> Pointer | int | float | bool | None:
+def representative(argument: Any, unspecialised: bool) -> Pointer | Descriptor | int | float | bool | None:
     """The argument, or another one for which Triton compiles the same; unspecialised: whatever an integer divides."""
     if isinstance(argument, torch.Tensor):
         offset = argument.storage_offset() * argument.element_size()  # allocations are aligned
         return Pointer(str(argument.dtype).removeprefix("torch."), offset % 16 == 0)
+    if isinstance(argument, TensorDescriptor):
+        return Descriptor(str(argument.base.dtype).removeprefix("torch."), tuple(argument.block_shape))
     if isinstance(argument, float):
         return 1.5
     if not isinstance(argument, int) or isinstance(argument, bool):
@@ -70,9 +80,14 @@ def load(file: Path = FILE) -> dict[Specialisation, list[str]]:
     found = {}
     for kernel, entries in json.loads(file.read_text(encoding="utf-8")).items():
         for entry in entries:
-            arguments = tuple(Pointer(*each) if isinstance(each, list) else each for each in entry["arguments"])
+            arguments = tuple(tensor(*each) if isinstance(each, list) else each for each in entry["arguments"])
             found[Specialisation(kernel, arguments, tuple(sorted(entry["constants"].items())))] = entry["scenes"]
     return found
+
+
+def tensor(dtype: str, form: bool | list[int]) -> Pointer | Descriptor:
+    """What the file has of one: whether its pointer is aligned, or its descriptor's block."""
+    return Descriptor(dtype, tuple(form)) if isinstance(form, list) else Pointer(dtype, form)
 
 
 def text(found: Mapping[Specialisation, Iterable[str]]) -> str:

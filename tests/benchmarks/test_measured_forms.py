@@ -90,6 +90,7 @@ def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.Monke
     monkeypatch.setattr(rates, "report", lambda name, **found: seconds.update({name: found.get("seconds", 0.0)}))
     bench = rates.Bench(torch.device("cpu"), shrink=16)
     rates.convolutions(bench)
+    rates.own_convolutions(bench)
     rates.attention(bench)
     found = {each.kind.split()[0] for each in script.comparisons(seconds)}
-    assert found == set(forms.FORMS) - {"convolution"}
+    assert found == set(forms.FORMS)

@@ -32,6 +32,7 @@ GOOD = check.Report(
     shared=1024,
     dots=1,
     matrix_instruction="HGMMA",
+    serial=False,
     load_width=128,
     instructions=None,
     barriers=None,
@@ -118,6 +119,15 @@ def test_longest_loop_reads_the_machine_code() -> None:
 """
     assert check.longest_loop(code) == ["LDG.E.128", "BAR.SYNC.DEFER_BLOCKING", "FFMA", "BRA"]
     assert check.longest_loop(code.replace("`(.L_x_0)", "`(.L_x_1)")) == []
+
+
+def test_products_that_wait_for_each_other_are_seen() -> None:
+    product = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;\n"
+    waits = product.replace(" ;", ", gsb0 ;")
+    assert check.serial(waits + "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" + waits)
+    assert not check.serial(product + product + waits)  # one wait for all
+    assert not check.serial(waits)
+    assert not check.serial("HMMA.16816.F32 R4, R8, R12, R4 ;\n")
 
 
 # Compiles one specialisation, if it has to.
@@ -241,6 +251,7 @@ def test_no_compiler_outlives_a_run_that_fails(two_kernels: Path, tmp_path: Path
         ({"shared": 227 * 1024 + 1}, "shared memory, 232448 is the limit"),
         ({"shared": 164 * 1024, "architecture": "sm_80"}, "shared memory, 166912 is the limit"),
         ({"matrix_instruction": "-"}, "did not become a matrix instruction"),
+        ({"serial": True}, "matrix instructions that wait for each other"),
     ],
 )
 def test_problems(change: dict[str, object], message: str) -> None:

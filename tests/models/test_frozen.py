@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from vapi_fast import ops, tiny
 from vapi_fast.data.dataset import ImageData
+from vapi_fast.kernels.launch import recorded
 from vapi_fast.models import LPIPS, VQTokenizer, VQTokenizerConfig
 from vapi_fast.models import frozen as frozen_forms
 from vapi_fast.models.frozen import (
@@ -27,6 +30,7 @@ from vapi_fast.models.frozen import (
     single_parts,
 )
 from vapi_fast.models.lpips import LPIPS_CONFIGS
+from vapi_fast.models.tokenizer import ResidualBlock
 from vapi_fast.runtime import forms
 
 SMALL = VQTokenizerConfig(channels=16, multipliers=(1, 2), latent_channels=16, codebook_size=61, norm_groups=4)
@@ -124,6 +128,31 @@ def test_the_kernels_decode_the_same(small: VQTokenizer) -> None:
     with ops.use_backend("triton"):
         decoded = frozen.decode(tokens)
     assert relative_l2(decoded, small.decode(tokens).double()) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_our_convolutions_code_the_same(small: VQTokenizer, dtype: torch.dtype, error: float) -> None:
+    """Of encoder and decoder, by the kernels: bias, residual and statistics ride on a block's two convolutions."""
+    frozen = FrozenTokenizer(small, dtype, dtype)
+    tokens, images = torch.tensor([[0, 60, 7, 7]]), torch.rand(1, 3, 8, 8) * 2 - 1
+    decode, encode = (lambda: frozen.decode(tokens)), (lambda: frozen.encoder(images.to(dtype)))
+    with ops.use_backend("triton"), torch.no_grad():
+        usual = decode(), encode()
+        with forms.taking(convolution="triton"), recorded(carry_out=True) as recording:
+            ours = decode(), encode()
+    launched = collections.Counter(launch.kernel.__name__ for launch in recording.launches)
+    blocks = [each for each in small.modules() if isinstance(each, ResidualBlock)]
+    assert launched["convolution_kernel"] == 2 * len(blocks)
+    for mine, theirs, plain in zip(ours, usual, (small.decode(tokens), small.encoder(images)), strict=True):
+        assert relative_l2(mine, plain.double()) < error
+        assert relative_l2(mine, plain.double()) < 1.2 * relative_l2(theirs, plain.double())
+
+
+def test_convolutions_in_float32_stay_cudnns(small: VQTokenizer) -> None:
+    frozen = FrozenTokenizer(small, torch.float32, torch.float32)
+    with ops.use_backend("triton"), forms.taking(convolution="triton"), recorded(carry_out=True) as recording:
+        frozen.decode(torch.tensor([[3]]))
+    assert "convolution_kernel" not in {launch.kernel.__name__ for launch in recording.launches}
 
 
 def test_nothing_is_shared_with_the_modules(small: VQTokenizer) -> None:

@@ -46,12 +46,15 @@ PARAMETERS = {name: inspect.signature(getattr(ops, name)).parameters for name in
 EXAMPLES = {"policy_loss": 40, "decode_attention": 30}  # others: 60
 MANY_STEPS_A_ROW = {"group_sample", "linear_group_sample"}  # interpreted one by one: few rows are given to them
 THE_MODELS_OWN = {"model", "condition"}
+# These refuse what requires a gradient.
 INFERENCE = {
     "add_group_norm_silu",
     "bias_add",
     "bias_group_norm_silu",
+    "convolution",
+    "convolution_group_norm_silu",
     "scaled_pixels",
-}  # refuse what requires a gradient
+}
 CACHE = {f"{name}_{part}" for name in "kv" for part in ("cache", "scale")} | {"prefix_k", "prefix_v"}
 WITHOUT_GRADIENT = {"table", "q", "qkv"} | CACHE  # none is promised to these
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vapi_fast import ops
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "ops.md"
-SIZES = {"B": 2, "G": 3, "T": 4, "V": 24, "D": 16, "C": 8, "H": 4, "W": 6, "K": 2, "N": 6, "S": 7, "P": 3, "L": 5}
+SIZES = dict(zip("BGTVDCIHWKNSPL", (2, 3, 4, 24, 16, 8, 4, 4, 6, 2, 6, 7, 3, 5), strict=True))
 DTYPES = {"float": torch.bfloat16, "fp32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 OPTIONS = {
     "channels": 8,

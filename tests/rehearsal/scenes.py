@@ -91,13 +91,19 @@ def generate_from_prompts(watch: Watch, images: int = 64, tokens: int = 40, **op
     draw(watch, model, torch.ones(images, tokens, dtype=torch.int64), torch.ones(images, tokens).bool(), **options)
 
 
-def operations(watch: Watch, dtype: torch.dtype) -> None:
+def operations(watch: Watch, dtype: torch.dtype, only: str = "") -> None:
     """Each of `vapi_fast.ops` by itself, with all of its gradients, as its benchmark calls it."""
     import cases
     import run_once
 
-    for case in cases.CASES:
+    for case in (each for each in cases.CASES if only in each.name):
         run_once.run(case, cases.Source(DEVICE, dtype), cases.XXL)
+
+
+def convolutions_by_pointers(watch: Watch) -> None:
+    """As on a GPU without tensor descriptors."""
+    with mock.patch("vapi_fast.kernels.convolution.described", return_value=False):
+        operations(watch, torch.bfloat16, only="convolution")
 
 
 def rates(watch: Watch) -> None:
@@ -204,6 +210,7 @@ SCENES: dict[str, Scene] = {
     "adapters": partial(align, model="janus-pro-1b", train="lora", batch_size=4),
     "operations in bf16": partial(operations, dtype=torch.bfloat16),
     "operations in fp32": partial(operations, dtype=torch.float32),
+    "convolutions by pointers": convolutions_by_pointers,
     "rates": rates,
     "sampling": sampling,
     "generate": generate,

@@ -2,7 +2,9 @@
 
 They are built once from the loaded modules and share no memory with them. Between two convolutions of the tokenizer
 there is one fused operation: a convolution leaves out its bias, and the pass that adds it also adds the residual and
-normalises the sum. All shapes follow from the inputs' and nothing waits for the device, so a CUDA graph can hold them.
+normalises the sum. Where a GPU was found faster so (`runtime.forms`), a convolution of ours adds both to its own result
+and takes the norm's statistics there. All shapes follow from the inputs' and nothing waits for the device, so a CUDA
+graph can hold them.
 """
 
 from __future__ import annotations
@@ -56,17 +58,22 @@ class Norm(NamedTuple):
 class Stream:
     """A map of the residual stream whose parts are still to be added: h + bias + residual. To be added once.
 
-    The parts are let go of then: whoever holds the stream would otherwise keep two maps of full size alive.
+    The parts are let go of then: whoever holds the stream would otherwise keep two maps of full size alive. With a
+    kernel h is what is still to be convolved by it.
     """
 
     h: Tensor | None  # [B,C,H,W]; of phases [B,4C,H/2+1,W/2+1]
     bias: Tensor
     residual: Tensor | None = None
     phases: bool = False
+    kernel: Tensor | None = None
 
     def normed(self, norm: Norm, *, silu: bool = True) -> tuple[Tensor, Tensor]:
         """The sum, and SiLU(GroupNorm(sum))."""
         h, residual = self.let_go()
+        if self.kernel is not None:
+            parts = {"residual": residual, "channel_bias": self.bias}
+            return ops.convolution_group_norm_silu(h, self.kernel, *norm, **parts, silu=silu)
         return ops.add_group_norm_silu(
             h, *norm, residual=residual, channel_bias=self.bias, phases=self.phases, silu=silu
         )
@@ -75,10 +82,15 @@ class Stream:
         """The sum where no norm follows: before a change of resolution, where h is never of phases. pad: rows of zeros
         below it, and columns to its right."""
         h, residual = self.let_go()
+        if self.kernel is not None:
+            found = ops.convolution(h, self.kernel, channel_bias=self.bias, residual=residual)
+            return F.pad(found, (0, pad, 0, pad)) if pad else found
         return ops.bias_add(h, self.bias, residual, pad=pad)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same, to be added in another dtype."""
+        if self.kernel is not None and self.h.dtype != dtype:
+            self.h, self.kernel = F.conv2d(self.h, self.kernel, padding=1), None
         self.h = self.h.to(dtype)
         return self
 
@@ -100,10 +112,21 @@ class FrozenResidualBlock:
 
     def __call__(self, stream: Stream) -> Stream:
         x, h = stream.normed(self.norm1)
-        h = F.conv2d(h, self.weight1, padding=1)
-        h = ops.bias_group_norm_silu(h, self.bias1, *self.norm2)
-        h = F.conv2d(h, self.weight2, padding=1)
-        return Stream(h, self.bias2, x if self.shortcut is None else F.conv2d(x, self.shortcut))
+        if fused_convolution(h, self.weight1):
+            _, h = ops.convolution_group_norm_silu(h, self.weight1, *self.norm2, channel_bias=self.bias1)
+        else:
+            h = F.conv2d(h, self.weight1, padding=1)
+            h = ops.bias_group_norm_silu(h, self.bias1, *self.norm2)
+        residual = x if self.shortcut is None else F.conv2d(x, self.shortcut)
+        if fused_convolution(h, self.weight2):
+            return Stream(h, self.bias2, residual, kernel=self.weight2)
+        return Stream(F.conv2d(h, self.weight2, padding=1), self.bias2, residual)
+
+
+def fused_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution of ours was found faster than cuDNN's on this device, at this shape; in 16 bits."""
+    shape = f"{weight.shape[1]}→{weight.shape[0]} {x.shape[-1]}²"
+    return x.element_size() == 2 and form("convolution", x.device, shape) == "triton"
 
 
 class FrozenAttentionBlock:

@@ -6,6 +6,7 @@ from .attention import append_to_cache, decode_attention
 from .backends import use_backend
 from .bias_add import bias_add
 from .codebook import codebook_lookup, vq_lookup
+from .convolution import convolution, convolution_group_norm_silu
 from .dropout import dropout
 from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_silu
 from .group_sample import group_sample, linear_group_sample
@@ -23,6 +24,8 @@ __all__ = [
     "bias_add",
     "bias_group_norm_silu",
     "codebook_lookup",
+    "convolution",
+    "convolution_group_norm_silu",
     "decode_attention",
     "dropout",
     "fold_seed",

@@ -41,7 +41,7 @@ def bias_group_norm_silu(
     checks.floating("h", h, "B C H W")
     checks.not_empty("h", "C", "H", "W")
     checks.floating("channel_bias", channel_bias, "C")
-    _check_norm(checks, weight, bias, groups, eps)
+    check_norm(checks, weight, bias, groups, eps)
     checks.no_gradient("group_norm_silu", h=h, channel_bias=channel_bias, weight=weight, bias=bias)
     return implementation(h).bias_group_norm_silu(h, channel_bias, weight, bias, groups, eps)
 
@@ -82,7 +82,7 @@ def add_group_norm_silu(
     if phases:
         _check_phases(checks)
     checks.not_empty("h", "C", "H", "W")
-    _check_norm(checks, weight, bias, groups, eps)
+    check_norm(checks, weight, bias, groups, eps)
     if channel_bias is not None:
         checks.floating("channel_bias", channel_bias, "C")
     if residual is not None:
@@ -102,7 +102,7 @@ def _check_phases(checks: ArgumentChecks) -> None:
     sizes["2·H"], sizes["2·W"] = 2 * sizes["H"], 2 * sizes["W"]
 
 
-def _check_norm(checks: ArgumentChecks, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
+def check_norm(checks: ArgumentChecks, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
     checks.floating("weight", weight, "C")
     checks.floating("bias", bias, "C")
     checks.count("groups", groups, 1)
