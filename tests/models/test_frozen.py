@@ -19,6 +19,7 @@ from vapi_fast.models.frozen import (
     LARGEST_HALF,
     FrozenCoder,
     FrozenLPIPS,
+    FrozenResidualBlock,
     FrozenTokenizer,
     PixelCodec,
     conv_relu,
@@ -30,7 +31,6 @@ from vapi_fast.models.frozen import (
     single_parts,
 )
 from vapi_fast.models.lpips import LPIPS_CONFIGS
-from vapi_fast.models.tokenizer import ResidualBlock
 from vapi_fast.runtime import forms
 
 SMALL = VQTokenizerConfig(channels=16, multipliers=(1, 2), latent_channels=16, codebook_size=61, norm_groups=4)
@@ -141,8 +141,10 @@ def test_our_convolutions_code_the_same(small: VQTokenizer, dtype: torch.dtype, 
         with forms.taking(convolution="triton"), recorded(carry_out=True) as recording:
             ours = decode(), encode()
     launched = collections.Counter(launch.kernel.__name__ for launch in recording.launches)
-    blocks = [each for each in small.modules() if isinstance(each, ResidualBlock)]
-    assert launched["convolution_kernel"] == 2 * len(blocks)
+    blocks = [*frozen.encoder.blocks, *frozen.decoder.blocks]
+    halves = [each for each in blocks if isinstance(each, FrozenResidualBlock) and each.weight1.dtype == dtype]
+    given = dtype == torch.float16  # one of them gives its sum to a part of the encoder that is in float32
+    assert launched["convolution_kernel"] == 2 * len(halves) - given > 18
     for mine, theirs, plain in zip(ours, usual, (small.decode(tokens), small.encoder(images)), strict=True):
         assert relative_l2(mine, plain.double()) < error
         assert relative_l2(mine, plain.double()) < 1.2 * relative_l2(theirs, plain.double())
