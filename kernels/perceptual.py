@@ -28,13 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, channel_blocks, channels_last, check_dtypes, launch, multiprocessors, next_power_of_2
+from .launch import DTYPES, channel_blocks, channels_last, check_dtypes, launch, multiprocessors
 
 LPIPS_FORWARD = {"BLOCK_ELEMENTS": 4096, "num_warps": 4, "num_stages": 3}
 LPIPS_BACKWARD = {"BLOCK_ELEMENTS": 2048, "num_warps": 4, "num_stages": 3}
 MSE = {"BLOCK": 4096, "num_warps": 4, "num_stages": 3}
 ROW_SUMS = {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}
-SCALED = {"BLOCK_P": 512, "num_warps": 4, "num_stages": 1}
+SCALED = {"BLOCK_ELEMENTS": 4096, "num_warps": 4, "num_stages": 1}
 PROGRAMS_PER_MULTIPROCESSOR = 8  # what it takes to hide the latency of device memory
 CHANNEL_EPS = tl.constexpr(1e-10)
 
@@ -396,9 +396,10 @@ def scaled_pixels_op(images: Tensor, shift: Tensor, scale: Tensor, channels: int
         images = channels_last(images)
     y = empty_pixels(images, channels, dtype)
     pixels = images.shape[2:].numel()
-    tiles = triton.cdiv(pixels, SCALED["BLOCK_P"])
+    block = channel_blocks(SCALED, channels, "BLOCK_P")
+    tiles = triton.cdiv(pixels, block["BLOCK_P"])
     sizes = (pixels, tiles, images.stride(0), images.stride(1), images.stride(3))
-    constants = {"C": images.shape[1], "CHANNELS": channels, "BLOCK_C": next_power_of_2(channels), **SCALED}
+    constants = {"C": images.shape[1], "CHANNELS": channels, **block}
     maps = (images, shift.contiguous(), scale.contiguous(), y)
     launch(scaled_pixels_kernel, (len(images) * tiles,), *maps, *sizes, **constants)
     return y

@@ -297,6 +297,8 @@ def test_bad_pixels() -> None:
     x, one = torch.zeros(2, 3, 4, 4), torch.ones(3)
     with pytest.raises(ValueError, match="scaled_pixels: channels must be an int >= 3, got 2"):
         ops.scaled_pixels(x, one, one, channels=2)
+    with pytest.raises(ValueError, match="scaled_pixels: channels must be at most 1024, got 1025"):
+        ops.scaled_pixels(x, one, one, channels=1025)
     with pytest.raises(TypeError, match="scaled_pixels: dtype must be floating or None, got dtype"):
         ops.scaled_pixels(x, one, one, channels=3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"scaled_pixels: has no gradient, and scale requires one"):

@@ -10,6 +10,8 @@ from torch import Tensor
 from .backends import implementation
 from .checks import FLOATING, ArgumentChecks, described
 
+MAX_CHANNELS = 1024  # of pixels: a kernel holds those of one
+
 
 def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """LPIPS distance from feature maps; the reference image's are given once per group.
@@ -55,7 +57,7 @@ def scaled_pixels(
 ) -> Tensor:
     """(images − shift) / scale for inference, with more channels of zeros, as a network's first convolution takes them.
 
-    images floating `[B, C, H, W]`, shift and scale floating `[C]`, channels at least C → `[B, channels, H, W]` of
+    images floating `[B, C, H, W]`, shift and scale floating `[C]`, channels from C to 1024 → `[B, channels, H, W]` of
     `dtype` (floating; None: the images'), channels-last. Computed in fp32 (float64 for float64). Raises TypeError or
     ValueError for an argument of the wrong type, shape, device or range, and ValueError where a gradient would be
     wanted.
@@ -66,6 +68,8 @@ def scaled_pixels(
     checks.floating("shift", shift, "C")
     checks.floating("scale", scale, "C")
     checks.count("channels", channels, checks.sizes["C"])
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"scaled_pixels: channels must be at most {MAX_CHANNELS}, got {channels}")
     if dtype is not None and dtype not in FLOATING:
         raise TypeError(f"scaled_pixels: dtype must be floating or None, got {described(dtype)}")
     checks.no_gradient("subtract and divide", images=images, shift=shift, scale=scale)
