@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prediction import RatesError, convolution_name, read_rates
-from rates import BLOCKS, CONVOLUTIONS, ENCODER, ENDS, TRIED
+from prediction import RatesError, read_rates
+from rates import BLOCKS, GRAPHS
 
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.checkpoint import write_atomically
@@ -50,22 +50,15 @@ def comparisons(seconds: Seconds) -> Iterator[Comparison]:
         if all(name in seconds for name in (*usual, *other)):
             yield Comparison(kind, form, *(sum(map(seconds.__getitem__, names)) for names in (usual, other)))
 
-    def named(kind: str, shapes: Sequence[tuple[int, int, int]], note: str = "") -> list[str]:
-        return [convolution_name(3, kind, *shape) + note for shape in shapes]
-
     trained = "attention, T 576, heads of 64, {}, forward and backward"
     packages = (name for name in ("flash-attn", "xformers") if trained.format(name) in seconds)
     usual = trained.format(next(packages, "default"))
     for form, row in (("cudnn", "cuDNN"), ("flash-attn-3", "flash-attn-3")):
         yield from compared("attention", form, [usual], [trained.format(row)])
-    wide = "attention, one head of 512, {}"
-    yield from compared("wide-attention", "matmul", [wide.format("default")], [wide.format("bmm")])
-    yield from compared("encoder", "float16", named("TF32", ENCODER), named("float16", ENCODER))
-    yield from compared("last-convolution", "eight", named("bfloat16", ENDS[:1]), named("bfloat16", ENDS[1:]))
-    tried = [CONVOLUTIONS[index] for index in TRIED]
-    yield from compared(
-        "cudnn-benchmark", "on", named("bfloat16", tried), named("bfloat16", tried, ", cudnn.benchmark")
-    )
+    for kind, (_, form, *_) in forms.FORMS.items():
+        usual = [f"{coder} as a CUDA graph" for coder, others in GRAPHS.items() if f"{kind}={form}" in others]
+        if usual:
+            yield from compared(kind, form, usual, [f"{each}, {kind}={form}" for each in usual])
     for inputs, outputs, side in BLOCKS:
         shape = f"{inputs}→{outputs} {side}²"
         ends = (f"block end bfloat16 {shape}, {form}" for form in forms.FORMS["convolution"])

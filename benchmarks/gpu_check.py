@@ -82,10 +82,10 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
         folder = options.pop("folder", ROOT / "benchmarks")
         return Part(name, bound, commands, folder, variables, compiled=work / "triton" / cache, **options)
 
-    def script(name: str, cache: str) -> Part:
+    def script(name: str, bound: float, cache: str) -> Part:
         failures = functools.partial(lines_with, words=('"failure"', '"ok": false', "Error: "))
         command = [sys.executable, f"{name}.py", *["--cpu"] * cpu]
-        return part(name, 60, command, cache=cache, figures=json_lines, failures=failures)
+        return part(name, bound, command, cache=cache, figures=json_lines, failures=failures)
 
     def alignment(name: str, bound: float, *arguments: str, **options: Any) -> Part:
         output = work / name
@@ -122,10 +122,10 @@ def stages(work: Path, capability: Sequence[int], cpu: bool = False) -> list[lis
         return part("memcheck", 120, command, cache="tests", environment=uncached, needs=tool[:1], **figures)
 
     first = [
-        [script("rates", "rates")],
+        [script("rates", 75, "rates")],
         [alignment("align_both", 90, "--path", "both", "--steps", "5")],
-        [script("sampling", "align")],
-        [alignment("align", 390, "--steps", "6" if cpu else "100", "--checkpoint-every", "1000", rest=True)],
+        [script("sampling", 60, "align")],
+        [alignment("align", 375, "--steps", "6" if cpu else "100", "--checkpoint-every", "1000", rest=True)],
     ]
     if cpu:  # one operation timed, one operation's tests, and all operations interpreted, under no tool
         one = benchmarks("bench_perceptual.py", "-k", "mse and forward and not pairs and not backward")

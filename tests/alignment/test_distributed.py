@@ -16,7 +16,8 @@ from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.tiny import FILES
 
 E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
-SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False}
+# A seed with which no draw lies where rounding decides it: one that does changes a reward, and with it all that follows.
+SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False, "seed": 1}
 
 
 def train(rank: int, world_size: int, port: int, output: Path, recipe: str) -> None:

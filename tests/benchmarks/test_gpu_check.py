@@ -164,7 +164,7 @@ def test_parts_in_the_order_of_their_worth(tmp_path: Path) -> None:
     first = [["rates"], ["align_both"], ["sampling"]]
     assert names == [*first, ["align"], ["benchmarks"], ["tests", "memcheck", "kernels"]]
     bounds = [max(part.bound for part in stage) for stage in stages]
-    assert bounds[:3] == [60, 90, 60]
+    assert bounds[:3] == [75, 90, 60]
     assert sum(bounds) <= 14 * 60 - 10  # the start takes some seconds too
     assert sum(bounds) - bounds[3] <= 8 * 60 - 10  # all but the hundred steps
     assert sum(bounds[3:]) - bounds[4] - bounds[5] <= 8 * 60 - 10  # the hundred steps, in a second call
@@ -560,7 +560,7 @@ def test_too_few_minutes(
 ) -> None:
     code, line = said([str(tmp_path / "new"), "--minutes", minutes], monkeypatch, capsys)
     assert code == 2
-    assert line.endswith(f"--minutes {minutes} is too little for any part: rates needs 1.2")
+    assert line.endswith(f"--minutes {minutes} is too little for any part: sampling needs 1.2")
     assert not (tmp_path / "new").exists()
 
 

@@ -10,11 +10,11 @@ import forms as script
 import pytest
 import rates
 import torch
-from rates import ENCODER, ENDS
 
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.forms import form
 
+ENCODER, DECODER = "encoder as a CUDA graph", "decoder as a CUDA graph"
 TRAINED = "attention, T 576, heads of 64, {}, forward and backward"
 
 
@@ -37,15 +37,12 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     forms.measured.cache_clear()
 
 
-def convolutions(kind: str, shapes: list[tuple[int, int, int]], seconds: float) -> dict[str, float]:
-    return {f"convolution 3×3 {kind} {a}→{b} {side}²": seconds for a, b, side in shapes}
-
-
 def test_what_is_faster_is_taken_on_that_architecture(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seconds = convolutions("TF32", ENCODER, 2e-3) | convolutions("float16", ENCODER, 1e-3)
-    seconds |= convolutions("bfloat16", ENDS[:1], 1e-3) | convolutions("bfloat16", ENDS[1:], 0.99e-3)
+    seconds = {ENCODER: 10e-3, f"{ENCODER}, encoder=float16": 5e-3, f"{ENCODER}, cudnn-benchmark=on": 8e-3}
+    seconds |= {DECODER: 10e-3, f"{DECODER}, last-convolution=eight": 9.9e-3, f"{DECODER}, cudnn-benchmark=on": 11e-3}
+    seconds |= {f"block end bfloat16 128→128 384², {name}": each for name, each in (("cudnn", 2e-3), ("triton", 1e-3))}
     seconds |= {TRAINED.format(name): each for name, each in (("default", 3e-3), ("cuDNN", 2e-3))}
     path = check(tmp_path, seconds)
     assert script.main([str(path), "--dry-run"]) == 0
@@ -53,16 +50,17 @@ def test_what_is_faster_is_taken_on_that_architecture(
     assert script.main([str(path)]) == 0
     printed = capsys.readouterr().out
     assert "encoder=float16: 10.000 → 5.000 ms, taken" in printed
-    assert "last-convolution=eight: 1.000 → 0.990 ms, left" in printed
+    assert "last-convolution=eight: 10.000 → 9.900 ms, left" in printed
+    assert "cudnn-benchmark=on: 20.000 → 19.000 ms, taken" in printed  # of both
     forms.measured.cache_clear()
     assert form("encoder", torch.device("cuda")) == "float16"
-    expected = {"attention": "cudnn", "encoder": "float16", "wide-attention": "matmul"}  # the last was not measured
+    expected = {"attention": "cudnn", "convolution 128→128 384²": "triton", "cudnn-benchmark": "on"}
+    expected |= {"encoder": "float16", "wide-attention": "matmul"}  # the last was not measured
     assert json.loads(table.read_text()) == {"sm_80": {"encoder": "float16"}, "sm_90": expected}
 
 
 def test_what_is_not_faster_any_more_is_left(table: Path, tmp_path: Path) -> None:
-    wide = "attention, one head of 512, {}"
-    script.main([str(check(tmp_path, {wide.format("default"): 1e-3, wide.format("bmm"): 1e-3}))])
+    script.main([str(check(tmp_path, {DECODER: 1e-3, f"{DECODER}, wide-attention=matmul": 1e-3}))])
     assert json.loads(table.read_text())["sm_90"] == {}
 
 
@@ -88,9 +86,7 @@ def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.Monke
     seconds: dict[str, float] = {}
     monkeypatch.setattr(rates, "rate", lambda sets, call, work: {"seconds": 1e-3, "rate": work / 1e-3})
     monkeypatch.setattr(rates, "report", lambda name, **found: seconds.update({name: found.get("seconds", 0.0)}))
-    bench = rates.Bench(torch.device("cpu"), shrink=16)
-    rates.convolutions(bench)
-    rates.own_convolutions(bench)
-    rates.attention(bench)
+    monkeypatch.setattr(rates, "relative", lambda found, expected: 0.0)
+    rates.measure(rates.Bench(torch.device("cpu"), shrink=16))
     found = {each.kind.split()[0] for each in script.comparisons(seconds)}
     assert found == set(forms.FORMS)
