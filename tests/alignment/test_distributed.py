@@ -16,7 +16,7 @@ from vapi_fast.runtime.checkpoint import load_state_dict
 from vapi_fast.tiny import FILES
 
 E2E = Path(__file__).parents[2] / "benchmarks" / "e2e_align.py"
-# A seed with which no draw lies where rounding decides it: one that does changes a reward, and with it all that follows.
+# A seed with which no draw lies where rounding decides it: one that does changes a reward, and so all that follows.
 SMALL = {"batch_size": 8, "micro_batch": 1, "group_size": 4, "steps": 3, "evaluate": False, "seed": 1}
 
 
