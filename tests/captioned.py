@@ -12,6 +12,7 @@ import torch
 from inputs import grey_png, write_tar
 
 from vapi_fast.data.caption_files import Caption
+from vapi_fast.data.captions import has_words
 from vapi_fast.runtime.errors import DataError
 
 TEXTS = [f"a photo of number {value}" for value in range(12)]
@@ -78,6 +79,8 @@ class Numbered:
 
     def __init__(self, refused: tuple[int, ...] = ()) -> None:
         self.refused = refused
+
+    takes = staticmethod(has_words)
 
     def prepare(self, captions: Iterable[Caption]) -> None:
         pass

@@ -61,6 +61,7 @@ STARTED = {
     "bash benchmarks/tools/check_kernels.sh 3.4.0 3.6.0": (" --help", 0, "VERSION ..., versions of triton"),
     "bash benchmarks/gpu_check.sh DIR": ("", 1, "no CUDA device: nothing was run"),
     "python benchmarks/readme.py benchmarks/results/NAME.json": ("", 1, "readme.py: error: benchmarks/results/NAME"),
+    "python benchmarks/forms.py benchmarks/results/NAME.json": ("", 2, "forms.py: error: benchmarks/results/NAME"),
     "python -m vapi_fast.tiny.build_text": (" --help", 0, "Rebuild the text presets' files from nothing"),
     "python -m vapi_fast.tiny.build": (" --help", 0, "Rebuild the tiny preset from nothing"),
     "python benchmarks/ablation.py": (" --help", 0, "The paper's ablations in miniature, each beside the controls"),

@@ -66,8 +66,10 @@ def test_a_plan_that_does_not_fit_names_the_parts_and_the_largest_micro_batch_th
 
 
 def test_without_any_way_other_means_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"--micro-batch 1 does not fit either; share the weights over more GPUs"):
+    with pytest.raises(ConfigError, match=r"--micro-batch 1 does not fit either; train a part .*, share the weights"):
         check(config(), XXL, 24 * GB)
+    with pytest.raises(ConfigError, match=r"--micro-batch 1 does not fit either; share the weights over more GPUs"):
+        check(config(), XXL, 8 * GB, world_size=2)
     assert check(config(micro_batch=4), XXL, 24 * GB, world_size=8).fits
 
 

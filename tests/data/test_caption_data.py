@@ -15,8 +15,10 @@ from captioned import GIVEN, KEPT, LAYOUTS, TEXTS, Numbered, jsonl, pictures, wr
 from inputs import grey_png
 
 from vapi_fast.data.caption_data import CaptionedData
+from vapi_fast.data.caption_files import Captions
 from vapi_fast.data.captions import clean_caption, has_words
 from vapi_fast.data.dataset import ImageBatch, ImageData, described, difference
+from vapi_fast.data.prompt_tokens import PromptTokens
 from vapi_fast.runtime.errors import DataError
 
 SIZE = 8
@@ -129,6 +131,38 @@ def test_splits(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="has no split 'test'; it has train, validation"):
             opened(source, split="test")
     assert values(opened(tmp_path / "folder").load(2)[0][None]) == [2]
+
+
+def test_features_of_one_split_are_not_those_of_another(tmp_path: Path) -> None:
+    """By their places in a folder of features: of an image folder's splits, and of a table's."""
+    for split in ("train", "validation"):
+        pictures(tmp_path / "folder" / split, 1)
+        jsonl(tmp_path / "folder" / split / "metadata.jsonl", [{"file_name": "0.png", "text": "a cup"}])
+        write(tmp_path / "table", "parquet", ["a cup"]).rename(tmp_path / "table" / f"{split}.parquet")
+    for source, stem in ((tmp_path / "folder", "metadata"), (tmp_path / "table", "table")):
+        for held_out, split in ((False, "train"), (True, "validation")):
+            (caption,) = Captions(source, None, held_out, None).captions
+            assert caption == ("a cup", f"{stem}-{split}", 0)
+
+
+def test_lists_of_one_name_are_refused(tmp_path: Path) -> None:
+    for part in (1, 2):
+        jsonl(tmp_path / "lists" / f"x.{part}.jsonl", [{"image_path": "x", "text": "a cup"}])
+    with pytest.raises(DataError, match=r"x\.1\.jsonl and .*x\.2\.jsonl are both x to a folder of features"):
+        opened(tmp_path / "lists")
+
+
+class Prompts(Numbered):
+    def takes(self, caption: str) -> bool:
+        return PromptTokens.takes(self, caption)
+
+
+def test_prompts_are_taken_in_any_writing(tmp_path: Path) -> None:
+    """Cleaning, as for T5, would leave nothing of the first two."""
+    source = write(tmp_path, "list", ["一只猫", "<cup>", " ", "a cup"])
+    found = CaptionedData(source, 8, features=Prompts())
+    assert [found.caption(i) for i in range(len(found))] == ["一只猫", "<cup>", "a cup"]
+    assert [opened(source).caption(i) for i in range(len(opened(source)))] == ["a cup"]
 
 
 def test_a_tar_may_hold_a_text_beside_its_json(tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_lists_of_captions_alone(encoder: Path, tmp_path: Path, capsys: pytest.C
         assert "holds features of another --text-encoder, --caption-column or --tokens" in capsys.readouterr().err
 
 
+def test_a_list_with_other_captions_is_not_taken_for_the_one_that_is_there(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a", "b"):  # lists of several names share a folder
+        assert encode(jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} cup"}]), out, encoder) == 0
+    capsys.readouterr()
+    edited = jsonl(tmp_path / "a.jsonl", [{"text": "a cat"}])
+    assert encode(edited, out, encoder) == 2
+    assert f"--out {out} holds features of other captions under a: choose another folder" in capsys.readouterr().err
+    assert encode(jsonl(tmp_path / "b.jsonl", [{"text": "b cup"}]), out, encoder) == 0
+    assert "1 were there" in capsys.readouterr().out
+
+
 def test_input_that_cannot_be_used(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     source = jsonl(tmp_path / "a.jsonl", [{"title": "a cup"}])

@@ -99,8 +99,9 @@ def check(
 
     micro_batch = largest_fitting(config.micro_batch, lambda count: planned(count, 0))
     if not micro_batch:
+        part = "train a part (--train lora or --train head), " if config.train == "all" and world_size == 1 else ""
         raise ConfigError(
-            f"{need}: --micro-batch 1 does not fit either; share the weights over more GPUs (torchrun "
+            f"{need}: --micro-batch 1 does not fit either; {part}share the weights over more GPUs (torchrun "
             f"--nproc_per_node), or {beside.advice}"
         )
     lower = [f"--micro-batch {micro_batch}"] if micro_batch < config.micro_batch else []

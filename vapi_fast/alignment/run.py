@@ -202,6 +202,7 @@ class Run:
         condition, prefix = generator_config(config.model).condition, None
         captions, prompts = not isinstance(condition, Classes), isinstance(condition, Prompts)
         if prompts and not config.synthetic_data:
+            memory_plan(config, device, source, prefix=1)  # what no prompt makes fit needs no download
             fetch_inputs(config)
             self.data = open_data(config, condition, device)  # its longest prompt decides how much fits
             prefix = self.data.features.tokens

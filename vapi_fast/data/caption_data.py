@@ -26,7 +26,7 @@ class CaptionedData(ImageStream):
     beside `file_name` or `image_path`, LlamaGen's own lists included. `caption_column` names another; of several
     captions of an image the first with words is taken, or of `NAME:K` the K-th, from 0 on.
 
-    Images without a caption, or with one of which cleaning leaves nothing, are left out: ids are rows of the rest, and
+    Images without a caption, or with one that `features` does not take, are left out: ids are rows of the rest, and
     the batches' labels are the ids. An image whose features cannot be had is unreadable, as a damaged one is.
 
     Raises `DataError` as `ImageData` does, and for a set without any caption.
@@ -44,10 +44,11 @@ class CaptionedData(ImageStream):
     ) -> None:
         checked_side(image_size)
         reader()
-        require(DataError, "reading captions", "ftfy")
+        if features.width:
+            require(DataError, "reading captions", "ftfy")
         from vapi_fast.data.caption_files import CaptionedRows
 
-        rows = CaptionedRows(Path(source), split, held_out, caption_column)
+        rows = CaptionedRows(Path(source), split, held_out, caption_column, features.takes)
         super().__init__(rows, np.arange(len(rows), dtype=np.int64), image_size)
         self.features = features
         self._captions = rows.captions

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,13 +39,21 @@ class Caption(NamedTuple):
 
 
 class Captions:
-    """The captions of a source, those of which cleaning leaves nothing left out, and the rows that have them.
+    """The captions of a source, those that are not taken left out, and the rows that have them.
 
-    Of several captions of an image the first with words is taken, or with `column` `NAME:K` the K-th, from 0 on.
-    Raises DataError for a source that cannot be read, or has no captions.
+    taken: of a caption, by default whether cleaning leaves words of it. Of several captions of an image the first such
+    one is, or with `column` `NAME:K` the K-th, from 0 on. Raises DataError for a source that cannot be read, or has no
+    captions.
     """
 
-    def __init__(self, source: Path, split: str | None, held_out: bool, column: str | None) -> None:
+    def __init__(
+        self,
+        source: Path,
+        split: str | None,
+        held_out: bool,
+        column: str | None,
+        taken: Callable[[str], bool] = has_words,
+    ) -> None:
         name, entry = parted(column)
         names = CAPTION_COLUMNS if name is None else (name,)
         kind = Kind(names, LAYOUTS, partial(listed, names=names), captions=True)
@@ -56,11 +64,12 @@ class Captions:
         if STEM in rows.column_names:
             stems, lines = (values_of(rows, name).to_pylist() for name in (STEM, LINE))
         else:
-            stems, lines = itertools.repeat(stem_of(source), len(rows)), range(len(rows))
+            stem = "-".join(filter(None, [stem_of(source), self.split]))
+            stems, lines = itertools.repeat(stem, len(rows)), range(len(rows))
         kept: list[int] = []
         self.captions: list[Caption] = []
         for row, (texts, stem, line) in enumerate(zip(each_of(values), stems, lines, strict=True)):
-            if text := chosen(texts, entry):
+            if text := next(filter(taken, texts if entry is None else texts[entry : entry + 1]), None):
                 kept.append(row)
                 self.captions.append(Caption(text, stem, line))
         self.left_out = len(rows) - len(kept)
@@ -76,8 +85,10 @@ class Captions:
 class CaptionedRows(ImageRows):
     """The images that have captions, and these; as `Captions`, and a DataError where no image is named."""
 
-    def __init__(self, source: Path, split: str | None, held_out: bool, column: str | None) -> None:
-        found = Captions(source, split, held_out, column)
+    def __init__(
+        self, source: Path, split: str | None, held_out: bool, column: str | None, taken: Callable[[str], bool]
+    ) -> None:
+        found = Captions(source, split, held_out, column, taken)
         if STEM in found.rows.column_names and "image" not in found.rows.column_names:
             raise DataError(f"{source} names no images: expected {' or '.join(PATH_COLUMNS)} beside the captions")
         super().__init__(source, found.split, found.rows)
@@ -131,11 +142,6 @@ def each_of(values: pa.ChunkedArray) -> Iterator[list[str]]:
         yield from map(texts_of, chunk.to_pylist())
 
 
-def chosen(texts: list[str], entry: int | None) -> str | None:
-    """The caption that is taken of an image's; None where none of them has words."""
-    return next(filter(has_words, texts if entry is None else texts[entry : entry + 1]), None)
-
-
 def listed(
     source: Path, split: str | None, held_out: bool, names: tuple[str, ...]
 ) -> tuple[str | None, datasets.Dataset]:
@@ -143,22 +149,29 @@ def listed(
     for suffix, pattern in ((".jsonl", "*"), (".csv", "metadata"), (".jsonl", "*/metadata"), (".csv", "*/metadata")):
         split_found, paths = files_of(source, suffix, split, held_out, pattern)
         if paths:
-            return split_found, read_lists(paths, names)
+            return split_found, read_lists(paths, names, split_found if "/" in pattern else None)
     raise DataError(f"{source} has no captions (expected {LAYOUTS})")
 
 
-def read_lists(paths: list[Path], names: tuple[str, ...]) -> datasets.Dataset:
-    """Columns `image` (where paths are named), the captions under their name, `STEM` and `LINE`."""
+def read_lists(paths: list[Path], names: tuple[str, ...], split: str | None) -> datasets.Dataset:
+    """Columns `image` (where paths are named), the captions under their name, `STEM` and `LINE`.
+
+    split: of lists that are all called the same, in a folder each.
+    """
     columns: dict[str, list[Any]] = {"image": [], "captions": [], STEM: [], LINE: []}
     name = key = None
+    stems: dict[str, Path] = {}
     for path in paths:
+        stem = f"{stem_of(path)}-{split}" if split else stem_of(path)
+        if (other := stems.setdefault(stem, path)) != path:
+            raise DataError(f"{other} and {path} are both {stem} to a folder of features: rename one")
         for line, entry in entries(path):
             name = name or next((each for each in names if each in entry), None)
             key = key or next((each for each in PATH_COLUMNS if each in entry), None)
             image = entry.get(key)
             columns["image"].append(os.path.join(path.parent, image) if isinstance(image, str) and image else None)
             columns["captions"].append(texts_of(entry.get(name)))
-            columns[STEM].append(stem_of(path))
+            columns[STEM].append(stem)
             columns[LINE].append(line)
             known = entry.keys()
     if not columns[LINE]:

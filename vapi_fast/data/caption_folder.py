@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vapi_fast.data.caption_files import Caption, Captions
 from vapi_fast.data.config import EncodeCaptionsConfig
+from vapi_fast.data.features import digest
 from vapi_fast.data.hub import local_source
 from vapi_fast.data.text import TextEncoder, cleaned, identity_of, text_encoder
 from vapi_fast.data.words import WordVectors
@@ -17,13 +19,13 @@ from vapi_fast.runtime.distributed import gather_objects, process_group, rank, w
 from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.progress import progress_bar
 
-MADE_WITH = "encoder.json"
+MADE_WITH, LISTS = "encoder.json", "lists"
 
 
 def encode_captions(config: EncodeCaptionsConfig) -> str | None:
     """Write `<out>/<list>/<line>.npy`, float32 `[1,n,width]`, for every caption that has none; several processes share.
 
-    Returns the report, on rank 0. Raises ConfigError where `out` has another encoder's features.
+    Returns the report, on rank 0. Raises ConfigError where `out` has features of another encoder or of other captions.
     """
     with process_group() as device:
         source, split = local_source(config.data, config.split, False, config.hub_rows)
@@ -33,12 +35,14 @@ def encode_captions(config: EncodeCaptionsConfig) -> str | None:
             "captions": config.caption_column,
             "tokens": config.tokens,
         }
-        check_folder(config.out, about)
+        lists = check_folder(config.out, about, digests(found.captions))
         missing = [caption for caption in found.captions if not place(config.out, caption).exists()]
         if any(gather_objects(len(missing))):  # all have looked before the first writes
             encoder = text_encoder(config.text_encoder, device)
             if rank() == 0:
-                write_atomically(config.out / MADE_WITH, lambda path: path.write_text(json.dumps(about), "utf-8"))
+                write_atomically(
+                    config.out / MADE_WITH, lambda path: path.write_text(json.dumps(about | lists), "utf-8")
+                )
             share = sorted(missing, key=lambda caption: len(caption.text))[rank() :: world_size()]
             write(config, encoder, share)
             gather_objects(None)
@@ -64,17 +68,33 @@ def place(folder: Path, caption: Caption) -> Path:
     return folder / caption.stem / f"{caption.line}.npy"
 
 
-def check_folder(folder: Path, about: dict[str, object]) -> None:
-    """Raise ConfigError where features of another encoder, or of other captions, lie there."""
+def digests(captions: list[Caption]) -> dict[str, str]:
+    """Of each list its captions and their lines, in short."""
+    lists: dict[str, list[str]] = {}
+    for caption in captions:
+        lists.setdefault(caption.stem, []).append(f"{caption.line} {caption.text}")
+    return {stem: digest("\n".join(texts)) for stem, texts in lists.items()}
+
+
+def check_folder(folder: Path, about: dict[str, Any], lists: dict[str, str]) -> dict[str, dict[str, str]]:
+    """`lists` with those whose features lie there already. Raises ConfigError where these are of another encoder, or a
+    list of that name has other captions."""
     path = folder / MADE_WITH
     if not path.exists():
-        return
+        return {LISTS: lists}
     try:
         before = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError):
-        before = None
+        there = before.pop(LISTS)
+        if not isinstance(there, dict):
+            raise TypeError
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        before, there = None, {}
     if before != about:
         raise ConfigError(
             f"--out {folder} holds features of another --text-encoder, --caption-column or --tokens: choose another "
             "folder"
         )
+    for stem, known in lists.items():
+        if there.get(stem, known) != known:
+            raise ConfigError(f"--out {folder} holds features of other captions under {stem}: choose another folder")
+    return {LISTS: there | lists}

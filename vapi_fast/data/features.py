@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vapi_fast.data.captions import has_words
 from vapi_fast.data.config import SHORT_SHARE
 from vapi_fast.data.text import ENCODER, TextEncoder, cleaned, identity_of, text_encoder
 from vapi_fast.data.words import WordVectors
@@ -34,6 +35,9 @@ class FeatureSource(Protocol):
 
     tokens: int
     width: int
+
+    def takes(self, caption: str) -> bool:
+        """Whether there is anything to make features of: images whose caption is not taken are left out."""
 
     def prepare(self, captions: Iterable[Caption]) -> None:
         """Have the features of all these ready; all ranks call it, before the generator takes the device's memory."""
@@ -72,6 +76,8 @@ class CachedFeatures:
         self._late: dict[str, Tensor] = {}
         self._spare: TextEncoder | WordVectors | None = None
         self._lock = Lock()
+
+    takes = staticmethod(has_words)
 
     def prepare(self, captions: Iterable[Caption]) -> None:
         """Encode what the cache lacks, a share of it on each rank; the encoder leaves the device again."""
@@ -186,6 +192,8 @@ class FolderFeatures:
     ) -> None:
         self.folder, self.short, self.short_share = folder, short, short_share
         self.tokens, self.width = tokens, width
+
+    takes = staticmethod(has_words)
 
     def prepare(self, captions: Iterable[Caption]) -> None:
         """Raises DataError where the first caption's features, or the first short one's, are none of the model's."""

@@ -156,8 +156,11 @@ def _runs(captions: Sequence[str], columns: int) -> Iterator[tuple[str, int, int
 
 
 def _fitting(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """The text in one line, cut to `width` pixels."""
-    text = kept = " ".join(text.split())[:MAX_CAPTION]
+    """The text in one line, cut to `width` pixels; first what GenEval's prompts all begin with."""
+    text = " ".join(text.split())[:MAX_CAPTION]
+    if font.getlength(text) > width:
+        text = text.removeprefix("a photo of ")
+    kept = text
     while kept and font.getlength(text) > width:
         kept = kept[:-1].rstrip()
         text = f"{kept}…"

@@ -55,6 +55,10 @@ class PromptTokens:
                 f"{path}: {BEGIN_IMAGE} is {found}, and {begin_image} in this model: pass its own file"
             )
 
+    def takes(self, caption: str) -> bool:
+        """A prompt is not cleaned: any writing is one."""
+        return bool(caption.strip())
+
     def ids(self, caption: str) -> Tensor:
         """A prompt's token ids, int64 `[n]`, BOS first and `<begin_of_image>` last.
 

@@ -1,8 +1,8 @@
 """Scenes of one to four objects in a 2×2 grid, captioned by GenEval's templates: the images of the text presets.
 
 Objects are glyphs of Noto Color Emoji by the names that COCO has for them, in their own colors or in one of GenEval's
-ten. A quarter of all combinations (a color on an object, a number of objects, two objects together) is held out: no
-caption that is trained on has any of them, each that is measured on has one.
+ten. A quarter of all combinations (a color on an object, a number of objects, two objects together without colors) is
+held out: no caption that is trained on has any of them, each that is measured on has one.
 """
 
 from __future__ import annotations

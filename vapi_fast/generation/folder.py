@@ -168,11 +168,11 @@ class Sampler:
         conditions = read_conditions(config, generator, device)
         tokenizer = VQTokenizer.from_checkpoint(config.vq_ckpt, config.tokenizer)
         check_vocabulary(generator, checkpoint, tokenizer, config.vq_ckpt)
-        for module in (generator, tokenizer):
-            module.eval().requires_grad_(False).to(device)
-        if device.type == "cuda":
+        if device.type == "cuda":  # before they go there: in fp32 they might not fit
             for parameter in generator.parameters():  # the rotary table stays in fp32
                 parameter.data = parameter.data.to(torch.bfloat16)
+        for module in (generator, tokenizer):
+            module.eval().requires_grad_(False).to(device)
         return cls(config, generator, tokenizer, conditions, device)
 
     @cached_property
