@@ -260,7 +260,7 @@ def test_flags_cover_the_config_and_defaults_are_its_own() -> None:
 
     fields = {field.name for field in dataclasses.fields(AlignConfig)}
     flags = {field.name for field in options(AlignConfig)}
-    assert fields - flags == {"tokenizer", "lpips", "clip_grad_norm", "clip_range"}
+    assert fields - flags == {"tokenizer", "clip_grad_norm", "clip_range"}
 
 
 def test_paper_defaults() -> None:

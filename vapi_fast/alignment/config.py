@@ -150,7 +150,11 @@ class RolloutOptions(DrawOptions):
 class RewardOptions:
     """What a rollout's image is worth."""
 
-    lpips: str = option(PRESET, choices=("vgg16", "alex", *tiny.NETWORKS))
+    lpips: str = option(
+        PRESET,
+        "network of LPIPS: `vgg16` as the paper's, `alex` as Janus-Pro's script; presets have their own",
+        choices=("vgg16", "alex", *tiny.NETWORKS),
+    )
     vgg_weights: Path | None = option(
         PRESET,
         "torchvision's file for LPIPS, of VGG16 or with Janus-Pro of AlexNet, for machines that are offline",
