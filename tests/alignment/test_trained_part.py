@@ -96,7 +96,7 @@ def test_janus_pro_fits_24_gb(tmp_path: Path) -> None:
     )
     whole = memory.plan(config, size, free)
     assert not whole.fits
-    for train, share in (("head", 0.03), ("lora", 0.02)):
+    for train, share in (("head", 0.03), ("image", 0.03), ("lora", 0.02)):
         part = dataclasses.replace(config, train=train)
         plan = memory.plan(part, size, free)
         assert plan.fits, plan

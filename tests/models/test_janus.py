@@ -20,6 +20,7 @@ from vapi_fast.data.text import padded
 from vapi_fast.generation import generate, sample_groups
 from vapi_fast.models import Condition, Janus, VQTokenizer
 from vapi_fast.models.janus_files import ORIGINAL, halved, paired, to_file
+from vapi_fast.models.lora import train_only
 from vapi_fast.models.sizes import JANUS_CONFIGS, VQ_CONFIGS
 
 LENGTHS = (12, 5, 9)
@@ -77,6 +78,28 @@ def test_values_and_gradients_are_those_of_the_public_model(
     for name, gradient in found.items():
         assert exact[name].abs().max() > 0, name
         assert relative_l2(gradient, exact[name]) < 1e-4, name
+
+
+def test_the_image_side_alone_has_the_gradients_that_it_has_in_the_whole(model: Janus) -> None:
+    """`--train image`: of the image head and, through all blocks, of the image aligner."""
+    rows, mask = janus_models.prompts(*LENGTHS)
+    context, targets = torch.randint(50, (3, 8)), torch.randint(50, (3, 9))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        operands = model.head.operands(model.hidden(context, Condition(rows, mask)))
+        ops.linear_cross_entropy(**operands, targets=targets).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = gradients()
+    train_only(model, "image", rank=1)
+    found = gradients()
+    model.requires_grad_(True)
+    assert {name.partition(".")[0] for name in found} == {"gen_head", "gen_aligner"}
+    assert len(found) == 8
+    for name, gradient in found.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, whole[name])
 
 
 def test_a_prompt_gives_in_a_batch_what_it_gives_alone(model: Janus) -> None:

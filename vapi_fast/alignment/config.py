@@ -262,9 +262,10 @@ class OptimizerOptions:
     clip_grad_norm: float = option(1.0, above=0)
     train: str = option(
         "all",
-        "what is trained, where memory is short: `all`; `head`, the last layers alone; or `lora`, low-rank adapters of "
-        "the blocks, which the checkpoint has added to its weights, at an `--lr` as of 1e-4",
-        choices=("all", "head", "lora"),
+        "what is trained, where memory is short: `all`; `head`, the last layers alone; `image`, Janus-Pro's also what "
+        "image tokens enter by; or `lora`, low-rank adapters of the blocks, which the checkpoint has added to its "
+        "weights, at an `--lr` as of 1e-4",
+        choices=("all", "head", "image", "lora"),
     )
     lora_rank: int = option(16, "of `--train lora`", at_least=1, at_most=1024)
 

@@ -116,6 +116,10 @@ class Janus(Generator):
         return self.gen_aligner(self.gen_embed(tokens))
 
     @property
+    def aligner(self) -> nn.Module:
+        return self.gen_aligner
+
+    @property
     def readout(self) -> nn.Module:
         return nn.Sequential(self.gen_head.output_mlp_projector, nn.GELU())
 

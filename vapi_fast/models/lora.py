@@ -1,4 +1,4 @@
-"""What of a generator is trained: all of it, its head, or low-rank adapters (LoRA, Hu et al., 2021) of its blocks."""
+"""What of a generator is trained: all, its head, its image side, or adapters (LoRA, Hu et al., 2021) of its blocks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ class LowRank(nn.Module):
 
 
 def train_only(generator: Generator, part: str, rank: int, seed: int = 0) -> None:
-    """Freeze what is not trained: nothing (`all`); all but the head and what stands before it (`head`); all but
-    adapters of that rank, made here, of all matrices of the blocks (`lora`)."""
+    """Freeze what is not trained: nothing (`all`); all but the head and what stands before it (`head`), and but what
+    codes' embeddings go through first (`image`; LlamaGen's go through nothing); all but adapters of that rank, made
+    here, of all matrices of the blocks (`lora`)."""
     if part == "all":
         return
     generator.requires_grad_(False)
-    if part == "head":
+    if part in ("head", "image"):
         head = [operand for operand in generator.head if operand is not None]
-        for parameter in (*head, *generator.readout.parameters()):
+        entry = generator.aligner.parameters() if part == "image" else ()
+        for parameter in (*head, *generator.readout.parameters(), *entry):
             parameter.requires_grad_(True)
         return
     torch.manual_seed(seed)
