@@ -80,10 +80,10 @@ def measured(name: str) -> dict[str, str]:
     return json.loads(MEASURED.read_text(encoding="utf-8")).get(name, {})
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
     """As `sm_90`; "" where there is no GPU, on which nothing was measured."""
     if not torch.cuda.is_available():
         return ""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    from vapi_fast.kernels.launch import device_architecture  # imports Triton
+
+    return device_architecture(device.index)
