@@ -44,3 +44,13 @@ def test_names_that_no_file_has(name: str) -> None:
     assert read_statistics(Path(name)) is None
     with pytest.raises(DataError, match="no such file"):
         open_image_set(Path(name), 8)
+
+
+def test_the_odd_picture_is_named_whichever_is_read_first(tmp_path: Path) -> None:
+    """Decoded in threads and read in parts by the ranks: the size that counts is the first picture's."""
+    for size, name in ((32, "a"), (16, "b"), (32, "c")):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
+    images = open_image_set(tmp_path, 32)
+    with pytest.raises(DataError, match=r"b\.png is 16x16 pixels, others are 32x32"):
+        list(images.batches(1, 3, 1))
+    assert [batch.shape for batch in images.batches(2, 3, 1)] == [(1, 3, 32, 32)]

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -182,7 +183,11 @@ class FolderImages:
     def __init__(self, paths: list[Path], captions: tuple[str, ...] = ()) -> None:
         self.paths = paths
         self.captions = captions
-        self.size: tuple[int, int] | None = None
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the first picture, whichever thread or rank asks."""
+        return read_picture(self.paths[0]).shape[:2]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,7 +198,6 @@ class FolderImages:
     def _load(self, index: int) -> np.ndarray:
         path = self.paths[index]
         pixels = read_picture(path)
-        self.size = self.size or pixels.shape[:2]
         if pixels.shape[:2] != self.size:
             (height, width), (others_height, others_width) = pixels.shape[:2], self.size
             raise DataError(

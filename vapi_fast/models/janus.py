@@ -116,7 +116,7 @@ class Janus(Generator):
         return self.gen_aligner(self.gen_embed(tokens))
 
     @property
-    def aligner(self) -> nn.Module:
+    def entry(self) -> nn.Module:
         return self.gen_aligner
 
     @property

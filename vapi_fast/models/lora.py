@@ -34,7 +34,7 @@ def train_only(generator: Generator, part: str, rank: int, seed: int = 0) -> Non
     generator.requires_grad_(False)
     if part in ("head", "image"):
         head = [operand for operand in generator.head if operand is not None]
-        entry = generator.aligner.parameters() if part == "image" else ()
+        entry = generator.entry.parameters() if part == "image" else ()
         for parameter in (*head, *generator.readout.parameters(), *entry):
             parameter.requires_grad_(True)
         return

@@ -194,7 +194,7 @@ class Generator(nn.Module, ABC):
     layers: nn.ModuleList
     norm: RMSNorm
     rotary: Tensor  # float32 [prefix_len + T, head_width / 2, 2], on the device of the weights
-    aligner: nn.Module = nn.Identity()  # between a code's embedding and the first block, as `readout`
+    entry: nn.Module = nn.Identity()  # between a code's embedding and the first block, as `readout`
     readout: nn.Module = nn.Identity()  # between the last norm and the head; what it has of weights is the generator's
 
     def __init__(self, config: GeneratorConfig) -> None:
