@@ -173,3 +173,19 @@ def test_samples_of_scenes_are_judged_by_their_captions(tmp_path: Path) -> None:
     assert f"{record['cfg']['geneval']['overall']:.3f}" in lines[2]
     others = [caption.replace("a photo of", "a picture of") for caption in test.captions]
     assert SceneJudge.of(others, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("names", "said"), [(("cat", "dog"), True), (("train/cat", "val/cat"), False)])
+def test_images_of_the_training_are_not_measured_on_in_silence(
+    names: tuple[str, ...],
+    said: bool,
+    tiny_config: Make,
+    tiny_models: Models,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
+    evaluator(tiny_config(data=tmp_path, eval_data=None, eval_samples=4), tiny_models)
+    assert ("has no held-out split: the measurement takes images of the training" in capsys.readouterr().err) == said

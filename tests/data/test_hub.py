@@ -90,8 +90,6 @@ def test_what_cannot_be_fetched_is_told(server: Hub, tmp_path: Path, monkeypatch
         local_source(Path("hub:owner/none"), None, False, 8)
     with pytest.raises(DataError, match="--data hub:owner/set@v2: owner/set has no revision v2: pass another"):
         local_source(Path("hub:owner/set@v2"), None, False, 8)
-    with pytest.raises(DataError, match="--data hub:x/y/z: expected hub:owner/name"):
-        local_source(Path("hub:x/y/z"), None, False, 8)
     assert local_source(tmp_path, "val", False, 8) == (tmp_path, "val")
     server.gated.add(FOLDER)
     page = f"{server.endpoint}/{FOLDER}"
@@ -110,3 +108,18 @@ def test_a_revision_is_another_set(server: Hub) -> None:
     pinned, _ = local_source(Path("hub:owner/set@v1"), None, False, 2)
     assert pinned != main
     assert values(ImageData(pinned, 8)) == [0, 1]
+
+
+def test_a_set_of_several_configurations(server: Hub) -> None:
+    """Each is a set of its own; which one is meant has to be said where there is no default."""
+    readme = "---\nconfigs:\n"
+    for start, name in ((0, "cats"), (100, "dogs")):
+        labelled(server.folder / FOLDER / f"{name}.parquet", 3, start)
+        readme += f"- config_name: {name}\n  data_files: {name}.parquet\n"
+    server.put(f"{FOLDER}/README.md", f"{readme}---\n".encode())
+    found = [local_source(Path(f"hub:owner/set/{name}"), None, False, 2)[0] for name in ("cats", "dogs")]
+    assert [values(ImageData(folder, 8)) for folder in found] == [[0, 1], [100, 101]]
+    with pytest.raises(DataError, match="--data hub:owner/set: owner/set has the configurations cats, dogs: add one"):
+        local_source(Path("hub:owner/set"), None, False, 2)
+    with pytest.raises(DataError, match="owner/set has no configuration 'birds'; it has cats, dogs: add one"):
+        local_source(Path("hub:owner/set/birds"), None, False, 2)

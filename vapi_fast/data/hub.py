@@ -1,4 +1,5 @@
-"""Data sets of Hugging Face's hub: the first rows of one are fetched once, and are files from then on."""
+"""Data sets of Hugging Face's hub, `hub:owner/name[@revision][/configuration]`: the first rows are fetched once, and
+are files from then on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ COMPLETE = "complete"
 
 
 def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> tuple[Path, str | None]:
-    """What to read and which split of it: of `hub:owner/name` a folder of parquet with its first `rows` rows.
+    """What to read and which split of it: of `hub:owner/name…` a folder of parquet with its first `rows` rows.
 
     A stream has no random access: the rows lie below torch.hub's folder, fetched once a machine, and what is drawn from
     them in which order is as for any file. Another number of rows is another set. Raises DataError where they cannot
@@ -36,8 +37,6 @@ def local_source(source: Path, split: str | None, held_out: bool, rows: int) -> 
     if not on_hub(source):
         return source, split
     name = parse(source)
-    if name.file:
-        raise DataError(f"--data {source}: expected hub:owner/name, a data set of Hugging Face's hub")
     folder = folder_of(name, split, held_out, rows)
     if (folder / COMPLETE).exists():
         return folder, None
@@ -72,6 +71,7 @@ def is_here(source: Path, split: str | None, held_out: bool, rows: int) -> bool:
 def folder_of(name: HubName, split: str | None, held_out: bool, rows: int) -> Path:
     which = re.sub(r"\W", "-", split or ("held-out" if held_out else "training"))
     stem = name.repository.replace("/", "--") + (f"@{name.revision}" if name.revision != MAIN else "")
+    which = "-".join(filter(None, [re.sub(r"\W", "-", name.file), which]))
     return Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / stem / f"{which}-{rows}"
 
 
@@ -82,7 +82,8 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
     ask(name)
     datasets.disable_progress_bars()  # one a file, beside ours
     revision = None if name.revision == MAIN else name.revision
-    splits = datasets.load_dataset(name.repository, revision=revision, streaming=True)
+    configuration = configuration_of(name, datasets.get_dataset_config_names(name.repository, revision=revision))
+    splits = datasets.load_dataset(name.repository, configuration, revision=revision, streaming=True)
     chosen = choose_split(list(splits), split, held_out, Path(str(name)))
     stream = splits[chosen]
     if stream.features is None:
@@ -101,6 +102,19 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
             write_table(folder / f"{chosen}-{number:05d}.parquet", table)
             progress.update(len(part))
     write_atomically(folder / COMPLETE, lambda temporary: temporary.write_text(f"{name} {chosen}\n", "utf-8"))
+
+
+def configuration_of(name: HubName, found: list[str]) -> str:
+    """The one that is named, or the only one, or `default`; raises DataError for another, or where it has to be named.
+
+    found: of the data set.
+    """
+    if name.file in found:
+        return name.file
+    if not name.file and (len(found) == 1 or "default" in found):
+        return found[0] if len(found) == 1 else "default"
+    said = f"no configuration {name.file!r}; it has" if name.file else "the configurations"
+    raise DataError(f"--data {name}: {name.repository} has {said} {', '.join(found)}: add one, hub:owner/name/NAME")
 
 
 def ask(name: HubName) -> None:
