@@ -183,8 +183,8 @@ class RewardOptions:
     )
     reward_dtype: str | None = option(
         None,
-        "in which decoder and LPIPS give rewards; advantages' cosine with `float32`'s is 0.99999 of `bfloat16`, "
-        "0.9999999 of `float16`, with what it cannot hold in `float32`",
+        "of decoder and LPIPS; advantages' cosine with `float32`'s, of the preset in the mean: `bfloat16` 0.99998, "
+        "`float16` 0.9999999, with `float32` for what it cannot hold",
         choices=REWARD_DTYPES,
         shown="bfloat16, without a GPU float32",
     )
