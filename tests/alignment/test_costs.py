@@ -175,6 +175,16 @@ def test_a_decoding_moves_what_its_kernels_say() -> None:
     assert sum(each.runs for each in config_costs(XXL)["decode"].kernels) == 16 * sum(each.runs for each in kernels)
 
 
+def test_rewards_in_float32_move_twice_the_bytes() -> None:
+    usual, half, single = (config_costs(XXL | {"reward_dtype": each}) for each in (None, "float16", "float32"))
+    assert usual == half == config_costs(XXL)
+    for stage, cost in usual.items():
+        twice = stage in ("decode", "lpips")
+        assert single[stage].bytes == pytest.approx((1 + twice) * cost.bytes)
+        assert single[stage].flops == cost.flops
+    assert all(each.single for each in single["decode"].kernels)
+
+
 def test_dropout_reads_and_writes_both_branches_of_a_block() -> None:
     plain, dropped = config_costs(XXL), config_costs(XXL | {"dropout": 0.1})
     states = 2 * 128 * 576 * 1536

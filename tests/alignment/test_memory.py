@@ -47,6 +47,13 @@ def test_xxl_fits_an_80_gb_card() -> None:
     assert found.total == sum(found.parts.values())
 
 
+def test_rewards_in_float32_take_twice_the_memory() -> None:
+    usual, half, single = (
+        plan(config(reward_dtype=each), XXL, 80 * GB).parts["reward"] for each in (None, "float16", "float32")
+    )
+    assert single == 2 * usual == 2 * half
+
+
 def test_xxl_fits_a_40_gb_card_with_a_smaller_micro_batch() -> None:
     found = plan(config(micro_batch=4), XXL, 40 * GB)
     assert found.fits

@@ -23,6 +23,7 @@ from vapi_fast.models.frozen import (
     FrozenTokenizer,
     PixelCodec,
     conv_relu,
+    drawn_codes,
     drawn_images,
     matmul_attention,
     parts_of,
@@ -261,6 +262,37 @@ def test_a_part_that_would_overflow_stays_in_float32(small: VQTokenizer, scale: 
     assert all_half.isfinite().all() == (scale < 1e6)
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+def test_a_decoder_in_float16_keeps_what_would_overflow(small: VQTokenizer, scale: float) -> None:
+    """And then decodes half as many at once, as float32's maps are twice as large."""
+    half = torch.float16
+    assert FrozenTokenizer(small, half, torch.float32).decoder.itemsize == half.itemsize
+    name = "conv_blocks.1.res.0"
+    small.decoder.conv_blocks[1].res[0].conv2.weight *= scale
+    codec = PixelCodec(small, chunk=6, dtype=half)
+    wide = {
+        part
+        for part, each in zip(parts_of(small.decoder)[1:-1], codec.frozen.decoder.dtypes, strict=True)
+        if each == torch.float32
+    }
+    assert {name, "conv_blocks.1.res.1"} <= wide
+    assert "conv_blocks.0.res.0" not in wide
+    assert codec.chunk_size(64) == 3
+    tokens = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(8))
+    assert relative_l2(codec.decode(tokens), small.double().decode(tokens)) < 5e-3
+    all_half = FrozenCoder(small.decoder, half)
+    entries = codec.frozen.entries[tokens].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    assert all_half(entries).isfinite().all() == (scale < 1e7)
+
+
+def test_drawn_codes_are_those_of_the_codebook() -> None:
+    codes = drawn_codes(61)
+    assert codes.shape == (6, 16, 16)
+    assert 0 <= codes.min() < codes.max() < 61
+    assert torch.equal(codes[4, :4, :4], codes[4, 0, 0].expand(4, 4))
+    assert torch.equal(codes, drawn_codes(61))
+
+
 def test_an_encoder_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_forms, "ranges", lambda encoder, images: {})
     tokenizer = VQTokenizer.from_name("vq-16").to("meta")
@@ -306,6 +338,22 @@ def test_an_image_of_eight_channels_is_a_view_of_three(small: VQTokenizer) -> No
 
 
 # ---- LPIPS
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_lpips_in_float16_keeps_what_would_overflow(scale: float) -> None:
+    torch.manual_seed(4)
+    lpips = randomised(LPIPS(LPIPS_CONFIGS["tiny"]))
+    assert {each.weight.dtype for each in FrozenLPIPS(lpips, torch.float16).layers} == {torch.float16}
+    second, third = (module for module in list(lpips.features)[2:7] if isinstance(module, nn.Conv2d))
+    second.weight *= scale
+    third.weight /= scale
+    frozen = FrozenLPIPS(lpips, torch.float16)
+    single = [each.weight.dtype == torch.float32 for each in frozen.layers]
+    assert single == [False, True, True, True, False, False]  # the third takes in what is large, and gives it on
+    images, others = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    expected = lpips.double()(others.double(), images.double())
+    assert relative_l2(frozen(others[:, None], images)[:, 0], expected) < 5e-3
 
 
 @pytest.mark.parametrize("name", ["vgg16", "tiny"])

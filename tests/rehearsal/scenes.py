@@ -196,6 +196,8 @@ SCENES: dict[str, Scene] = {
     "lean": partial(align, recipe="lean", steps=2),
     "dropout": partial(align, rollout_mode="train"),
     "released recipe": partial(align, path="both", batch_size=4, steps=2),
+    "rewards in float16": partial(align, reward_dtype="float16"),
+    "rewards in float32": partial(align, reward_dtype="float32"),
     "credit by token": partial(align, credit_window=3),
     "a layer": launches_of_a_layer,
     "small micro-batches": partial(align, micro_batch=4),

@@ -23,6 +23,7 @@ from vapi_fast.alignment.kernel_costs import (
     feature_cost,
     gradient_products,
     product,
+    reward_itemsize,
     sums,
     total,
 )
@@ -55,6 +56,7 @@ def step_costs(
     second_forward: bool = False,
     dropout: bool = False,
     shards: int = 1,
+    reward_dtype: str | None = None,
 ) -> dict[str, Cost]:
     """What one step launches, by stage, as 16-bit CUDA tensors have it.
 
@@ -66,6 +68,7 @@ def step_costs(
     forward that the backward is of.
 
     Batch sizes are those of one process. shards: processes that share weights, gradients and optimizer states.
+    reward_dtype: of decoder and perceptual network.
     """
     length = (image_size // tokenizer.downsample) ** 2
     generator = usual_size(generator, tokenizer, image_size)
@@ -89,14 +92,15 @@ def step_costs(
 
     decodings = batch_size * (group_size if method == "vapi" else 1)
     rewards = passes * -(-decodings // (passes * MAX_CHUNK))
-    maps = feature_cost(lpips, image_size)
+    itemsize = reward_itemsize(reward_dtype)
+    maps = feature_cost(lpips, image_size, itemsize)
     drawn = elementwise(decodings * length * 12, passes)  # an int64 token and its fp32 log-probability
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {
         "encode": encoder_cost(tokenizer, image_size).times(batch_size, -(-2 * batch_size // MAX_CHUNK)),
         "forward": forward + masked + cast,
         "sample": logits + read + drawn,
-        "decode": decoder_cost(tokenizer, image_size).times(decodings, rewards),
+        "decode": decoder_cost(tokenizer, image_size, itemsize).times(decodings, rewards),
         "lpips": maps.times(batch_size + decodings, 2 * rewards),
         "loss": logits + gradients + drawn,
         "backward": backward + masked,
@@ -154,6 +158,7 @@ def config_costs(config: Mapping[str, Any], *, processes: int = 1, sharded: bool
         second_forward=has_second_forward(config),
         dropout=bool(config.get("dropout")),
         shards=processes if sharded else 1,
+        reward_dtype=config.get("reward_dtype"),
     )
 
 

@@ -233,9 +233,14 @@ def encoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
     return cost + Cost((Kernel("product", 2 * codes * config.code_width, single=True),))
 
 
-def decoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
+def reward_itemsize(dtype: str | None) -> int:
+    """Bytes of a number of decoder and perceptual network on a GPU, by `--reward-dtype`."""
+    return getattr(torch, dtype or "bfloat16").itemsize
+
+
+def decoder_cost(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> Cost:
     """Decoding of one image."""
-    return _decoder(config, image_size)[0]
+    return _decoder(config, image_size, itemsize)[0]
 
 
 def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
@@ -244,28 +249,28 @@ def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
 
 
 @functools.cache
-def _decoder(config: VQTokenizerConfig, image_size: int) -> tuple[Cost, NetworkKernels]:
+def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
     # As `models/frozen` has it, post_quant_conv is in the codebook.
-    return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample)
+    return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample, itemsize)
 
 
-def feature_cost(config: LPIPSConfig, image_size: int) -> Cost:
+def feature_cost(config: LPIPSConfig, image_size: int, itemsize: int = BF16) -> Cost:
     """One image through the perceptual network, and its maps read again where distances are taken.
 
     Shifted, scaled, cast and padded to eight channels first, in one pass.
     """
-    pixels = (3 + 8) * BF16 * image_size**2
-    distances = elementwise(BF16 * _level_elements(config, image_size), len(config.levels))
-    return elementwise(pixels) + _features(config, image_size)[0] + distances
+    pixels = (3 + 8) * itemsize * image_size**2
+    distances = elementwise(itemsize * _level_elements(config, image_size), len(config.levels))
+    return elementwise(pixels) + _features(config, image_size, itemsize)[0] + distances
 
 
 @functools.cache
-def _features(config: LPIPSConfig, image_size: int) -> tuple[Cost, NetworkKernels]:
+def _features(config: LPIPSConfig, image_size: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
     with torch.device("meta"):
         lpips = LPIPS(config)
-    return network_cost(lpips.features, 3, image_size)
+    return network_cost(lpips.features, 3, image_size, itemsize)
 
 
 def _level_elements(config: LPIPSConfig, image_size: int) -> int:

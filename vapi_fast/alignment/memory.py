@@ -14,7 +14,7 @@ import torch
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import LOGITS, around, parameters
 from vapi_fast.alignment.image_text import SOURCES
-from vapi_fast.alignment.kernel_costs import BF16, FP32, largest_decoder_map, reward_elements
+from vapi_fast.alignment.kernel_costs import BF16, FP32, largest_decoder_map, reward_elements, reward_itemsize
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.models.sizes import Captions, Prompts
@@ -232,7 +232,7 @@ def activation_bytes(generator: GeneratorConfig) -> int:
 
 
 def reward_bytes(config: AlignConfig, chunk: int) -> int:
-    """What decoding `chunk` rollouts takes, or comparing them, whole groups at a time; one after the other, in bf16.
+    """What decoding `chunk` rollouts takes, or comparing them, whole groups at a time; one after the other.
 
     Comparing their tokens copies a level's maps at a time, where convolutions had two.
     """
@@ -240,7 +240,7 @@ def reward_bytes(config: AlignConfig, chunk: int) -> int:
     lpips = LPIPS_CONFIGS[config.lpips]
     levels = [width * side**2 for (width, _), side in zip(lpips.levels, lpips.sides(config.image_size), strict=True)]
     comparing = sum(levels) + 2 * max(levels)
-    return BF16 * max(chunk * decoding, max(chunk, config.group_size) * comparing)
+    return reward_itemsize(config.reward_dtype) * max(chunk * decoding, max(chunk, config.group_size) * comparing)
 
 
 def evaluation_bytes(generator: GeneratorConfig, images: int, world_size: int) -> int:

@@ -30,6 +30,7 @@ MAX_PIXELS = 1 << 21  # decoded at once
 # What float16 is trusted with: a 32nd of its range, of drawn images; photographs go up to 3.0 times as far (presets).
 LARGEST_HALF = torch.finfo(torch.float16).max / 32
 DRAWN_SIDE = 64  # pixels
+DRAWN_GRID = 16  # codes a side
 
 
 def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,6 +241,7 @@ class FrozenCoder:
         self.weight_in = frozen_weight(coder.conv_in.weight, dtypes["conv_in"])
         self.bias_in = frozen_bias(coder.conv_in.bias, dtypes["conv_in"])
         self.dtypes = list(dtypes.values())[1:-1]  # of the blocks
+        self.itemsize = max(each.itemsize for each in dtypes.values())  # of a number of the widest maps
         blocks = zip(blocks_of(coder), self.dtypes, strict=True)
         self.blocks = [FROZEN_BLOCKS[type(block)](block, each) for block, each in blocks]
         self.norm_out = Norm.of(coder.norm_out, dtypes["conv_out"])
@@ -267,21 +269,28 @@ def parts_of(coder: Encoder | Decoder) -> list[str]:
     return ["conv_in", *(names[block] for block in blocks_of(coder)), "conv_out"]
 
 
-# ---- the encoder in float16
+# ---- what stays in float32 where the rest is in float16
 
 
 def single_parts(encoder: Encoder) -> set[str]:
     """Parts of an encoder that stay in float32 where the others are in float16. Waits for the device.
 
     From the last change of resolution on all of them: few FLOPs, and most of what rounding changes in the latents. And
-    those whose maps come near to what float16 can hold, by what they are for drawn images: the same parts at every
-    start, on every rank.
+    those that come near to what float16 can hold.
     """
-    parts, found = parts_of(encoder), ranges(encoder, drawn_images(encoder.conv_in.weight.device))
-    large = {part for part in parts for name, most in found.items() if within(name, part) and not most <= LARGEST_HALF}
+    parts, drawn = parts_of(encoder), drawn_images(encoder.conv_in.weight.device)
     lowest = max((i for i, block in enumerate(blocks_of(encoder), 1) if isinstance(block, Downsample)), default=0)
-    after = {part for before, part in itertools.pairwise(parts) if before in large}  # which takes in what that gives
-    return {*parts[lowest:], *large, *after}
+    return {*parts[lowest:], *large_parts(encoder, parts, drawn)}
+
+
+def large_parts(network: nn.Module, parts: list[str], drawn: Tensor) -> set[str]:
+    """Those of a network's parts whose maps come near to what float16 can hold, and those that take them in.
+
+    By what the maps are for drawn inputs: the same parts at every start, on every rank. Waits for the device.
+    """
+    found = ranges(network, drawn)
+    large = {part for part in parts for name, most in found.items() if within(name, part) and not most <= LARGEST_HALF}
+    return large | {part for before, part in itertools.pairwise(parts) if before in large}
 
 
 def within(name: str, part: str) -> bool:
@@ -289,21 +298,21 @@ def within(name: str, part: str) -> bool:
 
 
 @torch.no_grad()
-def ranges(encoder: Encoder, images: Tensor) -> dict[str, float]:
-    """Largest magnitude in what enters or leaves each convolution and each block, by name, for images `[N,3,H,W]`."""
+def ranges(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """Largest magnitude in what enters or leaves each convolution and each block, by name, for a map x `[N,C,H,W]`."""
     found: dict[str, Tensor] = {}
 
     def note(name: str, inputs: tuple[Tensor], output: Tensor) -> None:
         found[name] = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in (*inputs, output)]).amax()
 
-    noted = [each for each in encoder.named_modules() if isinstance(each[1], (nn.Conv2d, *FROZEN_BLOCKS))]
+    noted = [each for each in network.named_modules() if isinstance(each[1], (nn.Conv2d, *FROZEN_BLOCKS))]
     hooks = [
         module.register_forward_hook(lambda _, inputs, output, name=name: note(name, inputs, output))
         for name, module in noted
     ]
     try:
         with ops.use_backend("reference"):
-            encoder(images.to(encoder.conv_in.weight.dtype))
+            network(x.to(next(network.parameters()).dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -320,12 +329,22 @@ def drawn_images(device: torch.device) -> Tensor:
     return torch.cat(images).to(device, memory_format=torch.channels_last)
 
 
+def drawn_codes(count: int) -> Tensor:
+    """Grids `[6,16,16]` of codes below `count`, in cells of one, two squared and four squared; always the same."""
+    generator, grids = torch.Generator().manual_seed(0), []
+    for cell in (1, 2, 4):
+        codes = torch.randint(0, count, (2, DRAWN_GRID // cell, DRAWN_GRID // cell), generator=generator)
+        grids.append(codes.repeat_interleave(cell, 1).repeat_interleave(cell, 2))
+    return torch.cat(grids)
+
+
 class FrozenTokenizer:
     """`VQTokenizer.encode` and `.decode` for inference.
 
     Args:
         tokenizer: stays as it is; later changes to its weights are not seen here.
-        dtype: of the decoder's weights and maps.
+        dtype: of the decoder's weights and maps; of float16 those parts that it does not hold are in float32
+            (`large_parts`), and images where the last convolution is one of them.
         encoder_dtype: the encoder's; of float16 those parts that it does not suit are in float32 (`single_parts`).
     """
 
@@ -343,8 +362,12 @@ class FrozenTokenizer:
                 tokenizer.post_quant_conv.weight.double().flatten(1),
                 tokenizer.post_quant_conv.bias.double(),
             )
-        self.entries = entries.to(dtype)  # [V, latent channels]
-        self.decoder = FrozenCoder(tokenizer.decoder, dtype)
+        single = ()
+        if dtype == torch.float16:
+            drawn = entries[drawn_codes(len(entries)).to(entries.device)].permute(0, 3, 1, 2)
+            single = large_parts(tokenizer.decoder, parts_of(tokenizer.decoder), drawn)
+        self.decoder = FrozenCoder(tokenizer.decoder, dtype, single)
+        self.entries = entries.to(self.decoder.weight_in.dtype)  # [V, latent channels]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -400,8 +423,9 @@ class PixelCodec:
         return self._decode(tokens, chunk=self.chunk_size(tokens.shape[1] * self.frozen.downsample**2))
 
     def chunk_size(self, pixels: int) -> int:
-        """Sequences to decode at once to images of so many pixels."""
-        return self.chunk or max(1, min(MAX_CHUNK, MAX_PIXELS // pixels))
+        """Sequences to decode at once to images of so many pixels; fewer where float16 does not hold some maps."""
+        chunk = self.chunk or min(MAX_CHUNK, MAX_PIXELS // pixels)
+        return max(1, chunk * self.dtype.itemsize // self.frozen.decoder.itemsize)
 
 
 class Layer(NamedTuple):
@@ -416,10 +440,15 @@ class Layer(NamedTuple):
 
 
 class FrozenLPIPS:
-    """LPIPS for inference, its backbone's weights and feature maps in `dtype`."""
+    """LPIPS for inference, its backbone's weights and feature maps in `dtype`; of float16 in float32 where it does not
+    hold them (`large_parts`)."""
 
     def __init__(self, lpips: LPIPS, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        single = set()
+        if dtype == torch.float16:
+            convolutions = [name for name, module in lpips.features.named_children() if isinstance(module, nn.Conv2d)]
+            drawn = (drawn_images(lpips.shift.device) - lpips.shift) / lpips.scale
+            single = large_parts(lpips.features, convolutions, drawn)
         self.shift, self.scale = (frozen_bias(each.flatten(), dtype) for each in (lpips.shift, lpips.scale))
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
         self.layers = []
@@ -428,22 +457,23 @@ class FrozenLPIPS:
             if isinstance(module, nn.MaxPool2d):
                 pool = module.kernel_size
             if isinstance(module, nn.Conv2d):
-                weight, bias = module.weight.detach(), module.bias.detach().to(dtype, copy=True)
+                each = torch.float32 if str(index) in single else dtype
+                weight, bias = module.weight.detach(), module.bias.detach().to(each, copy=True)
                 if not self.layers and weight.is_cuda:
                     weight = F.pad(weight, (0, 0, 0, 0, 0, TENSOR_CORE_CHANNELS - weight.shape[1]))
                 steps = module.stride[0], module.padding[0]
-                self.layers.append(Layer(frozen_weight(weight, dtype), bias, *steps, pool, index + 1 in lpips.taps))
+                self.layers.append(Layer(frozen_weight(weight, each), bias, *steps, pool, index + 1 in lpips.taps))
                 pool = 0
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
         # Scaled before the first convolution pads with zeros, so that its border is that of the plain network.
         channels = self.layers[0].weight.shape[1]
-        h = ops.scaled_pixels(images, self.shift, self.scale, channels=channels, dtype=self.dtype)
+        h = ops.scaled_pixels(images, self.shift, self.scale, channels=channels, dtype=self.layers[0].weight.dtype)
         maps = []
         for layer in self.layers:
             h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h
-            h = conv_relu(h, layer.weight, layer.bias, layer.stride, layer.padding)
+            h = conv_relu(h.to(layer.weight.dtype), layer.weight, layer.bias, layer.stride, layer.padding)
             if layer.tap:
                 maps.append(h)
         return maps
