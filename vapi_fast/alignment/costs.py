@@ -89,7 +89,7 @@ def step_costs(
 
     decodings = batch_size * (group_size if method == "vapi" else 1)
     rewards = passes * -(-decodings // (passes * MAX_CHUNK))
-    maps = feature_cost(lpips, image_size)
+    maps = feature_cost(lpips, image_size, plain=method == "ste")
     drawn = elementwise(decodings * length * 12, passes)  # an int64 token and its fp32 log-probability
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {

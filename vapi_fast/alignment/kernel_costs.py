@@ -251,14 +251,17 @@ def _decoder(config: VQTokenizerConfig, image_size: int) -> tuple[Cost, NetworkK
     return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample)
 
 
-def feature_cost(config: LPIPSConfig, image_size: int) -> Cost:
+def feature_cost(config: LPIPSConfig, image_size: int, *, plain: bool = False) -> Cost:
     """One image through the perceptual network, and its maps read again where distances are taken.
 
-    Shifted, scaled, cast and padded to eight channels first, in one pass.
+    Shifted, scaled, cast and padded to eight channels first, in one pass. Where 2×2 poolings follow, they take the
+    distances too: only the last map is read for its own sake. plain: as gradients want it, one after the other.
     """
     pixels = (3 + 8) * BF16 * image_size**2
-    distances = elementwise(BF16 * _level_elements(config, image_size), len(config.levels))
-    return elementwise(pixels) + _features(config, image_size)[0] + distances
+    compared = _level_elements(config, image_size)
+    if not plain and all(config.pool(level) == 2 for level in range(1, len(config.levels))):
+        compared = compared[-1:]
+    return elementwise(pixels) + _features(config, image_size)[0] + elementwise(BF16 * sum(compared), len(compared))
 
 
 @functools.cache
@@ -268,11 +271,11 @@ def _features(config: LPIPSConfig, image_size: int) -> tuple[Cost, NetworkKernel
     return network_cost(lpips.features, 3, image_size)
 
 
-def _level_elements(config: LPIPSConfig, image_size: int) -> int:
-    return sum(width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True))
+def _level_elements(config: LPIPSConfig, image_size: int) -> list[int]:
+    return [width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True)]
 
 
 def reward_elements(tokenizer: VQTokenizerConfig, lpips: LPIPSConfig, image_size: int) -> int:
     """Elements of one image's maps that decoder and perceptual network read or write, each operation's once."""
     networks = _decoder(tokenizer, image_size)[1].elements + _features(lpips, image_size)[1].elements
-    return networks + _level_elements(lpips, image_size)
+    return networks + sum(_level_elements(lpips, image_size))
