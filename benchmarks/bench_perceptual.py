@@ -30,9 +30,19 @@ def padded_pixels(images: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.pad((images - shift[:, None, None]) / scale[:, None, None], (0, 0, 0, 0, 0, 5))
 
 
+def normalized_and_pooled(a: Tensor, b: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pooled = F.max_pool2d(a.flatten(0, 1), 2).unflatten(0, a.shape[:2]), F.max_pool2d(b, 2)
+    return before + normalized_differences([a], [b], [weight]), *pooled
+
+
 def features(s: Sizes) -> int:
     """Numbers in an image's five maps."""
     return sum(channels * side**2 for channels, side in s.levels)
+
+
+def first_level(s: Sizes) -> int:
+    channels, side = s.levels[0]
+    return channels * side**2
 
 
 def image(s: Sizes) -> int:
@@ -52,6 +62,12 @@ OPERATIONS = [
         lambda s, e: (2 * e * s.images * features(s), 3 * e * s.images * features(s)),
         forward=False,
         targets=share(0.80, BOTH),
+    ),
+    Operation(
+        "lpips_distance_max_pool",
+        ("own precision, F.max_pool2d", normalized_and_pooled),
+        lambda s, e: (e * s.images * (s.group + 1) * first_level(s) * 5 // 4, 0),
+        targets=share(0.80),
     ),
     Operation("mse", ("F.mse_loss", mse_loss), lambda s, e: (e * s.images * (s.group + 1) * image(s), 0)),
     Operation(

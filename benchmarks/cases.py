@@ -206,6 +206,18 @@ def features(s: Sizes, new: Source, *group: int) -> dict[str, Any]:
     }
 
 
+def first_level(s: Sizes, new: Source) -> dict[str, Any]:
+    """LPIPS's largest maps, of a group beside the image's own, and a distance that theirs is added to."""
+    (channels, side), *_ = s.levels
+    weight = new.normal(channels, dtype=torch.float32).abs()
+    return {
+        "features_a": new.maps(s.images, s.group, channels, side, side),
+        "features_b": new.maps(s.images, channels, side, side),
+        "weight": weight,
+        "before": new.normal(s.images, s.group, dtype=torch.float32),
+    }
+
+
 def images(s: Sizes, new: Source, *group: int) -> dict[str, Any]:
     one = (3, s.pixels, s.pixels)
     return {"a": new.maps(s.images, *group, *one), "b": new.maps(s.images, *one)}
@@ -351,6 +363,7 @@ CASES = [
     ),
     Case("lpips_distance", lambda s, new: features(s, new, s.group)),
     Case("lpips_distance", features, variant="of pairs", gradients=("features_a",)),
+    Case("lpips_distance_max_pool", first_level),
     Case("mse", lambda s, new: images(s, new, s.group)),
     Case("scaled_pixels", pixels, {"channels": 8}),
     Case("mse", images, variant="of pairs", gradients=("a",)),

@@ -23,7 +23,7 @@ if __name__ == "vapi_fast.kernels":
     from .group_sample import group_sample, linear_group_sample
     from .losses import linear_cross_entropy, policy_loss
     from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-    from .perceptual import lpips_distance, mse, scaled_pixels
+    from .perceptual import lpips_distance, lpips_distance_max_pool, mse, scaled_pixels
     from .rms_norm import add_norm, add_norm_backward, rms_norm
     from .rotary_swiglu import (
         rotary_2d,
@@ -54,6 +54,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_group_sample",
     "lpips_distance",
+    "lpips_distance_max_pool",
     "mse",
     "noisy_prefix",
     "noisy_prefix_cross_entropy",

@@ -123,7 +123,8 @@ def longest_loop(code: str) -> list[str]:
 def tile_elements(each: Specialisation) -> int:
     """Elements of one tile of a map, 0 for a kernel that goes through none."""
     constants = dict(each.constants)
-    return constants.get("BLOCK_P", 0) * constants.get("BLOCK_C", 0)
+    pixels = constants.get("BLOCK_P", 4 * constants.get("BLOCK_WINDOWS", 0))
+    return pixels * constants.get("BLOCK_C", 0)
 
 
 def report(each: Specialisation, architecture: str, library: Path | None) -> Report:

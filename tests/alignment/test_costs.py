@@ -185,6 +185,18 @@ def test_rewards_in_float32_move_twice_the_bytes() -> None:
     assert all(each.single for each in single["decode"].kernels)
 
 
+def test_a_pooled_level_is_read_once_for_its_distance_and_its_pooling() -> None:
+    """`kernels/perceptual` has 40.8 GB less a step; not where gradients are wanted, nor of AlexNet, which pools 3×3."""
+    vgg16, alex = (LPIPS_CONFIGS[name] for name in ("vgg16", "alex"))
+    pooled = 2 * sum(width * (384 // 2**level) ** 2 for level, width in enumerate((64, 128, 256, 512)))
+    together, apart = feature_cost(vgg16, 384), feature_cost(vgg16, 384, plain=True)
+    assert apart.bytes - together.bytes == pooled
+    assert apart.runs - together.runs == 4
+    assert 9 * 128 * pooled == pytest.approx(40.8e9, rel=1e-3)
+    assert feature_cost(alex, 384) == feature_cost(alex, 384, plain=True)
+    assert config_costs(XXL | {"method": "ste"})["lpips"].bytes == 2 * 128 * apart.bytes
+
+
 def test_dropout_reads_and_writes_both_branches_of_a_block() -> None:
     plain, dropped = config_costs(XXL), config_costs(XXL | {"dropout": 0.1})
     states = 2 * 128 * 576 * 1536

@@ -46,7 +46,8 @@ def test_an_xxl_step_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
     """3.7 s on an H100 and 3.4 s on an H200, derived by hand with the same rates, and by stage as far as that goes."""
     lines = printed(capsys, "--recipe", "lean")
     assert [line.split()[0] for line in lines[3:12]] == [*STAGES, "total"]
-    by_hand = {"encode": (0.34, 0.31), "forward": (0.42, 0.39), "decode": (1.82, 1.69), "lpips": (0.29, 0.27)}
+    by_hand = {"encode": (0.34, 0.31), "forward": (0.42, 0.39), "decode": (1.82, 1.69)}
+    by_hand["lpips"] = 0.29 - 0.016, 0.27 - 0.011  # the poolings were put together with the distances since
     by_hand |= {"backward": (0.84, 0.79), "optimizer": (0.02, 0.02), "total": (3.7, 3.45)}
     for stage, expected in by_hand.items():
         floor, *found = map(float, cells(lines, stage)[:3])

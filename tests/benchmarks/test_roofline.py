@@ -46,17 +46,17 @@ def run_json(path: Path, **changes: Any) -> Path:
 
 def test_h100_floors_are_those_of_serial_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     """As derived by hand from the kernels' launches: 0.21, 0.34, 0.03 with the loss, 1.22, 0.19, 0.66 and 0.02 s, less
-    what passes that were put together spare of encode, decode and lpips: 54, 33 and 10 GB."""
+    what passes that were put together spare of encode, decode and lpips: 54, 33 and 51 GB."""
     rows = printed(capsys, "--recipe", "lean")
     assert [name for name in rows if name != "text"] == [*STAGES, "total"]
     assert rows["decode"] == ["521.95", "2517.26", "matmul", "1.2000"]
     assert rows["encode"][2:] == ["copy", "0.1883"]
     assert rows["optimizer"][2:] == ["copy", "0.0151"]
     floors = {stage: float(rows[stage][3]) for stage in STAGES}
-    by_hand = {"encode": 0.21 - 0.018, "forward": 0.34, "decode": 1.22 - 0.011, "lpips": 0.19 - 0.003, "backward": 0.66}
+    by_hand = {"encode": 0.21 - 0.018, "forward": 0.34, "decode": 1.22 - 0.011, "lpips": 0.19 - 0.017, "backward": 0.66}
     assert {stage: floors[stage] for stage in by_hand} == pytest.approx(by_hand, abs=0.02)
     total = sum(floors.values())
-    assert float(rows["total"][2]) == pytest.approx(total, abs=1e-3) == pytest.approx(2.65 - 0.032, abs=0.03)
+    assert float(rows["total"][2]) == pytest.approx(total, abs=1e-3) == pytest.approx(2.65 - 0.046, abs=0.03)
     assert "copy 3 TB/s (measured), matrix product 798 TFLOP/s (measured)" in rows["text"][1]
 
 
@@ -64,7 +64,7 @@ def test_the_default_has_a_forward_more(capsys: pytest.CaptureFixture[str]) -> N
     rows, lean = printed(capsys), printed(capsys, "--recipe", "lean")
     assert float(rows["forward"][0]) == pytest.approx(2 * float(lean["forward"][0]), abs=0.02)
     assert rows["loss"] == lean["loss"]
-    assert rows["total"][2:] == ["2.9660"]
+    assert rows["total"][2:] == ["2.9524"]
 
 
 @pytest.mark.parametrize(("gpu", "copy"), [("a100-40", 1555), ("a100-80", 2039)])

@@ -76,6 +76,22 @@ def test_gradient_at_all_zero_features_is_finite(dtype: torch.dtype) -> None:
         assert gradient.isfinite().all()
 
 
+def test_a_level_with_its_pooling_is_both() -> None:
+    a, b, weight = torch.randn(2, 3, 5, 7, 8).double(), torch.randn(2, 5, 7, 8).double(), torch.rand(5).double()
+    distance, pooled_a, pooled_b = ops.lpips_distance_max_pool(a, b, weight)
+    assert torch.equal(distance, ops.lpips_distance([a], [b], [weight]))
+    assert torch.equal(ops.lpips_distance_max_pool(a, b, weight, distance)[0], 2 * distance)
+    for pooled, maps in ((pooled_a, a), (pooled_b, b)):
+        assert pooled.shape == (*maps.shape[:-2], 3, 4)
+        for y in range(3):
+            for x in range(4):
+                window = maps[..., 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+                assert torch.equal(pooled[..., y, x], window.amax((-2, -1)))
+    first = ops.lpips_distance_max_pool(a[:, 0], b, weight)
+    assert torch.equal(first[0], distance[:, 0])
+    assert torch.equal(first[1], pooled_a[:, 0])
+
+
 def test_mse_is_pytorchs() -> None:
     a, b = torch.randn(2, 4, 3, 5, 7, dtype=torch.float64), torch.randn(2, 3, 5, 7, dtype=torch.float64)
     errors = ops.mse(a, b)
@@ -223,6 +239,57 @@ def test_mse_gradients_to_one_input(needed: tuple[int, ...]) -> None:
         assert x.grad is None or relative_l2(x.grad, y.grad) < RELATIVE_L2[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("group", "level"), [(8, (64, 7, 9)), (None, (100, 2, 3)), (3, (512, 9, 6)), (1, (3, 13, 40))])
+def test_a_level_with_its_pooling(group: int | None, level: tuple[int, ...], dtype: torch.dtype) -> None:
+    a, b, weight = features(3, group, level)
+    lead = (3,) if group is None else (3, group)
+    changes = (
+        lambda x: x,
+        lambda x: x.contiguous(),
+        lambda x: misaligned(x.movedim(-3, -1)).movedim(-1, -3),
+        lambda x: strided(x.contiguous()),
+        lambda x: torch.cat([x, x], dim=-3)[..., : x.shape[-3], :, :],
+        lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    )
+    for change in changes:
+        given = [change(a), change(b), weight, 0.1 * torch.rand(lead)]
+
+        def distance(a: Tensor, b: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+            wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+            found, *pooled = ops.lpips_distance_max_pool(a, b, weight, before.to(wide))
+            for maps, x in zip(pooled, (a, b), strict=True):
+                flat = x.detach().double().flatten(0, -4)
+                assert torch.equal(maps.double(), torch.nn.functional.max_pool2d(flat, 2).view(maps.shape))
+                assert (maps.dtype, maps.stride(-3)) == (x.dtype, 1)
+            return found
+
+        assert_fused_accurate(distance, given, dtype, gradients=False)
+
+
+def test_a_level_with_its_pooling_in_mixed_dtypes() -> None:
+    a, b, weight = (x.to(DEVICE) for x in features(2, 3, (20, 4, 5)))
+    found = on_triton(ops.lpips_distance_max_pool, a.half(), b, weight)
+    expected = ops.lpips_distance_max_pool(a.half().double(), b.double(), weight.double())
+    assert [each.dtype for each in found] == [torch.float32, torch.float16, torch.float32]
+    assert relative_l2(found[0], expected[0]) < RELATIVE_L2[torch.float32]
+    assert all(torch.equal(each.double(), other) for each, other in zip(found[1:], expected[1:], strict=True))
+    more = on_triton(ops.lpips_distance_max_pool, a.half(), b, weight, found[0].bfloat16())[0]
+    assert torch.equal(more, found[0] + found[0].bfloat16())
+    with pytest.raises(TypeError, match="lpips_distance_max_pool: before must be float32, bfloat16 or float16"):
+        on_triton(ops.lpips_distance_max_pool, a, b, weight, found[0].double())
+
+
+def test_bad_levels() -> None:
+    a, b, weight = features(2, 3, (20, 4, 5))
+    with pytest.raises(ValueError, match=r"lpips_distance_max_pool: features_a must have H and W > 1, got float32"):
+        ops.lpips_distance_max_pool(a[..., :1], b[..., :1], weight)
+    with pytest.raises(ValueError, match=r"before must be floating \[B, G\] with B=2, G=3, got float32 \[2\]"):
+        ops.lpips_distance_max_pool(a, b, weight, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"has no gradient, and features_b requires one: .* or lpips_distance, which"):
+        ops.lpips_distance_max_pool(a, b.requires_grad_(), weight)
+
+
 def test_mixed_dtypes() -> None:
     a, b, weight = features(2, 3, (20, 3, 5))
     a, b, weight = a.to(DEVICE).bfloat16().requires_grad_(), b.to(DEVICE), weight.to(DEVICE)
@@ -305,9 +372,14 @@ def test_bad_pixels() -> None:
         ops.scaled_pixels(x, one, one.clone().requires_grad_(), channels=3)
 
 
+def level_distance(*inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return ops.lpips_distance_max_pool(*inputs)[0]
+
+
 def test_a_rollout_has_the_same_distance_in_any_company() -> None:
     a, b, weight = (x.to(DEVICE) for x in features(4, 3, (64, 13, 17)))
-    for operation, rest in ((lpips_distance, (weight,)), (ops.mse, ())):
+    for operation, rest in ((lpips_distance, (weight,)), (level_distance, (weight,)), (ops.mse, ())):
         together = on_triton(operation, a, b, *rest)
         assert torch.equal(together[3:4], on_triton(operation, a[3:4], b[3:4], *rest))
         assert torch.equal(together[:, 2], on_triton(operation, a[:, 2], b, *rest))
@@ -315,8 +387,9 @@ def test_a_rollout_has_the_same_distance_in_any_company() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 1), (2, 5000), (0, 4), (4, 0)])
 def test_row_sums(rows: int, columns: int) -> None:
-    x = torch.rand(rows, columns, device=DEVICE)
+    x, before = torch.rand(rows, columns, device=DEVICE), torch.rand(rows, device=DEVICE)
     torch.testing.assert_close(row_sums(x), x.sum(1))
+    assert torch.equal(row_sums(x, before), row_sums(x) + before)
 
 
 def test_opcheck() -> None:
@@ -330,6 +403,9 @@ def test_opcheck() -> None:
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
         torch.library.opcheck(torch.ops.vapi_fast.lpips_distance_backward.default, (dy, *lists, *needs))
     pair = lists[0][0], lists[1][0]
+    for before in (None, dy):
+        given = (*pair, lists[2][0], before)
+        torch.library.opcheck(torch.ops.vapi_fast.lpips_distance_max_pool.default, given)
     torch.library.opcheck(torch.ops.vapi_fast.mse.default, [x.clone().requires_grad_() for x in pair])
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(torch.ops.vapi_fast.mse_backward.default, (dy, *pair, *needs))
@@ -356,6 +432,10 @@ def test_empty_batch_and_group(backend: str, batch: int, group: int | None) -> N
         for x, gradient in zip(leaves, torch.autograd.grad(distance.sum(), leaves), strict=True):
             assert gradient.shape == x.shape
             assert not gradient.any()
+    with torch.no_grad():
+        distance, *pooled = ops.lpips_distance_max_pool(inputs[0], inputs[3], inputs[6])
+    assert [x.shape for x in pooled] == [(*x.shape[:-2], 2, 3) for x in (inputs[0], inputs[3])]
+    assert distance.shape == inputs[0].shape[:-3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -367,11 +447,12 @@ def test_equal_inputs_have_no_distance(backend: str, dtype: torch.dtype) -> None
             distance = operation(a, *rest)
             assert distance.tolist() == [[0.0] * 3] * 2
             assert not torch.autograd.grad(distance.sum(), a)[0].any()
+        assert level_distance(a, b, weight).tolist() == [[0.0] * 3] * 2
 
 
 def test_nan_does_not_pass(backend: str) -> None:
     a, b, weight = (x.to(DEVICE) for x in features(2, 3, (20, 3, 5)))
-    a[0, 1, 19, 2, 4] = torch.nan
+    a[0, 1, 19, 2, 4] = a[0, 1, 19, 1, 3] = torch.nan
     b[1, 0, 0, 0] = torch.nan
     expected = [[False, True, False], [True] * 3]
     a.requires_grad_()
@@ -379,13 +460,22 @@ def test_nan_does_not_pass(backend: str) -> None:
         distance = operation(a, *rest)
         assert distance.isnan().tolist() == expected
         assert torch.autograd.grad(distance.sum(), a)[0].isnan().any(4).any(3).any(2).tolist() == expected
+    distance, pooled_a, pooled_b = ops.lpips_distance_max_pool(a.detach(), b, weight)
+    assert distance.isnan().tolist() == expected
+    assert pooled_a.isnan().nonzero().tolist() == [[0, 1, 19, 0, 1]]
+    assert pooled_b.isnan().nonzero().tolist() == [[1, 0, 0, 0]]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", [(64, 384, 384), (128, 192, 192), (256, 96, 96), (512, 48, 48), (512, 24, 24)])
 def test_production_sizes(level: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_fused_accurate(lpips_distance, features(2, 8, level), dtype)
+    inputs = features(2, 8, level)
+    assert_fused_accurate(lpips_distance, inputs, dtype)
+    assert_fused_accurate(lambda *x: ops.lpips_distance_max_pool(*x)[0], inputs, dtype, gradients=False)
+    a, b, weight = (x.to(DEVICE, dtype) for x in inputs)
+    for x, pooled in zip((a, b), on_triton(ops.lpips_distance_max_pool, a, b, weight)[1:], strict=True):
+        assert torch.equal(pooled, torch.nn.functional.max_pool2d(x.flatten(0, -4), 2).view(pooled.shape))
 
 
 @pytest.mark.gpu

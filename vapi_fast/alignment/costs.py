@@ -93,7 +93,7 @@ def step_costs(
     decodings = batch_size * (group_size if method == "vapi" else 1)
     rewards = passes * -(-decodings // (passes * MAX_CHUNK))
     itemsize = reward_itemsize(reward_dtype)
-    maps = feature_cost(lpips, image_size, itemsize)
+    maps = feature_cost(lpips, image_size, itemsize, plain=method == "ste")
     drawn = elementwise(decodings * length * 12, passes)  # an int64 token and its fp32 log-probability
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {

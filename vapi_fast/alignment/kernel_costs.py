@@ -256,13 +256,17 @@ def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -
     return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample, itemsize)
 
 
-def feature_cost(config: LPIPSConfig, image_size: int, itemsize: int = BF16) -> Cost:
+def feature_cost(config: LPIPSConfig, image_size: int, itemsize: int = BF16, *, plain: bool = False) -> Cost:
     """One image through the perceptual network, and its maps read again where distances are taken.
 
-    Shifted, scaled, cast and padded to eight channels first, in one pass.
+    Shifted, scaled, cast and padded to eight channels first, in one pass. Where 2×2 poolings follow, they take the
+    distances too: only the last map is read for its own sake. plain: as gradients want it, one after the other.
     """
     pixels = (3 + 8) * itemsize * image_size**2
-    distances = elementwise(itemsize * _level_elements(config, image_size), len(config.levels))
+    compared = _level_elements(config, image_size)
+    if not plain and all(config.pool(level) == 2 for level in range(1, len(config.levels))):
+        compared = compared[-1:]
+    distances = elementwise(itemsize * sum(compared), len(compared))
     return elementwise(pixels) + _features(config, image_size, itemsize)[0] + distances
 
 
@@ -273,11 +277,11 @@ def _features(config: LPIPSConfig, image_size: int, itemsize: int = BF16) -> tup
     return network_cost(lpips.features, 3, image_size, itemsize)
 
 
-def _level_elements(config: LPIPSConfig, image_size: int) -> int:
-    return sum(width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True))
+def _level_elements(config: LPIPSConfig, image_size: int) -> list[int]:
+    return [width * side**2 for (width, _), side in zip(config.levels, config.sides(image_size), strict=True)]
 
 
 def reward_elements(tokenizer: VQTokenizerConfig, lpips: LPIPSConfig, image_size: int) -> int:
     """Elements of one image's maps that decoder and perceptual network read or write, each operation's once."""
     networks = _decoder(tokenizer, image_size)[1].elements + _features(lpips, image_size)[1].elements
-    return networks + _level_elements(lpips, image_size)
+    return networks + sum(_level_elements(lpips, image_size))

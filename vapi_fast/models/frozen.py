@@ -435,8 +435,11 @@ class Layer(NamedTuple):
     bias: Tensor
     stride: int
     padding: int
-    pool: int  # side of the pooling before it, which halves the resolution; 0: none
     tap: bool  # the result is one of the feature maps
+    pool: int  # side of the pooling after it, which halves the resolution; 0: none
+
+    def map(self, x: Tensor) -> Tensor:
+        return conv_relu(x.to(self.weight.dtype), self.weight, self.bias, self.stride, self.padding)
 
 
 class FrozenLPIPS:
@@ -452,36 +455,50 @@ class FrozenLPIPS:
         self.shift, self.scale = (frozen_bias(each.flatten(), dtype) for each in (lpips.shift, lpips.scale))
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
         self.layers = []
-        pool = 0
         for index, module in enumerate(lpips.features):
-            if isinstance(module, nn.MaxPool2d):
-                pool = module.kernel_size
             if isinstance(module, nn.Conv2d):
                 each = torch.float32 if str(index) in single else dtype
                 weight, bias = module.weight.detach(), module.bias.detach().to(each, copy=True)
                 if not self.layers and weight.is_cuda:
                     weight = F.pad(weight, (0, 0, 0, 0, 0, TENSOR_CORE_CHANNELS - weight.shape[1]))
-                steps = module.stride[0], module.padding[0]
-                self.layers.append(Layer(frozen_weight(weight, each), bias, *steps, pool, index + 1 in lpips.taps))
-                pool = 0
+                steps, tap = (module.stride[0], module.padding[0]), index + 1 in lpips.taps
+                self.layers.append(Layer(frozen_weight(weight, each), bias, *steps, tap, pool=0))
+            if isinstance(module, nn.MaxPool2d):
+                self.layers[-1] = self.layers[-1]._replace(pool=module.kernel_size)
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """What the first convolution takes: scaled before it pads with zeros, so that its border is the plain one's."""
+        weight = self.layers[0].weight
+        return ops.scaled_pixels(images, self.shift, self.scale, channels=weight.shape[1], dtype=weight.dtype)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Images `[N,3,H,W]` in [−1, 1] → one map `[N,C,h,w]` a level."""
-        # Scaled before the first convolution pads with zeros, so that its border is that of the plain network.
-        channels = self.layers[0].weight.shape[1]
-        h = ops.scaled_pixels(images, self.shift, self.scale, channels=channels, dtype=self.layers[0].weight.dtype)
-        maps = []
+        h, maps = self.scaled(images), []
         for layer in self.layers:
-            h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h
-            h = conv_relu(h.to(layer.weight.dtype), layer.weight, layer.bias, layer.stride, layer.padding)
+            h = layer.map(h)
             if layer.tap:
                 maps.append(h)
+            h = F.max_pool2d(h, layer.pool, 2) if layer.pool else h
         return maps
 
     @torch.no_grad()
     def __call__(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Distances `[B,G]` of decoded `[B,G,3,H,W]` from images `[B,3,H,W]`."""
-        return ops.lpips_distance(*self.features(decoded, images), self.heads)
+        """Distances `[B,G]` of decoded `[B,G,3,H,W]` from images `[B,3,H,W]`.
+
+        Level by level, where a 2×2 pooling follows: one pass takes the distance and pools the maps, and lets them go.
+        """
+        if not all(layer.pool == 2 for layer in self.layers[:-1] if layer.tap):
+            return ops.lpips_distance(*self.features(decoded, images), self.heads)
+        a, b = self.scaled(decoded.flatten(0, 1)), self.scaled(images)
+        heads, distance = iter(self.heads), None
+        for layer in self.layers:
+            a, b = layer.map(a), layer.map(b)
+            if layer.tap and layer.pool:
+                maps = a.unflatten(0, decoded.shape[:2])
+                distance, a, b = ops.lpips_distance_max_pool(maps, b, next(heads), distance)
+                a = a.flatten(0, 1)
+        last = ops.lpips_distance([a.unflatten(0, decoded.shape[:2])], [b], [next(heads)])
+        return last if distance is None else distance + last
 
     def features(self, decoded: Tensor, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Maps of decoded `[B,G,3,H,W]`, a level each `[B,G,C,h,w]`, and of images `[B,3,H,W]`, once a group."""

@@ -12,7 +12,7 @@ from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_si
 from .group_sample import group_sample, linear_group_sample
 from .losses import group_advantages, linear_cross_entropy, policy_loss
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse, scaled_pixels
+from .perceptual import lpips_distance, lpips_distance_max_pool, mse, scaled_pixels
 from .rms_norm import rms_norm
 from .rotary_swiglu import rotary_2d, rotary_2d_table, swiglu
 from .straight_through import straight_through_lookup
@@ -35,6 +35,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_group_sample",
     "lpips_distance",
+    "lpips_distance_max_pool",
     "mse",
     "noisy_prefix",
     "noisy_prefix_cross_entropy",

@@ -52,6 +52,38 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
     return implementation(features_a[0]).lpips_distance(features_a, features_b, weights)
 
 
+def lpips_distance_max_pool(
+    features_a: Tensor, features_b: Tensor, weight: Tensor, before: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One level of `lpips_distance`, and the level's maps as the network goes on with them: for inference.
+
+    Args:
+        features_a: floating `[B, C, H, W]` or `[B, G, C, H, W]`, H and W at least 2.
+        features_b: floating `[B, C, H, W]`; broadcast over G.
+        weight: floating `[C]`, non-negative.
+        before: the distance of the levels before, floating `[B]` or `[B, G]`, to which this one's is added.
+
+    Returns:
+        Distances `[B]` or `[B, G]`, fp32 (float64 for float64), and `[B, (G,) C, H // 2, W // 2]` of features_a and of
+        features_b, channels last in memory: the largest of every 2×2 pixels, NaN if one of them is.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device, or a gradient would be wanted.
+    """
+    checks = ArgumentChecks("lpips_distance_max_pool")
+    lead = "B G" if isinstance(features_a, Tensor) and features_a.ndim == 5 else "B"
+    checks.floating("features_a", features_a, f"{lead} C H W")
+    checks.not_empty("features_a", "C")
+    if min(features_a.shape[-2:]) < 2:
+        raise ValueError(f"lpips_distance_max_pool: features_a must have H and W > 1, got {described(features_a)}")
+    checks.floating("features_b", features_b, "B C H W")
+    checks.floating("weight", weight, "C")
+    if before is not None:
+        checks.floating("before", before, lead)
+    checks.no_gradient("lpips_distance", features_a=features_a, features_b=features_b, weight=weight, before=before)
+    return implementation(features_a).lpips_distance_max_pool(features_a, features_b, weight, before)
+
+
 def scaled_pixels(
     images: Tensor, shift: Tensor, scale: Tensor, *, channels: int, dtype: torch.dtype | None = None
 ) -> Tensor:

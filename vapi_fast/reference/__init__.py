@@ -14,7 +14,7 @@ from .group_norm import add_group_norm_silu, bias_group_norm_silu, group_norm_si
 from .group_sample import group_sample, linear_group_sample
 from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_loss
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
-from .perceptual import lpips_distance, mse, scaled_pixels
+from .perceptual import lpips_distance, lpips_distance_max_pool, mse, scaled_pixels
 from .philox import fold_seed, philox
 from .rms_norm import add_norm, add_norm_backward, rms_norm
 from .rotary_swiglu import (
@@ -49,6 +49,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_group_sample",
     "lpips_distance",
+    "lpips_distance_max_pool",
     "mse",
     "noisy_prefix",
     "noisy_prefix_cross_entropy",

@@ -18,6 +18,18 @@ def lpips_distance(features_a: Sequence[Tensor], features_b: Sequence[Tensor], w
     return sum(level_distance(a, b, w) for a, b, w in zip(features_a, features_b, weights, strict=True))
 
 
+def lpips_distance_max_pool(
+    features_a: Tensor, features_b: Tensor, weight: Tensor, before: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A level's distance, and both maps 2×2-pooled; see `vapi_fast.ops.lpips_distance_max_pool`."""
+    distance = level_distance(features_a, features_b, weight)
+    pooled = []
+    for x in (features_a, features_b):
+        maps = F.max_pool2d(x.flatten(0, -4), 2).contiguous(memory_format=torch.channels_last)
+        pooled.append(maps.unflatten(0, x.shape[:-3]))
+    return distance if before is None else before + distance, *pooled
+
+
 def level_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     dtype = accumulation_dtype(a, b)
     unit_a, unit_b = unit_channels(a.to(dtype)), unit_channels(b.to(dtype))
