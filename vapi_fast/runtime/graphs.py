@@ -150,7 +150,7 @@ def aside(pool: Pool | None) -> Iterator[None]:
 
 @contextmanager
 def recorded(graph: torch.cuda.CUDAGraph, pool: Pool, what: str) -> Iterator[None]:
-    """Kernels launched inside of the `with` block become `graph`, and do not run. Raises CaptureError, naming `what`."""
+    """Kernels launched inside of the `with` block become `graph`, and do not run. CaptureError says `what` cannot."""
     try:
         # Other threads (data loading, NCCL's watchdog) may call CUDA meanwhile: only this one is recorded.
         with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
