@@ -138,8 +138,9 @@ class Comparison(PublishedRecipe):
             clock,
             lambda: accumulate_gradients(models, config, batch, seed, clock),
             others=theirs,
-            pool=models.codec.pool,
+            pools=lambda: [models.codec.pool, models.recordings.pool],
         )
+        models.recordings.release()
         kept = [parameter.grad for parameter in parameters]
         models.generator.zero_grad(set_to_none=True)
         if not self.errors:  # a GPU's first calls load kernels and choose algorithms: ours did in the run's first step
@@ -168,9 +169,14 @@ class Comparison(PublishedRecipe):
         return ours
 
     def measured(
-        self, name: str, clock: StageClock, run: Callable[[], T], others: list[object], pool: Pool | None = None
+        self,
+        name: str,
+        clock: StageClock,
+        run: Callable[[], T],
+        others: list[object],
+        pools: Callable[[], list[Pool | None]] = list,
     ) -> T:
-        """`run`'s result. Notes seconds by stage, and memory: with what `pool` keeps, without what `others` do."""
+        """`run`'s result. Notes seconds by stage, and memory: with what `pools` keep, without what `others` do."""
         before = clock.seconds(wait=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -179,7 +185,7 @@ class Comparison(PublishedRecipe):
         self.stages[name].append({stage: seconds for stage, seconds in spent.items() if seconds > 0})
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-            self.peaks[name].append(peak + (idle_bytes(pool) if pool else 0) - held_bytes(others))
+            self.peaks[name].append(peak + sum(map(idle_bytes, filter(None, pools()))) - held_bytes(others))
         return result
 
     def record(self) -> dict[str, Any]:

@@ -69,6 +69,7 @@ FAULTS: dict[str, Callable[[Watch], object]] = {
     "blocking copy in a capture": lambda watch: recorded(lambda x: x.cpu()),
     "synchronisation": lambda watch: torch.cuda.synchronize(),
     "synchronisation in a capture": lambda watch: recorded(lambda x: torch.cuda.current_stream().synchronize()),
+    "pinned memory in a capture": lambda watch: recorded(lambda x: torch.empty(3, pin_memory=True)),
     "event in a capture": lambda watch: recorded(lambda x: torch.cuda.Event().record()),
     "replay in a capture": lambda watch: replayed_in_a_capture(),
     "outlives its capture": lambda watch: escaping(),

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from vapi_fast import AlignConfig
 from vapi_fast.alignment import rollout, run
+from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.generation import sequences as generation
 from vapi_fast.generation.engine import Engine
 from vapi_fast.models import Condition, Generator, Janus, LlamaGen, frozen, janus, llamagen
@@ -49,6 +50,16 @@ def align_by_other_forms(watch: Watch) -> None:
     others = {"encoder": "float16", "wide_attention": "matmul", "last_convolution": "eight", "cudnn_benchmark": "on"}
     with forms.taking(**others):
         align(watch)
+
+
+def align_as_graphs(watch: Watch, **options: Any) -> None:
+    """Micro-batches of two shapes and two sizes of step: by kernels, recorded, replayed."""
+    before = watch.host.captures, watch.host.replays
+    untrimmed = mock.patch.object(ImageBatch, "trimmed", lambda batch: batch)  # else each step may be of its own shape
+    with forms.taking(micro_batch="graph"), untrimmed:
+        align(watch, steps=3, **({"batch_size": 12, "micro_batch": 8} | options))
+    captures, replays = watch.host.captures - before[0], watch.host.replays - before[1]
+    print(f"micro-batches as graphs: {captures} captures, {replays} replays")
 
 
 def generate(
@@ -201,6 +212,9 @@ SCENES: dict[str, Scene] = {
     "credit by token": partial(align, credit_window=3),
     "a layer": launches_of_a_layer,
     "small micro-batches": partial(align, micro_batch=4),
+    "micro-batches as graphs": partial(align_as_graphs, prior="kl", noise_prob=0.5),
+    "next token as graphs": partial(align_as_graphs, method="ntp"),
+    "adapters as graphs": partial(align_as_graphs, model="janus-pro-1b", train="lora"),
     "free rollouts": partial(align, rollouts="free", batch_size=4),
     "published recipe": partial(align, path="reference", batch_size=4),
     "both paths": partial(align, path="both", recipe="lean", batch_size=4, steps=2),

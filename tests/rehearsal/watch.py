@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vapi_fast import kernels
 from vapi_fast.kernels.launch import Launch, recorded
 from vapi_fast.kernels.launches import Specialisation, specialisation
-from vapi_fast.runtime.graphs import RecordedGraph
+from vapi_fast.runtime.graphs import RecordedGraph, RecordedStages
 
 from .device import Host
 
@@ -165,6 +165,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         given = tensors(args, kwargs)
         name = func._schema.name.split("::")[1]
+        if kwargs.get("pin_memory") and self.host.capturing:
+            self.note("pinned memory in a capture", f"{func}")
         on_gpu = any(each.is_cuda for each in given)
         self.check_copies(func, name, args, kwargs, given)
         if on_gpu:
@@ -250,7 +252,7 @@ class Watch(TorchDispatchMode):
     def check_captured(self) -> None:
         """A graph's memory belongs to whatever is replayed next, once nobody holds the tensor inside the capture."""
         gc.collect()
-        graphs = [each for each in gc.get_objects() if type(each) is RecordedGraph]
+        graphs = [each for each in gc.get_objects() if type(each) in (RecordedGraph, RecordedStages)]
         kept = {
             StorageWeakRef(each.untyped_storage()) for graph in graphs for each in tensors(vars(graph).get("outputs"))
         }

@@ -57,14 +57,32 @@ def vapi_loss(
 
     judged: of the same rollouts, where that is known already.
     """
-    draw = {"seed": seed, "sample_ids": batch.sample_ids}
-    condition = condition_of(batch)
-    rollout = draw_rollouts(models, config, tokens, condition, clock, **draw)
+    rollout = draw_rollouts(models, config, tokens, condition_of(batch), clock, seed=seed, sample_ids=batch.sample_ids)
     if judged is None:
-        rewards = rewards_of(models, config, rollout.tokens, batch, clock)
-        with clock("loss"):
-            judged = Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
-    hidden = rollout.hidden
+        judged = judge(models, config, rollout.tokens, batch, seed, clock)
+    terms = policy_terms(models, config, batch, tokens, rollout, judged.advantages, seed, clock)
+    return Losses(terms | judged.rewards, rollout.tokens)
+
+
+def judge(models: Models, config: AlignConfig, rollouts: Tensor, batch: ImageBatch, seed: int, clock: Clock) -> Judged:
+    rewards = rewards_of(models, config, rollouts, batch, clock)
+    with clock("loss"):
+        return Judged(rewards, advantages_of(rewards, config, seed, batch.sample_ids))
+
+
+def policy_terms(
+    models: Models,
+    config: AlignConfig,
+    batch: ImageBatch,
+    tokens: Tensor,
+    rollout: Rollout,
+    advantages: Tensor,
+    seed: int | Tensor,
+    clock: Clock,
+) -> dict[str, Tensor]:
+    """What is learned from rollouts and their advantages: of `Losses.terms` those that are no rewards."""
+    draw = {"seed": seed, "sample_ids": batch.sample_ids}
+    condition, hidden = condition_of(batch), rollout.hidden
     if config.second_forward:
         with clock("forward"):
             hidden = teacher_forced_hidden(models.generator, tokens, condition, config, training=True, **draw)
@@ -72,7 +90,7 @@ def vapi_loss(
         loss = ops.policy_loss(
             **models.generator.head.operands(hidden),
             tokens=rollout.tokens,
-            advantages=judged.advantages,
+            advantages=advantages,
             targets=tokens,
             old_logprobs=rollout.logprobs if config.off_policy else None,
             base_logprobs=base_logprobs(models, config, tokens, condition, rollout.tokens, **draw),
@@ -81,8 +99,7 @@ def vapi_loss(
             kl_weight=config.prior_weight if config.prior == "kl" else 0.0,
             temperature=config.temperature,
         )
-    terms = {"loss": loss.loss, **judged.rewards, "cross_entropy": loss.prior, "kl": loss.kl}
-    return Losses(terms | {"clipped": loss.clip_fraction}, rollout.tokens)
+    return {"loss": loss.loss, "cross_entropy": loss.prior, "kl": loss.kl, "clipped": loss.clip_fraction}
 
 
 def draw_rollouts(
@@ -178,7 +195,9 @@ def ste_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Ten
     return Losses({"loss": loss, **distances, "cross_entropy": prior}, tokens[:, :0])
 
 
-def ntp_loss(models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int, clock: Clock) -> Losses:
+def ntp_loss(
+    models: Models, config: AlignConfig, batch: ImageBatch, tokens: Tensor, seed: int | Tensor, clock: Clock
+) -> Losses:
     """Next-token prediction alone, on the same images: what the prior does without a reward."""
     draw = {"seed": seed, "sample_ids": batch.sample_ids}
     with clock("forward"):

@@ -10,6 +10,7 @@ import torch
 
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.image_text import ImageTextReward
+from vapi_fast.alignment.recordings import Recordings
 from vapi_fast.alignment.reward import PixelReward
 from vapi_fast.models import LPIPS, Generator, VQTokenizer
 from vapi_fast.models.families import (
@@ -36,6 +37,7 @@ class Models:
     base: Generator | None = None
     networks: Mapping[str, ImageTextReward] = field(default_factory=dict)  # that `--reward` needs, by name
     caption_of: Callable[[int], str] | None = None  # of an image's label, where that is none of a class
+    recordings: Recordings = field(default_factory=Recordings)  # of the generator's micro-batches
 
     @property
     def codec(self) -> PixelCodec:

@@ -38,9 +38,12 @@ def is_cast(model: Generator) -> bool:
     return model.head.weight.device.type in AUTOCAST and not isinstance(model, FSDPModule)
 
 
-def weights_of_step(model: Generator) -> AbstractContextManager[None]:
-    """In which the forwards of a step have one cast of the blocks' weights, and no optimizer may change them."""
-    return cast_once(model.layers, torch.bfloat16) if is_cast(model) else nullcontext()
+def weights_of_step(model: Generator, kept: dict[int, Tensor] | None = None) -> AbstractContextManager[None]:
+    """In which the forwards of a step have one cast of the blocks' weights, and no optimizer may change them.
+
+    kept: as of `cast_once`.
+    """
+    return cast_once(model.layers, torch.bfloat16, kept) if is_cast(model) else nullcontext()
 
 
 def teacher_forced_hidden(
@@ -49,7 +52,7 @@ def teacher_forced_hidden(
     condition: Condition,
     config: RolloutOptions,
     *,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     training: bool = False,
 ) -> Tensor:
@@ -73,7 +76,7 @@ def roll_out(
     condition: Condition,
     config: RolloutOptions,
     *,
-    seed: int,
+    seed: int | Tensor,
     sample_ids: Tensor,
     training: bool = False,
     clock: Clock = nullcontext,

@@ -307,6 +307,7 @@ class Run:
     def measured(self, name: str) -> dict[str, Any]:
         """What `run.json` says of the generator as it is now."""
         started = time.perf_counter()
+        self.models.recordings.release()  # their memory is what a measurement needs
         measurement = self.evaluator.measure(whole_copy(self.models.generator), name)
         self.outcome.seconds["evaluation"] += time.perf_counter() - started
         return measurement.as_record()

@@ -13,10 +13,10 @@ from torch import Tensor
 from vapi_fast import ops
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.figures import StepResult, mean_terms, metrics_of, non_finite
-from vapi_fast.alignment.losses import LOSSES, judge_step
+from vapi_fast.alignment.losses import judge_step
+from vapi_fast.alignment.micro_batches import learn, weights_for
 from vapi_fast.alignment.models import Models
 from vapi_fast.alignment.optimizer import clip_gradients, make_optimizer, step_unless
-from vapi_fast.alignment.rollout import weights_of_step
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.runtime.clock import Clock
 from vapi_fast.runtime.distributed import reduce_at, sum_over_ranks
@@ -55,17 +55,15 @@ def accumulate_gradients(models: Models, config: AlignConfig, batch: ImageBatch,
         tokens = models.codec.encode(batch.images)
     metrics = metrics_of(config)
     means, bad, rollouts, rewards = [], [], [], []
-    with weights_of_step(models.generator):
+    with weights_for(models, config):
         judged = judge_step(models, config, batch, tokens, seed, clock) if config.control == "shuffled" else None
         for start in range(0, len(tokens), config.micro_batch):
             rows = slice(start, start + config.micro_batch)
             part = batch.take(rows)
             reduce_at(models.generator, last=rows.stop >= len(tokens))
-            known = () if judged is None else (judged.take(rows),)
-            losses = LOSSES[config.method](models, config, part, tokens[rows], seed, clock, *known)
+            known = judged and judged.take(rows)
+            losses = learn(models, config, part, tokens[rows], seed, clock, known)
             share = len(part.images) / config.batch_size
-            with clock("backward"):
-                (losses.terms["loss"] * share).backward()
             means.append(share * mean_terms(losses.terms, metrics))
             bad.append(non_finite(losses.terms, len(part.images), metrics))
             rollouts.append(losses.rollouts)

@@ -196,19 +196,24 @@ _copies: dict[int, Tensor] = {}  # of master weights, by their id; only inside o
 
 
 @contextmanager
-def cast_once(blocks: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast_once(blocks: nn.Module, dtype: torch.dtype, kept: dict[int, Tensor] | None = None) -> Iterator[None]:
     """Inside the `with` block all matrices of `blocks` are taken in `dtype`, as they are now: nobody may change them.
+
+    kept: casts of an earlier call, by their matrices' ids: they are written again, where a recorded graph reads them.
+    What is missing there is added.
 
     Gradients to those that are trained are added to `.grad`, in their own dtype, by the backward itself, whichever way
     it is called: `torch.autograd.grad` does not give them. Not for sharded weights; parametrised ones are cast as ever.
     """
     matrices = [module.weight for module in blocks.modules() if type(module) is nn.Linear]
+    kept = {} if kept is None else kept
     with torch.no_grad():
-        copies = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
+        kept |= {id(each): torch.empty_like(each, dtype=dtype) for each in matrices if id(each) not in kept}
+        copies = [kept[id(matrix)] for matrix in matrices]
         if matrices:
             torch._foreach_copy_(copies, matrices)
     _copies.update(zip(map(id, matrices), copies, strict=True))
-    del copies
+    del copies, kept
     try:
         yield
     finally:

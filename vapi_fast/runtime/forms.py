@@ -24,6 +24,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "cudnn-benchmark": ("off", "on"),  # cuDNN's algorithms by its heuristics, or by trying them
     "encoder": ("tf32", "float16"),  # of a tokenizer, in which the images become tokens
     "last-convolution": ("three", "eight"),  # channels out of the decoder's, of which three are the image's
+    "micro-batch": ("eager", "graph"),  # the transformer's part of one; each number of images has its own
     "wide-attention": ("sdpa", "matmul"),  # of a tokenizer's blocks, one head of all channels
 }
 VARIABLE = "VAPI_FAST_FORMS"

@@ -1,15 +1,19 @@
-"""A function called again and again at fixed shapes: on CUDA a captured graph, replayed chunk by chunk."""
+"""A function called again and again at fixed shapes: on CUDA a captured graph, replayed chunk by chunk.
+
+And one with gradients, of several stages, as a graph for each of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vapi_fast.ops.backends import backend_name
+from vapi_fast.runtime.clock import Clock
 from vapi_fast.runtime.errors import CaptureError
 from vapi_fast.runtime.forms import form
 
@@ -86,21 +90,13 @@ class RecordedGraph:
         shapes = ", ".join(f"{list(each.shape)} {each.dtype}" for each in examples)
         device = examples[0].device
         with torch.cuda.device(device), convolutions_tried(form("cudnn-benchmark", device) == "on"):
-            handle, stream = pool or graph_pool(device)
-            stream.wait_stream(torch.cuda.current_stream())
+            pool = pool or graph_pool(device)
             # The first call compiles kernels, chooses algorithms and creates handles: none of it can be recorded.
-            with torch.cuda.stream(stream):
+            with aside(pool):
                 function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            try:
-                # Other threads (data loading, NCCL's watchdog) may call CUDA meanwhile: only this one is recorded.
-                with torch.cuda.graph(self.graph, pool=handle, stream=stream, capture_error_mode="thread_local"):
-                    # Held from now on, so that no later graph of the same pool gets the results' memory.
-                    self.outputs = function(*self.inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise CaptureError(f"{name}({shapes}) cannot be recorded as a CUDA graph: {error}") from error
+            with recorded(self.graph, pool, f"{name}({shapes})"):
+                # Held from now on, so that no later graph of the same pool gets the results' memory.
+                self.outputs = function(*self.inputs)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Results for these inputs, in memory of their own: the graph's buffers are overwritten by the next replay."""
@@ -110,6 +106,59 @@ class RecordedGraph:
         if isinstance(self.outputs, tuple):
             return tuple(each.clone() for each in self.outputs)
         return self.outputs.clone()
+
+
+class RecordedStages:
+    """The kernels of a function on tensors that stay where they are, a graph for each stage that it names.
+
+    function: of a clock, under whose stages all of its kernels are launched. It has run before, in `aside` of the same
+        pool, and keeps to what is said of `Replayed`'s; gradients may be computed, and added to tensors that are there.
+    outputs: its results, which each replay overwrites.
+    """
+
+    def __init__(self, function: Callable[[Clock], Any], pool: Pool) -> None:
+        self.pool = pool
+        self.stages: list[tuple[str, torch.cuda.CUDAGraph]] = []
+        self.outputs = function(self.record)
+
+    @contextmanager
+    def record(self, stage: str) -> Iterator[None]:
+        graph = torch.cuda.CUDAGraph()
+        with recorded(graph, self.pool, f"stage {stage!r}"):
+            yield
+        self.stages.append((stage, graph))
+
+    def __call__(self, clock: Clock) -> Any:
+        """`outputs`, computed again."""
+        for stage, graph in self.stages:
+            with clock(stage):
+                graph.replay()
+        return self.outputs
+
+
+@contextmanager
+def aside(pool: Pool | None) -> Iterator[None]:
+    """Inside of the `with` block kernels are launched in the stream that a pool's graphs are recorded in."""
+    if pool is None:  # without CUDA
+        yield
+        return
+    pool.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(pool.stream):
+        yield
+    torch.cuda.current_stream().wait_stream(pool.stream)
+
+
+@contextmanager
+def recorded(graph: torch.cuda.CUDAGraph, pool: Pool, what: str) -> Iterator[None]:
+    """Kernels launched inside of the `with` block become `graph`, and do not run. CaptureError says `what` cannot."""
+    try:
+        # Other threads (data loading, NCCL's watchdog) may call CUDA meanwhile: only this one is recorded.
+        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"{what} cannot be recorded as a CUDA graph: {error}") from error
 
 
 @contextmanager
