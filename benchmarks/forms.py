@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prediction import RatesError, read_rates
-from rates import BLOCKS, GRAPHS
+from rates import BLOCKS, GRAPHS, MICRO_BATCHES
 
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.checkpoint import write_atomically
@@ -59,6 +59,9 @@ def comparisons(seconds: Seconds) -> Iterator[Comparison]:
         usual = [f"{coder} as a CUDA graph" for coder, others in GRAPHS.items() if f"{kind}={form}" in others]
         if usual:
             yield from compared(kind, form, usual, [f"{each}, {kind}={form}" for each in usual])
+    for images in MICRO_BATCHES:
+        kind = f"micro-batch of {images}"
+        yield from compared(kind, "graph", *([f"{kind}, {form}"] for form in forms.FORMS["micro-batch"]))
     for inputs, outputs, side in BLOCKS:
         shape = f"{inputs}→{outputs} {side}²"
         ends = (f"block end bfloat16 {shape}, {form}" for form in forms.FORMS["convolution"])

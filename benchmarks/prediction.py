@@ -2,7 +2,7 @@
 
     python benchmarks/prediction.py
 
-says what the host of this machine takes for a layer's forward and backward.
+says what the host of this machine takes for a layer's forward and backward, and for a micro-batch from graphs.
 
 A kernel takes its FLOPs at the rate of its kind or its bytes at that of memory, whichever is longer, and the time
 between two launches. A product's rate holds while its tiles fill the multiprocessors: the last wave takes as long as a
@@ -17,25 +17,32 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from gpu_check import json_lines
 from sampling import bytes_read
 
 from vapi_fast import ops
-from vapi_fast.alignment import memory
+from vapi_fast.alignment import memory, micro_batches
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import config_costs, parameters, transformer_costs
 from vapi_fast.alignment.kernel_costs import BF16, FP32, Cost, Kernel, product, total
+from vapi_fast.alignment.losses import Judged
+from vapi_fast.alignment.models import Models
+from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.kernels.launch import recorded
-from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig
+from vapi_fast.models import Condition, LlamaGen, LlamaGenConfig, catalog
 from vapi_fast.models.families import generator_config
 from vapi_fast.models.sizes import GeneratorConfig
+from vapi_fast.runtime import forms
 from vapi_fast.runtime.ceilings import Ceilings
+from vapi_fast.runtime.clock import Clock, StageClock
 
 # Of an H100 and an H200: FLOPs a second, but where it says otherwise. Estimates, but for the two ceilings.
 RATES = {
@@ -64,7 +71,9 @@ SPLITS = {1: 1.0, 2: 0.95, 4: 0.9}
 SHORTEST = 512
 
 HOST = 45e-6  # seconds to launch a kernel from Python, on a development machine: `python benchmarks/prediction.py`
+NODE = 0.2e-6  # seconds that the driver takes for a kernel of a graph; an estimate
 REPLAYED = ("encode", "decode", "lpips")  # from CUDA graphs: a launch each
+RECORDED = ("forward", "sample", "loss", "backward")  # with the form `micro-batch=graph`
 
 # The public loop's: launches of one layer and one token of `transformers`' Llama, and around the layers; seconds that
 # the host takes for each. Measured on a development machine, launches left out: 24 layers, 13.4 ms a token.
@@ -361,14 +370,75 @@ def host_seconds(rounds: int = 30) -> tuple[float, float]:
     return (many[0] - few[0]) / 8, (many[1] - few[1]) / 8
 
 
+class Recorded:
+    """In the place of `RecordedStages`: what it gave once, under as many stages."""
+
+    def __init__(self, half: Callable[[Clock], Any], pool: None) -> None:
+        self.stages: list[str] = []
+        self.outputs = half(self.noted)
+
+    @contextmanager
+    def noted(self, stage: str) -> Iterator[None]:
+        self.stages.append(stage)
+        yield
+
+    def __call__(self, clock: Clock) -> Any:
+        for stage in self.stages:
+            with clock(stage):
+                pass
+        return self.outputs
+
+
+def replay_seconds(layers: int, rounds: int = 30) -> float:
+    """What this machine's host takes for a micro-batch from graphs, the least of `rounds`, but for launching them.
+
+    What is left: to copy what has changed, to see that gradients are where they were, to keep time.
+    """
+    sizes = {"heads": 1, "width": 4, "vocab_size": 64, "grid_size": 4, "num_classes": 9}
+    models = Models(LlamaGen(LlamaGenConfig(layers=layers, **sizes)), tokenizer=None, reward=None)
+    config = AlignConfig(model="xxl", recipe="lean", random_init=True, synthetic_data=True)
+    tokens, ids = torch.zeros(2, 16, dtype=torch.int64), torch.arange(2)
+    batch = ImageBatch(torch.empty(2, 0), labels=ids, sample_ids=ids, image_ids=ids)
+    judged, clock, times = Judged({}, torch.zeros(2, config.group_size)), StageClock(), []
+    stand_ins = mock.patch.multiple(micro_batches, DEVICES={"cpu"}, RecordedStages=Recorded)
+    with stand_ins, forms.taking(micro_batch="graph"):
+        for step in range(3):
+            with micro_batches.weights_for(models, config):
+                for _ in range(rounds if step == 2 else 1):
+                    start = time.thread_time()
+                    micro_batches.learn(models, config, batch, tokens, step, clock, judged)
+                    times.append(time.thread_time() - start)
+    return min(times[2:])
+
+
+def recorded_costs(model: str, micro_batch: int) -> tuple[Cost, int]:
+    """What a step of the default size has in the stages that can be recorded, and in how many micro-batches."""
+    config = catalog.entry(model).preset("align", "lean") | {"model": model, "micro_batch": micro_batch}
+    costs = config_costs(config)
+    return total(costs[stage] for stage in RECORDED), -(-config["batch_size"] // micro_batch)
+
+
 if __name__ == "__main__":
+    from roofline import DEVICES
+
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what a kernel that was not launched leaves may be any numbers
     forward, backward = host_seconds()
-    launches = total(transformer_costs(generator_config("xxl"), images=128, passes=8)).runs / (
-        8 * generator_config("xxl").layers
-    )
+    layers = generator_config("xxl").layers
+    launches = total(transformer_costs(generator_config("xxl"), images=128, passes=8)).runs / (8 * layers)
+    each = (forward + backward) / launches
+    replay = replay_seconds(layers)
     print(
         f"the host for a layer: {1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} ms backward; of {launches:.0f} "
-        f"launches {1e6 * (forward + backward) / launches:.0f} µs each"
+        f"launches {1e6 * each:.0f} µs each\n"
+        f"the host for a micro-batch from graphs: {1e3 * replay:.2f} ms, and launching {len(RECORDED)} graphs"
     )
+    h100 = builtin("h100", DEVICES["h100"].ceilings, "H100")
+    for micro_batch in (4, 32):
+        cost, passes = recorded_costs("xxl", micro_batch)
+        graphs = passes * (replay + len(RECORDED) * HOST) + NODE * cost.runs
+        print(
+            f"a step of LlamaGen-XXL in micro-batches of {micro_batch}, transformer and losses: "
+            f"{each * cost.runs:.2f} s of the host, as graphs {graphs:.3f}; "
+            f"{sum(h100.by_kind(cost).values()):.2f} s of an H100"
+        )

@@ -40,8 +40,12 @@ from timing import host_seconds, timed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vapi_fast import ops
-from vapi_fast.models import VQTokenizer
+from vapi_fast import AlignConfig, ops
+from vapi_fast.alignment import micro_batches
+from vapi_fast.alignment.losses import Judged
+from vapi_fast.alignment.models import Models
+from vapi_fast.data.dataset import ImageBatch
+from vapi_fast.models import LlamaGen, VQTokenizer
 from vapi_fast.models.frozen import PixelCodec, conv_relu, matmul_attention
 from vapi_fast.runtime import accelerators, ceilings, forms
 from vapi_fast.runtime.accelerators import Attention, optional_attention
@@ -77,6 +81,9 @@ TRIED = (0, 3, 6)  # of these, with cudnn.benchmark too
 PHASES = [(128, 512, 192), (256, 1024, 48), (512, 2048, 24)]  # of 2×2, in place of upsampling and a 3×3 one
 ENCODER = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48), (512, 512, 24)]
 BLOCKS = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48)]  # of residual blocks: those of whole tiles
+MICRO_BATCHES = (4, 16, 32)  # images
+COMPILED = ("convolution", "rms_norm", "rotary", "swiglu", "group_sample", "losses")  # whose kernels are many
+LAYERS, PASSES = 4, 4  # blocks of LlamaGen-XXL, and micro-batches of a step
 ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and what padding its channels would make of it
 
 
@@ -128,11 +135,14 @@ class Bench:
         self.attempt(name, run)
 
 
-def rate(sets: Iterator[Any], call: Callable[..., Any], work: float) -> dict[str, Any]:
+def rate(sets: Iterator[Any], call: Callable[..., Any], work: float, held: float | None = None) -> dict[str, Any]:
+    """held: as of `timed`, by default so long that launching takes no time."""
+
     def run() -> object:
         return call(*next(sets))
 
-    held = 1.5 * [host_seconds(run) for _ in range(WARM_UPS)][-1]
+    launched = 1.5 * [host_seconds(run) for _ in range(WARM_UPS)][-1]
+    held = launched if held is None else held
     seconds = statistics.median(timed(run, held) for _ in range(ROUNDS))
     return {"seconds": seconds, "rate": work / seconds}
 
@@ -341,6 +351,49 @@ def exactness(bench: Bench, operations: list[Operation], processes: int) -> None
             bench.attempt(cases[case], case.result)
 
 
+def micro_batch(bench: Bench, images: int, form: str) -> dict[str, Any]:
+    """The transformer's part of a step's micro-batches, LAYERS deep, with made-up advantages; launching counts."""
+    torch.manual_seed(0)
+    config = AlignConfig(model="xxl", micro_batch=images, recipe="lean", random_init=True, synthetic_data=True)
+    small = {"layers": 1, "heads": 2, "width": 128, "vocab_size": 64, "grid_size": 4}
+    with bench.device:
+        generator = LlamaGen.from_name("xxl", **({"layers": LAYERS} if bench.device.type == "cuda" else small))
+        tokens = torch.randint(generator.config.vocab_size, (images, generator.config.grid_size**2))
+        ids = torch.arange(images)
+        judged = Judged({}, torch.randn(images, config.group_size))
+        batch = ImageBatch(torch.empty(images, 0), labels=ids, sample_ids=ids, image_ids=ids)
+    models = Models(generator, tokenizer=None, reward=None)
+
+    def step(seed: int) -> Tensor:
+        generator.zero_grad(set_to_none=True)
+        with micro_batches.weights_for(models, config):
+            for _ in range(PASSES):
+                losses = micro_batches.learn(models, config, batch, tokens, seed, contextlib.nullcontext, judged)
+        return losses.terms["loss"].detach()
+
+    with forms.taking(micro_batch=form):
+        loss = [step(seed) for seed in range(3)][-1]  # kernel by kernel, recorded, replayed
+        gradients = [each.grad for each in generator.parameters() if each.grad is not None]
+        found = {"loss": float(loss), "gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
+        figures = rate(((seed,) for seed in itertools.count()), step, PASSES * images, held=0.0)
+    return figures | found | {"unit": "images/s"}
+
+
+def micro_batch_forms(bench: Bench) -> None:
+    """Each number of images in both forms, whose losses and gradients must agree."""
+    for images in MICRO_BATCHES:
+        found: list[dict[str, Any]] = []
+
+        def compared(images: int, form: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+            found.append(micro_batch(bench, images, form))
+            usual, last = found[0], found[-1]
+            error = max(abs(last[name] / usual[name] - 1) for name in ("loss", "gradient_norm"))
+            return last | {"error": error, "ok": error < ERROR[torch.bfloat16]}
+
+        for form in FORMS["micro-batch"]:
+            bench.attempt(f"micro-batch of {images}, {form}", functools.partial(compared, images, form, found))
+
+
 def measure(bench: Bench) -> None:
     """All that this process measures itself."""
     torch.set_float32_matmul_precision("high")
@@ -349,6 +402,7 @@ def measure(bench: Bench) -> None:
         rates(bench)
     bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
     bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
+    micro_batch_forms(bench)
     for coder, others in GRAPHS.items():
         for form in ("", *others):
             name = f"{coder} as a CUDA graph{', ' * bool(form)}{form}"
@@ -367,8 +421,9 @@ def main() -> int:
         parser.error("no CUDA device; --cpu runs everything small")
     forkserver.ensure_running()  # it imports PyTorch meanwhile
     if bench.device.type == "cuda":  # of these no other run has filled Triton's cache
-        only = ["--arch", architecture(torch.device("cuda", 0)), "--only", "convolution"]
-        subprocess.Popen([sys.executable, "-m", "vapi_fast.kernels.compile", *only])
+        arch = ["--arch", architecture(torch.device("cuda", 0))]
+        for name in COMPILED:
+            subprocess.Popen([sys.executable, "-m", "vapi_fast.kernels.compile", *arch, "--only", name])
     measure(bench)
     exactness(bench, every_operation(), 1 if bench.device.type == "cpu" else min(8, os.cpu_count() or 1))
     return 1 if bench.failed else 0

@@ -230,7 +230,7 @@ def test_memory_is_planned_for_one_micro_batch(
         assert step(4) > 0
         assert counts[-1] == 1
         monkeypatch.setattr(recordings, "MOST_SHAPES", 2)
-        assert not any(step(images) for images in (2, 2, 2))
+        assert not any(step(images) for images in (2, 2, 4, 4))
         assert counts[-1] == 0
 
 

@@ -286,3 +286,15 @@ def test_the_host_takes_some_time_for_a_layer() -> None:
     forward, backward = prediction.host_seconds(rounds=3)
     assert 1e-5 < forward < 0.1
     assert 1e-5 < backward < 0.1
+
+
+def test_the_host_of_a_micro_batch_from_graphs() -> None:
+    """Less than that of its kernels, of six layers; of a step in micro-batches of four, less than half of the GPU's."""
+    layers = 6
+    forward, backward = prediction.host_seconds(rounds=3)
+    replay = prediction.replay_seconds(layers, rounds=5)
+    assert 1e-5 < replay < layers * (forward + backward)
+    cost, passes = prediction.recorded_costs("xxl", 4)
+    assert passes == 32
+    graphs = passes * (replay + len(prediction.RECORDED) * prediction.HOST) + prediction.NODE * cost.runs
+    assert graphs < sum(rates().by_kind(cost).values()) / 2

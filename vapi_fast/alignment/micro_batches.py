@@ -94,7 +94,7 @@ def learn_at_once(
     known = () if judged is None else (judged,)
     losses = LOSSES[config.method](models, config, batch, tokens, seed, clock, *known)
     backward(losses.terms["loss"], config, len(tokens), clock)
-    return losses
+    return losses._replace(terms={name: term.detach() for name, term in losses.terms.items()})
 
 
 def backward(loss: Tensor, config: AlignConfig, images: int, clock: Clock) -> None:

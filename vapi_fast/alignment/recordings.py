@@ -50,6 +50,7 @@ class Recordings:
     def __init__(self) -> None:
         self.pool: Pool | None = None
         self.shapes: dict[Hashable, Standing] = {}
+        self.closed = False  # to all shapes
         self.warm: set[Hashable] = set()  # those of earlier steps
         self.casts: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}  # by the ids of parameters
@@ -59,11 +60,13 @@ class Recordings:
 
     def standing(self, key: Hashable, batch: ImageBatch, tokens: Tensor) -> Standing | None:
         """Of a micro-batch of that shape; None where it is not recorded."""
-        if key not in self.shapes:
+        if key not in self.shapes and not self.closed:
             self.give_up()
-            if len(self.shapes) < MOST_SHAPES:
-                self.pool = self.pool or graph_pool(tokens.device)
-                self.shapes[key] = Standing(batch, tokens)
+            self.pool = self.pool or graph_pool(tokens.device)
+            self.shapes[key] = Standing(batch, tokens)
+            self.closed = len(self.shapes) > MOST_SHAPES
+        if self.closed:
+            self.shapes.clear()
         return self.shapes.get(key)
 
     def hold_gradients(self, parameters: Iterable[Tensor]) -> None:
