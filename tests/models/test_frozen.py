@@ -285,6 +285,19 @@ def test_a_decoder_in_float16_keeps_what_would_overflow(small: VQTokenizer, scal
     assert all_half(entries).isfinite().all() == (scale < 1e7)
 
 
+def test_what_rewards_trust_float16_with_is_far_from_its_end(tokenizer: VQTokenizer, images: Tensor) -> None:
+    """Decoder: held-out images go up to 22, drawn codes to 24, no more than 1.9-fold; LPIPS: 42 and 50, 0.9."""
+    lpips = LPIPS.from_checkpoint(tiny.FILES.perceptual, "tiny").requires_grad_(False)
+    entries, tokens = FrozenTokenizer(tokenizer, torch.float32, torch.float32).entries, tokenizer.encode(images)
+    own, codes = entries[tokens].unflatten(1, (8, 8)), entries[drawn_codes(len(entries))]
+    pixels = ((each - lpips.shift) / lpips.scale for each in (images, drawn_images(torch.device("cpu"))))
+    inputs = {tokenizer.decoder: [x.permute(0, 3, 1, 2) for x in (own, codes)], lpips.features: [*pixels]}
+    for network, (held_out, drawn) in inputs.items():
+        bounds = ranges(network, drawn)
+        for name, most in ranges(network, held_out).items():
+            assert most < min(3 * bounds[name], 0.1 * LARGEST_HALF)
+
+
 def test_drawn_codes_are_those_of_the_codebook() -> None:
     codes = drawn_codes(61)
     assert codes.shape == (6, 16, 16)
