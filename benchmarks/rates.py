@@ -387,7 +387,8 @@ def micro_batch_forms(bench: Bench) -> None:
         def compared(images: int, form: str, found: list[dict[str, Any]]) -> dict[str, Any]:
             found.append(micro_batch(bench, images, form))
             usual, last = found[0], found[-1]
-            error = max(abs(last[name] / usual[name] - 1) for name in ("loss", "gradient_norm"))
+            errors = [abs(last[name] - usual[name]) / (abs(usual[name]) or 1) for name in ("loss", "gradient_norm")]
+            error = max(errors)
             return last | {"error": error, "ok": error < ERROR[torch.bfloat16]}
 
         for form in FORMS["micro-batch"]:

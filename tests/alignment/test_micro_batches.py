@@ -101,9 +101,11 @@ def batch_of(step: int, batch: ImageBatch) -> ImageBatch:
     return batch._replace(images=images, labels=(batch.labels + step) % 9, sample_ids=(batch.sample_ids + step) % 4)
 
 
-def run(config: AlignConfig, batch: ImageBatch, form: str) -> tuple[Models, list[tuple[Gradients, list[Tensor]]]]:
+def run(
+    config: AlignConfig, batch: ImageBatch, form: str, device: str = "cpu"
+) -> tuple[Models, list[tuple[Gradients, list[Tensor]]]]:
     """The models after STEPS steps, and what each of them found, with its gradients before they were clipped."""
-    models, found = load_models(config, torch.device("cpu")), []
+    models, found = load_models(config, torch.device(device)), []
     trainer = make_trainer(models, config)
 
     def noted(*args: Any) -> Gradients:
@@ -114,7 +116,7 @@ def run(config: AlignConfig, batch: ImageBatch, form: str) -> tuple[Models, list
 
     with forms.taking(micro_batch=form):
         for step in range(STEPS):
-            align_step(trainer, batch_of(step, batch), step, gradients=noted)
+            align_step(trainer, batch_of(step, batch).to(torch.device(device)), step, gradients=noted)
     return models, found
 
 
@@ -271,3 +273,20 @@ def test_graphs_are_for_whole_weights_on_a_gpu(
         assert micro_batches.is_recorded(tiny_models, tiny_config())
         assert not micro_batches.is_recorded(tiny_models, tiny_config(method="ste"))
     assert not micro_batches.is_recorded(tiny_models, tiny_config())
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["one forward", "dropout", "two forwards", "filters and KL", "adapters", "next token"])
+def test_graphs_on_a_gpu(tiny_config: Make, tiny_batch: ImageBatch, case: str) -> None:
+    """But for the order in which gradients of embeddings are added, and draws that this moves across a bound."""
+    config = small(tiny_config, **CASES[case] | {"lr": 1e-7})
+    usual, found = (run(config, tiny_batch, form, "cuda")[1] for form in ("eager", "graph"))
+    for (result, gradients), (other, others) in zip(usual, found, strict=True):
+        assert torch.equal(result.tokens, other.tokens)
+        if result.rollouts.numel():
+            assert (result.rollouts == other.rollouts).double().mean() > 0.99
+        ours, theirs = (torch.cat([each.flatten() for each in every]) for every in (gradients, others))
+        assert float((ours - theirs).norm() / ours.norm()) < 0.05
