@@ -39,8 +39,8 @@ def is_cast(model: Generator) -> bool:
 
 
 def weights_of_step(model: Generator) -> AbstractContextManager[None]:
-    """In which the forwards of a step have one cast of the blocks' weights, and no optimizer may change them."""
-    return cast_once(model.layers, torch.bfloat16) if is_cast(model) else nullcontext()
+    """In which a step has one cast of the blocks' and the head's weights, and no optimizer may change them."""
+    return cast_once(model.layers, torch.bfloat16, model.head.weight) if is_cast(model) else nullcontext()
 
 
 def teacher_forced_hidden(
