@@ -209,6 +209,19 @@ def test_the_optimizer_moves_eight_floats_a_weight() -> None:
     assert config_costs(XXL)["optimizer"].bytes == pytest.approx(32 * 1.411e9, rel=1e-3)
 
 
+def test_a_heads_weights_are_cast_once_a_step() -> None:
+    """Unless they are sharded. Of each of eight micro-batches' gradients bf16 and sum are read, the sum written."""
+    weights, length = 16384 * 1536, 576
+    costs, head = config_costs(XXL), head_costs(LLAMAGEN_CONFIGS["xxl"], 128 * length, 8)
+    assert {each.kind for each in head[0].kernels} == {"product"}
+    cast = [each for each in costs["forward"].kernels if each.kind == "cast"]
+    assert sum(each.bytes for each in cast) == pytest.approx(6 * (48 * (4 * 1536**2 + 3 * 1536 * 4096) + weights))
+    before = sum(part.bytes for part in head_costs(LLAMAGEN_CONFIGS["xxl"], 128 * length, 8, shards=2))
+    # Twice eight casts of half of it; eight times bf16 and fp32 more where autograd adds what it was given in fp32.
+    found = sum(part.bytes for part in head)
+    assert before - found == pytest.approx(8 * 3 * weights + (8 * 6 + 7 * 12 - 6 - 7 * 10) * weights)
+
+
 def test_smaller_micro_batches_read_the_weights_more_often() -> None:
     def moved(stage: str, micro_batch: int) -> float:
         return config_costs(XXL | {"micro_batch": micro_batch})[stage].bytes

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vapi_fast import ops, reference
 from vapi_fast.kernels.launch import recorded
-from vapi_fast.models.recompute import Draw, add_norm, cast_once, linear, norm_heads, norm_swiglu
+from vapi_fast.models.recompute import Draw, add_norm, cast_once, linear, norm_heads, norm_swiglu, taken
 from vapi_fast.ops.backends import implementation
 
 Operation = Callable[..., Sequence[Tensor]]
@@ -242,6 +242,29 @@ def test_gradients_of_weights_cast_once_are_added_up_in_float32(backend: str) ->
     assert found.dtype == torch.float32
     # Only the gradient to the first product is rounded: what comes of it is exact but for float32.
     assert relative_l2(found, expected) < 2e-3
+
+
+def test_another_weight_is_cast_once_and_its_gradients_added_up_in_float32() -> None:
+    """As a head's, which operations of autograd take: bit for bit what casts in each of three micro-batches give."""
+    torch.manual_seed(0)
+    blocks, weight = Blocks().to(DEVICE), nn.Parameter(torch.randn(5, 8, device=DEVICE))
+    other, rows = nn.Parameter(weight.detach().clone()), [torch.randn(7, 8, device=DEVICE).bfloat16() for _ in range(3)]
+    with cast_once(blocks, torch.bfloat16, weight, weight.detach().clone()):
+        with WeightCasts() as casts:
+            products = [x @ taken(weight, torch.bfloat16).T for x in rows]
+            sampled = taken(weight, torch.bfloat16).detach()
+        assert casts.count == 0
+        assert torch.equal(sampled, weight.bfloat16())
+        assert torch.equal(taken(weight, torch.float16), weight.half())
+        for y in products:
+            y.sum().backward()
+    for x in rows:
+        (x @ taken(other, torch.bfloat16).T).sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert torch.equal(weight.grad, other.grad)
+    weight.requires_grad_(False)
+    with cast_once(blocks, torch.bfloat16, weight):
+        assert not taken(weight, torch.bfloat16).requires_grad
 
 
 def test_weights_cast_once_follow_the_masters() -> None:

@@ -252,10 +252,11 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
 
 
 def weight_casts(config: GeneratorConfig, passes: int, shards: int = 1) -> Cost:
-    """The blocks' matrices to bf16: whole ones once a step, CAST numbers in a launch; of sharded ones each process
-    casts its own in every pass, a block's in a launch, before they are gathered."""
+    """The blocks' matrices to bf16: whole ones once a step, CAST numbers in a launch, the head's with them; of sharded
+    ones each process casts its own in every pass, a block's in a launch, before they are gathered."""
     weights = config.layers * (4 * config.width**2 + 3 * config.width * config.hidden_width)
     if shards == 1:
+        weights += config.vocab_size * config.width
         launches = -(-weights // CAST)
         return casts(weights / launches, launches)
     return casts(weights / config.layers / shards, config.layers * passes)
@@ -300,9 +301,15 @@ def head_costs(config: GeneratorConfig, tokens: int, passes: int, shards: int = 
     weights = vocab * width
     chunks = passes * -(-FP32 * vocab * tokens // (passes * LOGITS))
     rows = tokens / chunks
-    logits = product(rows, width, vocab, chunks, written=FP32) + casts(weights / shards, passes)
+    logits = product(rows, width, vocab, chunks, written=FP32)
+    if shards > 1:
+        logits += casts(weights / shards, passes)
     gradients = elementwise((FP32 + BF16) * tokens * vocab, chunks)
     gradients += product(rows, vocab, width, chunks) + product(vocab, round(rows), width, chunks, written=FP32)
     gradients += elementwise(FP32 * weights * (chunks - passes), 0)  # what the first of a pass has not to read
     gradients += elementwise((FP32 + BF16) * weights * passes, passes)  # scaled by the loss's own gradient
-    return logits, gradients + sums(weights, passes)
+    if shards > 1:
+        return logits, gradients + sums(weights, passes)
+    # The first pass's in bf16 becomes the sum in fp32, the others' are added to it.
+    added = (BF16 + FP32) + (BF16 + 2 * FP32) * (passes - 1)
+    return logits, gradients + elementwise(added * weights, passes, "cast")

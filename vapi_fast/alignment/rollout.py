@@ -39,11 +39,11 @@ def is_cast(model: Generator) -> bool:
 
 
 def weights_of_step(model: Generator, kept: dict[int, Tensor] | None = None) -> AbstractContextManager[None]:
-    """In which the forwards of a step have one cast of the blocks' weights, and no optimizer may change them.
+    """In which a step has one cast of the blocks' and the head's weights, and no optimizer may change them.
 
     kept: as of `cast_once`.
     """
-    return cast_once(model.layers, torch.bfloat16, kept) if is_cast(model) else nullcontext()
+    return cast_once(model.layers, torch.bfloat16, model.head.weight, kept=kept) if is_cast(model) else nullcontext()
 
 
 def teacher_forced_hidden(

@@ -196,16 +196,19 @@ _copies: dict[int, Tensor] = {}  # of master weights, by their id; only inside o
 
 
 @contextmanager
-def cast_once(blocks: nn.Module, dtype: torch.dtype, kept: dict[int, Tensor] | None = None) -> Iterator[None]:
+def cast_once(
+    blocks: nn.Module, dtype: torch.dtype, *more: Tensor, kept: dict[int, Tensor] | None = None
+) -> Iterator[None]:
     """Inside the `with` block all matrices of `blocks` are taken in `dtype`, as they are now: nobody may change them.
 
-    kept: casts of an earlier call, by their matrices' ids: they are written again, where a recorded graph reads them.
-    What is missing there is added.
+    more: other weights that are taken so, by `taken`. kept: casts of an earlier call, by their matrices' ids: they are
+    written again, where a recorded graph reads them. What is missing there is added.
 
     Gradients to those that are trained are added to `.grad`, in their own dtype, by the backward itself, whichever way
     it is called: `torch.autograd.grad` does not give them. Not for sharded weights; parametrised ones are cast as ever.
     """
     matrices = [module.weight for module in blocks.modules() if type(module) is nn.Linear]
+    matrices += [weight for weight in more if isinstance(weight, nn.Parameter)]
     kept = {} if kept is None else kept
     with torch.no_grad():
         kept |= {id(each): torch.empty_like(each, dtype=dtype) for each in matrices if id(each) not in kept}
@@ -218,6 +221,28 @@ def cast_once(blocks: nn.Module, dtype: torch.dtype, kept: dict[int, Tensor] | N
         yield
     finally:
         _copies.clear()
+
+
+def taken(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in `dtype`, for operations of autograd; inside of `cast_once` the copy that it has."""
+    copy = _copies.get(id(weight))
+    return weight.to(dtype) if copy is None or copy.dtype != dtype else Copied.apply(weight, copy)
+
+
+class Copied(torch.autograd.Function):
+    """The copy in place of its weight; the gradient is added to the weight's own, in its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.weight = weight
+        return copy.view_as(copy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        total = ctx.weight.grad
+        ctx.weight.grad = gradient.to(ctx.weight.dtype, copy=True) if total is None else total.add_(gradient)
+        return None, None
 
 
 class Master(NamedTuple):

@@ -23,7 +23,7 @@ from vapi_fast.reference.philox import LABEL_DROPOUT, default_sample_ids, philox
 from vapi_fast.runtime.accelerators import causal_attention
 from vapi_fast.runtime.checkpoint import save_generator
 
-from .recompute import Draw, add_norm, linear, norm_heads, norm_swiglu
+from .recompute import Draw, add_norm, linear, norm_heads, norm_swiglu, taken
 
 
 class Condition(NamedTuple):
@@ -87,7 +87,7 @@ class Head(NamedTuple):
 
     def operands(self, hidden: Tensor) -> dict[str, Tensor]:
         """The states and the head in their dtype, as `ops.policy_loss` and its like take them."""
-        operands = {"hidden": hidden, "weight": self.weight.to(hidden.dtype)}
+        operands = {"hidden": hidden, "weight": taken(self.weight, hidden.dtype)}
         return operands if self.bias is None else operands | {"bias": self.bias.to(hidden.dtype)}
 
 
