@@ -27,7 +27,7 @@ from vapi_fast.runtime.errors import CheckpointError, DataError
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     draw = random.Random(0)
-    return [scenes.training_prompt(draw) for _ in range(600)]
+    return [scenes.drawn_prompt(draw, "trained") for _ in range(600)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def sprites() -> Sprites:
 
 
 def test_prompts_are_of_all_tasks_and_read_back_from_their_text(prompts: list[Prompt]) -> None:
-    heldout = scenes.heldout_prompts(72, seed=1)
+    heldout = scenes.measured_prompts(72, seed=1)
     for prompt in prompts + heldout:
         assert scenes.parse(prompt.text) == prompt
     assert {prompt.tag for prompt in prompts} == set(TASKS)
@@ -57,15 +57,21 @@ def test_other_captions_are_none_of_a_scene(caption: str) -> None:
         scenes.parse(caption)
 
 
-def test_what_is_measured_on_is_never_trained_on(prompts: list[Prompt]) -> None:
-    heldout = [prompt for prompt in scenes.heldout_prompts(72, seed=1) if prompt.tag != "single_object"]
-    trained = {each for prompt in prompts for each in scenes.combinations(prompt)}
-    for prompt in heldout:
-        assert set(scenes.combinations(prompt)) - trained, prompt.text
-        assert scenes.held_out(prompt)
-    every = [f"{color} {kind}" for color in COLORS for kind in scenes.KINDS]
-    share = np.mean([scenes.held_out(scenes.parse(f"a photo of a {each}")) for each in every])
-    assert 0.18 < share < 0.32  # a quarter
+def test_what_is_measured_on_is_neither_trained_nor_aligned_on(prompts: list[Prompt]) -> None:
+    draw = random.Random(2)
+    aligned = [scenes.drawn_prompt(draw, "aligned") for _ in range(600)]
+    seen = [{each for prompt in part for each in scenes.combinations(prompt)} for part in (prompts, aligned)]
+    several = [[prompt for prompt in part if prompt.tag != "single_object"] for part in (prompts, aligned)]
+    measured = [prompt for prompt in scenes.measured_prompts(72, seed=1) if prompt.tag != "single_object"]
+    for prompt in measured:
+        assert set(scenes.combinations(prompt)) - seen[0] - seen[1], prompt.text
+    for prompt in several[1]:
+        assert set(scenes.combinations(prompt)) - seen[0], prompt.text
+    for part, found in (("trained", several[0]), ("aligned", several[1]), ("measured", measured)):
+        assert {scenes.part_of(prompt) for prompt in found} == {part}
+    every = [scenes.part_of(scenes.parse(f"a photo of a {color} {kind}")) for color in COLORS for kind in scenes.KINDS]
+    shares = {part: count / len(every) for part, count in Counter(every).items()}
+    assert shares == pytest.approx({"trained": 3 / 4, "aligned": 1 / 8, "measured": 1 / 8}, abs=0.04)
 
 
 def test_objects_lie_as_the_rules_ask(prompts: list[Prompt]) -> None:
@@ -102,7 +108,7 @@ def test_colors_are_told_apart_and_shading_stays(sprites: Sprites) -> None:
 
 def test_words_are_those_of_all_captions(prompts: list[Prompt]) -> None:
     known = set(scenes.words())
-    used = {word for prompt in prompts + scenes.heldout_prompts(72, 1) for word in prompt.text.split()}
+    used = {word for prompt in prompts + scenes.measured_prompts(72, 1) for word in prompt.text.split()}
     assert used <= known
     assert len(known - used) < 12  # rare plurals
     encoder = WordVectors(tiny.TEXT_FILES.words)

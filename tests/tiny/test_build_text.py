@@ -57,8 +57,9 @@ def test_scenes_are_four_samples_of_each_prompt_with_half_as_many_pictures(
     assert {prompt.tag for prompt in prompts} == set(TASKS)
     assert heldout[0] == [prompt.text for prompt in prompts] * 2
     captions, pixels = build.load_scenes(TEXT_FILES.train_images)
-    assert not any(scenes.held_out(scenes.parse(caption)) for caption in captions)
-    assert len(pixels) == 960  # thirty steps of 32
+    parts = {scenes.part_of(scenes.parse(caption)) for caption in captions if scenes.parse(caption).tag != TASKS[0]}
+    assert parts == {"aligned"}
+    assert len(pixels) == 1280  # forty steps of 32
     assert {scenes.parse(caption).tag for caption in captions} == set(TASKS)
 
 
@@ -88,17 +89,17 @@ def test_judge_groups_the_samples_of_a_prompt() -> None:
 
 
 def test_tokenizer_keeps_what_scenes_show(heldout: tuple[list[str], torch.Tensor]) -> None:
-    """A decoded image is still right for nine prompts of ten."""
-    captions, pixels = heldout[0][:317], heldout[1][:317]
+    """A decoded image is still right for most prompts, of which most have colors that it was not trained on either."""
+    captions, pixels = (each[: len(heldout[0]) // 2] for each in heldout)  # once each
     tokenizer = VQTokenizer.from_checkpoint(TEXT_FILES.tokenizer, "scenes")
     judge = SceneJudge.of(captions, torch.device("cpu"))
     assert judge is not None
     with torch.no_grad():
         tokens = tokenizer.encode(pixels)
         decoded = tokenizer.decode(tokens).clamp(-1, 1)
-    assert tokens.shape == (317, 64)
-    right = judge.correct(decoded, torch.arange(317))
-    assert sum(correct for _, correct in right) / 317 > 0.9
+    assert tokens.shape == (len(captions), 64)
+    right = judge.correct(decoded, torch.arange(len(captions)))
+    assert sum(correct for _, correct in right) / len(captions) > 0.85
     assert (decoded - pixels).square().mean() < 0.02
 
 

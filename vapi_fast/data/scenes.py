@@ -2,7 +2,8 @@
 
 Objects are glyphs of Noto Color Emoji by the names that COCO has for them, in their own colors or in one of GenEval's
 ten. A quarter of all combinations (a color on an object, a number of objects, two objects together without colors) is
-held out: no caption that is trained on has any of them, each that is measured on has one.
+held out: no caption that a generator is trained on has any of them. Half of these are aligned on, the others measured
+on: each caption that is measured on has one that no generator has met, trained or aligned.
 """
 
 from __future__ import annotations
@@ -108,29 +109,34 @@ def combinations(prompt: Prompt) -> list[str]:
     return found if found or len(names) == 1 else [" ".join(names)]
 
 
-def held_out(prompt: Prompt) -> bool:
-    """Whether it has a combination that is never trained on."""
-    return any(hashlib.blake2b(each.encode()).digest()[1] % HELDOUT_SHARE == 0 for each in combinations(prompt))
+def part_of(prompt: Prompt) -> str:
+    """`trained`, where a generator has been trained on all that it puts together, else `aligned` or `measured`.
+
+    What is held out of the training is either aligned on or measured on; a prompt with both is in neither ("").
+    """
+    digests = [hashlib.blake2b(each.encode()).digest() for each in combinations(prompt)]
+    parts = {digest[10] % 2 for digest in digests if digest[1] % HELDOUT_SHARE == 0}
+    return "trained" if not parts else ("aligned", "measured")[parts.pop()] if len(parts) == 1 else ""
 
 
-def training_prompt(draw: random.Random) -> Prompt:
-    """One of any task, without what is held out."""
+def drawn_prompt(draw: random.Random, part: str) -> Prompt:
+    """One of any task, of that part; one object alone, which is of every part, as often as any task."""
     while True:
         task = draw.choice(TASKS)
         if task == TASKS[0]:
             return alone(draw.choice(KINDS))
         prompt = make_prompt(task, draw, KINDS, KINDS)
-        if not held_out(prompt):
+        if part_of(prompt) == part:
             return prompt
 
 
-def heldout_prompts(each: int, seed: int) -> list[Prompt]:
-    """Every kind alone, then up to `each` of every other task that have what is held out; none twice."""
+def measured_prompts(each: int, seed: int) -> list[Prompt]:
+    """Every kind alone, then up to `each` of every other task that are measured on; none twice."""
     draw = random.Random(seed)
     prompts = [alone(name) for name in KINDS]
     for task in TASKS[1:]:
         tries = (make_prompt(task, draw, KINDS, KINDS) for _ in range(400 * each))
-        prompts += list(dict.fromkeys(filter(held_out, tries)))[:each]
+        prompts += list(dict.fromkeys(each for each in tries if part_of(each) == "measured"))[:each]
     return prompts
 
 
@@ -196,10 +202,10 @@ def render(things: Iterable[Thing], sprites: Sprites, draw: random.Random) -> np
     return (image * 255).round().astype(np.uint8)
 
 
-def stream(sprites: Sprites, seed: int) -> Iterator[tuple[Prompt, list[Thing], np.ndarray]]:
-    """Endless scenes to train on."""
+def stream(sprites: Sprites, seed: int, part: str = "trained") -> Iterator[tuple[Prompt, list[Thing], np.ndarray]]:
+    """Endless scenes of a part of the prompts."""
     draw = random.Random(seed)
     while True:
-        prompt = training_prompt(draw)
+        prompt = drawn_prompt(draw, part)
         things = arrange(prompt, draw)
         yield prompt, things, render(things, sprites, draw)

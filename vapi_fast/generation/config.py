@@ -120,7 +120,7 @@ class GenerateConfig(DrawOptions, ModelOptions):
     prompts: Path | None = option(
         None,
         "file of texts in turn: one a line, or lines of JSON with `prompt`; or `geneval`: its own 553, downloaded "
-        "(of tiny ones: 317 scenes)",
+        "(of tiny ones: 281 scenes)",
         file="file",
     )
     text_encoder: str | None = option(

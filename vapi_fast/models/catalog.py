@@ -182,7 +182,7 @@ TINY_TEXT = replace(
         "eval_data": tiny.TEXT_FILES.heldout_images,
         "reference": tiny.TEXT_FILES.heldout_images,
     },
-    align={**TINY.align, "steps": 15, "lr": 4e-5, "eval_samples": 1268, "eval_batch": 317, "cfg_scale": 2.0},
+    align={**TINY.align, "steps": 80, "lr": 4e-5, "eval_samples": 1124, "eval_batch": 281, "cfg_scale": 2.0},
     drawn={"cfg_scale": 2.0, "top_k": 0},
     geneval_prompts=tiny.TEXT_FILES.prompts,
 )

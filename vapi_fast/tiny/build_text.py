@@ -41,7 +41,7 @@ from vapi_fast.tiny.build import disturbed
 from vapi_fast.tiny.images import BITMAP_SIZE, FONT, glyph_image
 from vapi_fast.tiny.training import SEED, build_parts, fit, fit_generator, fit_tokenizer, save_half
 
-TRAINING_SCENES = 960
+TRAINING_SCENES = 1280
 PROMPTS_A_TASK, SCENES_A_PROMPT = 72, 2
 HELDOUT_SEED, TOKENIZER_SEED, GENERATOR_SEED = 1, 2, 3  # streams of scenes
 CYCLES = (2500, 1800)  # steps of the generator, at a rate that falls to zero in each
@@ -79,7 +79,7 @@ def sprites() -> Sprites:
 def heldout_scenes(painted: Sprites) -> Iterator[Scene]:
     """The prompts that are measured on, each so many times in turn."""
     draw = random.Random(HELDOUT_SEED)
-    prompts = scenes.heldout_prompts(PROMPTS_A_TASK, HELDOUT_SEED)
+    prompts = scenes.measured_prompts(PROMPTS_A_TASK, HELDOUT_SEED)
     for prompt in prompts * SCENES_A_PROMPT:
         things = scenes.arrange(prompt, draw)
         yield prompt, things, scenes.render(things, painted, draw)
@@ -89,12 +89,12 @@ def build_scenes(output: TextFiles) -> None:
     """The images with captions that are aligned on, and the held-out ones that are measured on."""
     painted = sprites()
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
-    training = itertools.islice(scenes.stream(painted, SEED), TRAINING_SCENES)
+    training = itertools.islice(scenes.stream(painted, SEED, "aligned"), TRAINING_SCENES)
     for path, source in ((output.train_images, training), (output.heldout_images, heldout_scenes(painted))):
         rows = [{"image": {"bytes": png(image), "path": None}, "caption": prompt.text} for prompt, _, image in source]
         write_atomically(path, datasets.Dataset.from_list(rows, features=features).to_parquet)
         print(f"{path.name}: {len(rows)} scenes, {path.stat().st_size / 1e6:.1f} MB")
-    lines = [json.dumps(prompt.to_json()) + "\n" for prompt in scenes.heldout_prompts(PROMPTS_A_TASK, HELDOUT_SEED)]
+    lines = [json.dumps(prompt.to_json()) + "\n" for prompt in scenes.measured_prompts(PROMPTS_A_TASK, HELDOUT_SEED)]
     write_atomically(output.prompts, lambda path: path.write_text("".join(lines), "utf-8"))
 
 
