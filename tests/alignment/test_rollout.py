@@ -70,7 +70,7 @@ def test_a_step_casts_weights_once_and_loses_nothing_by_it(
     batch = tiny_batch.take(slice(6))
     found = {}
 
-    def every_time(blocks: nn.Module, dtype: torch.dtype, *more: Tensor) -> AbstractContextManager[None]:
+    def every_time(blocks: nn.Module, dtype: torch.dtype, *more: Tensor, kept: None) -> AbstractContextManager[None]:
         return nullcontext()
 
     for name, devices, cast in [
