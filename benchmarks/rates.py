@@ -351,8 +351,11 @@ def exactness(bench: Bench, operations: list[Operation], processes: int) -> None
             bench.attempt(cases[case], case.result)
 
 
-def micro_batch(bench: Bench, images: int, form: str) -> dict[str, Any]:
-    """The transformer's part of a step's micro-batches, LAYERS deep, with made-up advantages; launching counts."""
+def micro_batch(bench: Bench, images: int, form: str, found: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """The transformer's part of a step's micro-batches, LAYERS deep, with made-up advantages; launching counts.
+
+    found: of each form its loss and gradients, which must be those of kernel by kernel.
+    """
     torch.manual_seed(0)
     config = AlignConfig(model="xxl", micro_batch=images, recipe="lean", random_init=True, synthetic_data=True)
     small = {"layers": 1, "heads": 2, "width": 128, "vocab_size": 64, "grid_size": 4}
@@ -374,25 +377,20 @@ def micro_batch(bench: Bench, images: int, form: str) -> dict[str, Any]:
     with forms.taking(micro_batch=form):
         loss = [step(seed) for seed in range(3)][-1]  # kernel by kernel, recorded, replayed
         gradients = [each.grad for each in generator.parameters() if each.grad is not None]
-        found = {"loss": float(loss), "gradient_norm": float(torch.nn.utils.get_total_norm(gradients))}
+        found[form] = [loss.clone(), *(each.clone() for each in gradients)]
         figures = rate(((seed,) for seed in itertools.count()), step, PASSES * images, held=0.0)
-    return figures | found | {"unit": "images/s"}
+    error = max(relative(mine, right.double()) for mine, right in zip(found[form], found["eager"], strict=True))
+    return figures | {"unit": "images/s", "error": error, "ok": error < ERROR[torch.bfloat16]}
 
 
 def micro_batch_forms(bench: Bench) -> None:
     """Each number of images in both forms, whose losses and gradients must agree."""
     for images in MICRO_BATCHES:
-        found: list[dict[str, Any]] = []
-
-        def compared(images: int, form: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-            found.append(micro_batch(bench, images, form))
-            usual, last = found[0], found[-1]
-            errors = [abs(last[name] - usual[name]) / (abs(usual[name]) or 1) for name in ("loss", "gradient_norm")]
-            error = max(errors)
-            return last | {"error": error, "ok": error < ERROR[torch.bfloat16]}
-
+        found: dict[str, list[Tensor]] = {}
         for form in FORMS["micro-batch"]:
-            bench.attempt(f"micro-batch of {images}, {form}", functools.partial(compared, images, form, found))
+            bench.attempt(
+                f"micro-batch of {images}, {form}", functools.partial(micro_batch, bench, images, form, found)
+            )
 
 
 def measure(bench: Bench) -> None:

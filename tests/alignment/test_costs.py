@@ -195,6 +195,7 @@ def test_a_pooled_level_is_read_once_for_its_distance_and_its_pooling() -> None:
     assert 9 * 128 * pooled == pytest.approx(40.8e9, rel=1e-3)
     assert feature_cost(alex, 384) == feature_cost(alex, 384, plain=True)
     assert config_costs(XXL | {"method": "ste"})["lpips"].bytes == 2 * 128 * apart.bytes
+    assert config_costs(XXL | {"credit_window": 3})["lpips"].bytes == 9 * 128 * apart.bytes
 
 
 def test_dropout_reads_and_writes_both_branches_of_a_block() -> None:

@@ -175,9 +175,18 @@ def test_samples_of_scenes_are_judged_by_their_captions(tmp_path: Path) -> None:
     assert SceneJudge.of(others, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("names", "said"), [(("cat", "dog"), True), (("train/cat", "val/cat"), False)])
+@pytest.mark.parametrize(
+    ("names", "split", "said"),
+    [
+        (("cat", "dog"), None, True),
+        (("train/cat", "val/cat"), None, False),
+        (("train/cat", "val/cat"), "Validation", True),
+        (("train/cat", "test/cat"), "train", False),
+    ],
+)
 def test_images_of_the_training_are_not_measured_on_in_silence(
     names: tuple[str, ...],
+    split: str | None,
     said: bool,
     tiny_config: Make,
     tiny_models: Models,
@@ -187,5 +196,5 @@ def test_images_of_the_training_are_not_measured_on_in_silence(
     for name in names:
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
-    evaluator(tiny_config(data=tmp_path, eval_data=None, eval_samples=4), tiny_models)
-    assert ("has no held-out split: the measurement takes images of the training" in capsys.readouterr().err) == said
+    evaluator(tiny_config(data=tmp_path, split=split, eval_data=None, eval_samples=4), tiny_models)
+    assert ("the measurement takes the split that is aligned on" in capsys.readouterr().err) == said

@@ -169,7 +169,7 @@ def test_each_side_is_charged_for_its_own_memory_alone(
     gpu.peak = 10**6
     pool = comparison.Pool((0, 1), None)
     kept = torch.zeros(100)
-    compared.measured("vapi_fast", clock, lambda: gpu.resets, others=[kept], pool=pool)
+    compared.measured("vapi_fast", clock, lambda: gpu.resets, others=[kept], pools=lambda: [pool, None])
     compared.measured("published_recipe", clock, lambda: gpu.resets, others=[kept, kept[2:]])
     assert gpu.resets == 2
     assert compared.peaks == {"vapi_fast": [10**6 + 700 - 400], "published_recipe": [10**6 - 400]}
@@ -180,7 +180,7 @@ def test_what_the_other_side_holds(tiny_config: Make, tiny_models: Models, tiny_
     compared = compared_with(tiny_models)
     charged = {}
 
-    def measured(name: str, clock: Any, run: Any, others: list[object], pool: Any = None) -> Any:
+    def measured(name: str, clock: Any, run: Any, others: list[object], pools: Any = None) -> Any:
         charged[name] = held_bytes(others)
         return run()
 

@@ -111,14 +111,16 @@ def test_a_revision_is_another_set(server: Hub) -> None:
 
 
 def test_a_set_of_several_configurations(server: Hub) -> None:
-    """Each is a set of its own; which one is meant has to be said where there is no default."""
-    readme = "---\nconfigs:\n"
-    for start, name in ((0, "cats"), (100, "dogs")):
-        labelled(server.folder / FOLDER / f"{name}.parquet", 3, start)
-        readme += f"- config_name: {name}\n  data_files: {name}.parquet\n"
-    server.put(f"{FOLDER}/README.md", f"{readme}---\n".encode())
-    found = [local_source(Path(f"hub:owner/set/{name}"), None, False, 2)[0] for name in ("cats", "dogs")]
-    assert [values(ImageData(folder, 8)) for folder in found] == [[0, 1], [100, 101]]
+    """Each is a set of its own; which one is meant has to be said where its card has no default."""
+    for repository, default in (("set", ""), ("flagged", "  default: true\n")):
+        card = "---\nconfigs:\n"
+        (server.folder / "datasets/owner" / repository).mkdir(exist_ok=True)
+        for start, name in ((0, "cats"), (100, "dogs")):
+            labelled(server.folder / "datasets/owner" / repository / f"{name}.parquet", 3, start)
+            card += f"- config_name: {name}\n  data_files: {name}.parquet\n"
+        server.put(f"datasets/owner/{repository}/README.md", f"{card}{default}---\n".encode())
+    found = [local_source(Path(f"hub:owner/{name}"), None, False, 2)[0] for name in ("set/cats", "set/dogs", "flagged")]
+    assert [values(ImageData(folder, 8)) for folder in found] == [[0, 1], [100, 101], [100, 101]]
     with pytest.raises(DataError, match="--data hub:owner/set: owner/set has the configurations cats, dogs: add one"):
         local_source(Path("hub:owner/set"), None, False, 2)
     with pytest.raises(DataError, match="owner/set has no configuration 'birds'; it has cats, dogs: add one"):

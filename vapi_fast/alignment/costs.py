@@ -57,6 +57,7 @@ def step_costs(
     dropout: bool = False,
     shards: int = 1,
     reward_dtype: str | None = None,
+    by_token: bool = False,
 ) -> dict[str, Cost]:
     """What one step launches, by stage, as 16-bit CUDA tensors have it.
 
@@ -68,7 +69,7 @@ def step_costs(
     forward that the backward is of.
 
     Batch sizes are those of one process. shards: processes that share weights, gradients and optimizer states.
-    reward_dtype: of decoder and perceptual network.
+    reward_dtype: of decoder and perceptual network. by_token: distances are taken by tokens' cells.
     """
     length = (image_size // tokenizer.downsample) ** 2
     generator = usual_size(generator, tokenizer, image_size)
@@ -93,7 +94,7 @@ def step_costs(
     decodings = batch_size * (group_size if method == "vapi" else 1)
     rewards = passes * -(-decodings // (passes * MAX_CHUNK))
     itemsize = reward_itemsize(reward_dtype)
-    maps = feature_cost(lpips, image_size, itemsize, plain=method == "ste")
+    maps = feature_cost(lpips, image_size, itemsize, plain=method == "ste" or by_token)
     drawn = elementwise(decodings * length * 12, passes)  # an int64 token and its fp32 log-probability
     read = elementwise(FP32 * batch_size * length * generator.vocab_size, passes)  # of the logits
     costs = {
@@ -159,6 +160,7 @@ def config_costs(config: Mapping[str, Any], *, processes: int = 1, sharded: bool
         dropout=bool(config.get("dropout")),
         shards=processes if sharded else 1,
         reward_dtype=config.get("reward_dtype"),
+        by_token=config.get("credit_window") is not None,
     )
 
 

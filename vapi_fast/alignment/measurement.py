@@ -18,7 +18,7 @@ from vapi_fast.alignment.rollout import condition_of, roll_out, token_uncertaint
 from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageBatch, ImageStream
 from vapi_fast.data.features import FeatureSource
-from vapi_fast.data.splits import SPLITS
+from vapi_fast.data.splits import canonical
 from vapi_fast.evaluation import metrics as evaluation
 from vapi_fast.evaluation.geneval_scores import TaskScores
 from vapi_fast.evaluation.networks import FeatureNetwork, inception_network, tiny_network
@@ -95,8 +95,10 @@ class Evaluator:
         self.network = feature_network(config, models, device)
         self.scored_side = config.image_size if config.lpips in tiny.NETWORKS else PAPER_SIDE
         self.data = open_data(config, models.generator.config.condition, device, held_out=True, features=features)
-        if config.eval_data is None and SPLITS.get((self.data.split or "").lower(), "train") == "train":
-            warn(f"{config.data} has no held-out split: the measurement takes images of the training; pass --eval-data")
+        measured, trained = canonical(self.data.split or "train"), canonical(config.split or "train")
+        alone = not config.split and measured not in ("validation", "test")  # whatever it is called
+        if config.eval_data is None and (measured == trained or alone):
+            warn(f"--data {config.data}: the measurement takes the split that is aligned on; pass --eval-data")
         scored = self.data.at(self.scored_side)
         count = min(len(self.data), config.eval_samples)
         features, labels, positions = [], [], []

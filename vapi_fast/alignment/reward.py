@@ -70,7 +70,7 @@ class PixelReward:
         self, decoded: Tensor, images: Tensor, clock: Clock = contextlib.nullcontext, *, by_token: bool = False
     ) -> Reward:
         """As `score`, of decoded images `[B,G,3,H,W]`."""
-        chunk = self.codec.chunk_size(images[0, 0].numel())
+        chunk = self.codec.chunk_size(images[0, 0].numel(), self.frozen_lpips.itemsize)
         with clock("lpips"):
             distances = self._token_distances if by_token else self._distances
             return self.weighted(*distances(decoded, images, chunk=max(1, chunk // decoded.shape[1])))

@@ -71,8 +71,7 @@ def is_here(source: Path, split: str | None, held_out: bool, rows: int) -> bool:
 def folder_of(name: HubName, split: str | None, held_out: bool, rows: int) -> Path:
     which = re.sub(r"\W", "-", split or ("held-out" if held_out else "training"))
     stem = name.repository.replace("/", "--") + (f"@{name.revision}" if name.revision != MAIN else "")
-    which = "-".join(filter(None, [re.sub(r"\W", "-", name.file), which]))
-    return Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / stem / f"{which}-{rows}"
+    return Path(torch.hub.get_dir()) / "vapi-fast" / "hub" / stem / name.file.replace("/", "--") / f"{which}-{rows}"
 
 
 def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: Path) -> None:
@@ -82,7 +81,11 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
     ask(name)
     datasets.disable_progress_bars()  # one a file, beside ours
     revision = None if name.revision == MAIN else name.revision
-    configuration = configuration_of(name, datasets.get_dataset_config_names(name.repository, revision=revision))
+    configuration = configuration_of(
+        name,
+        datasets.get_dataset_config_names(name.repository, revision=revision),
+        datasets.get_dataset_default_config_name(name.repository, revision=revision),
+    )
     splits = datasets.load_dataset(name.repository, configuration, revision=revision, streaming=True)
     chosen = choose_split(list(splits), split, held_out, Path(str(name)))
     stream = splits[chosen]
@@ -104,15 +107,12 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
     write_atomically(folder / COMPLETE, lambda temporary: temporary.write_text(f"{name} {chosen}\n", "utf-8"))
 
 
-def configuration_of(name: HubName, found: list[str]) -> str:
-    """The one that is named, or the only one, or `default`; raises DataError for another, or where it has to be named.
-
-    found: of the data set.
-    """
+def configuration_of(name: HubName, found: list[str], default: str | None) -> str:
+    """The one of `found` that is named, or the default; raises DataError for another, or where it has to be named."""
     if name.file in found:
         return name.file
-    if not name.file and (len(found) == 1 or "default" in found):
-        return found[0] if len(found) == 1 else "default"
+    if not name.file and default is not None:
+        return default
     said = f"no configuration {name.file!r}; it has" if name.file else "the configurations"
     raise DataError(f"--data {name}: {name.repository} has {said} {', '.join(found)}: add one, hub:owner/name/NAME")
 

@@ -136,7 +136,7 @@ def measured_prompts(each: int, seed: int) -> list[Prompt]:
     prompts = [alone(name) for name in KINDS]
     for task in TASKS[1:]:
         tries = (make_prompt(task, draw, KINDS, KINDS) for _ in range(400 * each))
-        prompts += list(dict.fromkeys(each for each in tries if part_of(each) == "measured"))[:each]
+        prompts += list(dict.fromkeys(prompt for prompt in tries if part_of(prompt) == "measured"))[:each]
     return prompts
 
 

@@ -35,6 +35,11 @@ def split_of(name: str) -> str:
     return next((SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS), "")
 
 
+def canonical(name: str) -> str:
+    """A split's usual name, whatever a source calls it."""
+    return SPLITS.get(name.lower(), name)
+
+
 def choose_split(found: Sequence[str], wanted: str | None, held_out: bool, source: Path) -> str:
     """Which of a source's splits is read: the wanted one, or by default training images, or the held-out ones.
 
@@ -48,14 +53,14 @@ def choose_split(found: Sequence[str], wanted: str | None, held_out: bool, sourc
     there = ", ".join(dict.fromkeys(found))
     if wanted is not None:
         for name in found:
-            if name.lower() == wanted.lower() or SPLITS.get(name.lower(), name) == SPLITS.get(wanted.lower(), wanted):
+            if name.lower() == wanted.lower() or canonical(name) == canonical(wanted):
                 return name
         raise DataError(f"{source} has no split {wanted!r}; it has {there}")
-    canonical = {SPLITS.get(name.lower(), name): name for name in reversed(found)}
+    usual = {canonical(name): name for name in reversed(found)}
     for name in HELD_OUT if held_out else ("train",):
-        if name in canonical:
-            return canonical[name]
-    if len(canonical) > 1:
+        if name in usual:
+            return usual[name]
+    if len(usual) > 1:
         raise DataError(f"{source} has the splits {there}: choose one with --split")
     return found[0]
 

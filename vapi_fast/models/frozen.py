@@ -420,12 +420,13 @@ class PixelCodec:
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Token sequences int64 `[N,T]` → images `[N,3,H,W]`, approximately in [−1, 1]; no gradient."""
-        return self._decode(tokens, chunk=self.chunk_size(tokens.shape[1] * self.frozen.downsample**2))
+        pixels = tokens.shape[1] * self.frozen.downsample**2
+        return self._decode(tokens, chunk=self.chunk_size(pixels, self.frozen.decoder.itemsize))
 
-    def chunk_size(self, pixels: int) -> int:
-        """Sequences to decode at once to images of so many pixels; fewer where float16 does not hold some maps."""
+    def chunk_size(self, pixels: int, itemsize: int | None = None) -> int:
+        """Images of so many pixels to take at once; itemsize: of a network's widest maps, where not of `dtype`."""
         chunk = self.chunk or min(MAX_CHUNK, MAX_PIXELS // pixels)
-        return max(1, chunk * self.dtype.itemsize // self.frozen.decoder.itemsize)
+        return max(1, chunk * self.dtype.itemsize // (itemsize or self.dtype.itemsize))
 
 
 class Layer(NamedTuple):
@@ -454,6 +455,7 @@ class FrozenLPIPS:
             single = large_parts(lpips.features, convolutions, drawn)
         self.shift, self.scale = (frozen_bias(each.flatten(), dtype) for each in (lpips.shift, lpips.scale))
         self.heads = [frozen_bias(head, dtype) for head in lpips.heads]
+        self.itemsize = torch.float32.itemsize if single else dtype.itemsize  # of a number of the widest maps
         self.layers = []
         for index, module in enumerate(lpips.features):
             if isinstance(module, nn.Conv2d):

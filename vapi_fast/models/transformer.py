@@ -83,7 +83,7 @@ class Head(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., V]` of the states `[..., D]`, in their dtype."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        return F.linear(hidden, taken(self.weight, hidden.dtype), bias)
 
     def operands(self, hidden: Tensor) -> dict[str, Tensor]:
         """The states and the head in their dtype, as `ops.policy_loss` and its like take them."""
