@@ -60,17 +60,19 @@ def learn(
 
     judged: as of `vapi_loss`.
     """
-    if not is_recorded(models, config):
-        return learn_at_once(models, config, batch, tokens, seed, clock, judged)
-    recordings, parameters = models.recordings, list(models.generator.parameters())
-    key = config, *(each if each is None else (each.shape, each.dtype) for each in (*batch, tokens))
-    recordings.hold_gradients(parameters)
-    standing = recordings.standing(key, batch, tokens)
+    recordings, standing = models.recordings, None
+    if is_recorded(models, config):
+        recordings.hold_gradients(models.generator.parameters())
+        key = config, *(each if each is None else (each.shape, each.dtype) for each in (*batch, tokens))
+        standing = recordings.standing(key, batch, tokens)
     if standing is None:
-        return learn_at_once(models, config, batch, tokens, seed, clock, judged)
+        known = () if judged is None else (judged,)
+        losses = LOSSES[config.method](models, config, batch, tokens, seed, clock, *known)
+        backward(losses.terms["loss"], config, len(tokens), clock)
+        return losses
     standing.take(batch, tokens, seed)
     halves = [partial(half, models, config, standing) for half in (draw, learn_from_drawn)]
-    if standing.halves is None and key in recordings.warm:
+    if standing.halves is None and standing.warm:
         standing.halves = [RecordedStages(half, recordings.pool) for half in halves]
     first, second = standing.halves or [partial(run_aside, recordings.pool, half) for half in halves]
     rollouts = first(clock).clone()
@@ -78,23 +80,8 @@ def learn(
         judged = judged or judge(models, config, rollouts, batch, seed, clock)
         standing.learn_from(judged.advantages)
     terms = {name: term.clone() for name, term in second(clock).items()}
-    recordings.hold_gradients(parameters)
+    recordings.hold_gradients(models.generator.parameters())
     return Losses(terms if judged is None else terms | judged.rewards, rollouts)
-
-
-def learn_at_once(
-    models: Models,
-    config: AlignConfig,
-    batch: ImageBatch,
-    tokens: Tensor,
-    seed: int,
-    clock: Clock,
-    judged: Judged | None,
-) -> Losses:
-    known = () if judged is None else (judged,)
-    losses = LOSSES[config.method](models, config, batch, tokens, seed, clock, *known)
-    backward(losses.terms["loss"], config, len(tokens), clock)
-    return losses._replace(terms={name: term.detach() for name, term in losses.terms.items()})
 
 
 def backward(loss: Tensor, config: AlignConfig, images: int, clock: Clock) -> None:

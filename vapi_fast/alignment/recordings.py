@@ -24,6 +24,7 @@ class Standing:
         self.advantages: Tensor | None = None
         self.rollout: Rollout | None = None  # from one half to the other
         self.halves: list[RecordedStages] | None = None
+        self.warm = False  # whether an earlier step had one of its shape
 
     def take(self, batch: ImageBatch, tokens: Tensor, seed: int) -> None:
         for own, given in zip((*self.batch, self.tokens), (*without_images(batch), tokens), strict=True):
@@ -51,12 +52,12 @@ class Recordings:
         self.pool: Pool | None = None
         self.shapes: dict[Hashable, Standing] = {}
         self.closed = False  # to all shapes
-        self.warm: set[Hashable] = set()  # those of earlier steps
         self.casts: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}  # by the ids of parameters
 
     def begin_step(self) -> None:
-        self.warm = set(self.shapes)
+        for standing in self.shapes.values():
+            standing.warm = True
 
     def standing(self, key: Hashable, batch: ImageBatch, tokens: Tensor) -> Standing | None:
         """Of a micro-batch of that shape; None where it is not recorded."""

@@ -81,12 +81,7 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
     ask(name)
     datasets.disable_progress_bars()  # one a file, beside ours
     revision = None if name.revision == MAIN else name.revision
-    configuration = configuration_of(
-        name,
-        datasets.get_dataset_config_names(name.repository, revision=revision),
-        datasets.get_dataset_default_config_name(name.repository, revision=revision),
-    )
-    splits = datasets.load_dataset(name.repository, configuration, revision=revision, streaming=True)
+    splits = datasets.load_dataset(name.repository, configuration_of(name), revision=revision, streaming=True)
     chosen = choose_split(list(splits), split, held_out, Path(str(name)))
     stream = splits[chosen]
     if stream.features is None:
@@ -107,12 +102,16 @@ def fetch(name: HubName, split: str | None, held_out: bool, rows: int, folder: P
     write_atomically(folder / COMPLETE, lambda temporary: temporary.write_text(f"{name} {chosen}\n", "utf-8"))
 
 
-def configuration_of(name: HubName, found: list[str], default: str | None) -> str:
-    """The one of `found` that is named, or the default; raises DataError for another, or where it has to be named."""
+def configuration_of(name: HubName) -> str:
+    """The one that is named, or the default; raises DataError where it is not there, or none is the default."""
+    import datasets
+
+    where = {"path": name.repository, "revision": None if name.revision == MAIN else name.revision}
+    if not name.file and (default := datasets.get_dataset_default_config_name(**where)):
+        return default
+    found = datasets.get_dataset_config_names(**where)
     if name.file in found:
         return name.file
-    if not name.file and default is not None:
-        return default
     said = f"no configuration {name.file!r}; it has" if name.file else "the configurations"
     raise DataError(f"--data {name}: {name.repository} has {said} {', '.join(found)}: add one, hub:owner/name/NAME")
 
