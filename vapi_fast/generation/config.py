@@ -128,6 +128,9 @@ class GenerateConfig(DrawOptions, ModelOptions):
         "T5 that the model was trained with: folder, or name on Hugging Face's hub",
         shown="google/flan-t5-xl (tiny-text: shipped words)",
     )
+    caption_cache: Path | None = option(
+        None, "folder where prompts' features are kept, as captions' of `align`", shown="beside torch.hub's"
+    )
     caption_features: Path | None = option(
         None,
         "text-encoder features `[N, 120, 2048]` (`.npy`, `.safetensors`) for a text-conditioned model, in turn",

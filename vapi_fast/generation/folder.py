@@ -43,7 +43,7 @@ from vapi_fast.runtime.progress import progress_bar
 
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
 FILES = {"gpt_ckpt", "vq_ckpt", "caption_features", "prompts", "ema"}
-FREE_FIELDS = FILES | {"out", "batch_size", "compare_ckpt", "entropy_maps"}
+FREE_FIELDS = FILES | {"out", "batch_size", "caption_cache", "compare_ckpt", "entropy_maps"}
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
