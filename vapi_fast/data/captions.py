@@ -136,6 +136,10 @@ class _Text(HTMLParser):
         if not self.within:
             self.parts.append(data)
 
+    def unknown_decl(self, data: str) -> None:
+        if data.startswith("cdata["):  # a caption is in lower case by now
+            self.handle_data(data.removeprefix("cdata["))
+
     def handle_charref(self, name: str) -> None:
         self.handle_data(html.unescape(f"&#{name};"))
 
