@@ -100,7 +100,7 @@ def test_prompts_are_encoded_and_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     cache = tmp_path / "cache"
 
     def drawn(name: str, **changes: Any) -> Tensor:
-        kept = {} if "caption_features" in changes else {"caption_cache": cache}
+        kept = {"text_encoder": None} if "caption_features" in changes else {"caption_cache": cache}
         draw_samples(config(tmp_path / name, **text | {"num": PRESET} | kept | changes))
         count = len(json.loads((tmp_path / name / "manifest.json").read_text())["images"])
         return next(open_image_set(tmp_path / name, 32).batches(0, count, count)).int()
@@ -136,7 +136,7 @@ def test_prompts_are_encoded_and_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     for changes, message in (
         ({"prompt": " "}, "--prompt: prompt 1, ' ', has no words"),
         ({"prompts": tmp_path / "links.txt"}, r"--prompts .*links\.txt: prompt 2, 'https://x\.com', has no words"),
-        ({"caption_features": tmp_path / "features.safetensors", "num": 1}, "--caption-features and --caption-cache"),
+        ({"caption_features": tmp_path / "features.safetensors", "num": 1}, "--caption-features and --text-encoder"),
         (
             {"gpt_ckpt": tiny.FILES.generator, "text_encoder": None},
             "--caption-cache: this checkpoint is conditioned on",

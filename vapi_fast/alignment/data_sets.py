@@ -106,12 +106,12 @@ def split_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None, boo
 def check_flags(config: AlignConfig, condition: Classes | Captions | Prompts) -> None:
     """Raise ConfigError for a flag that does not go with what the generator is conditioned on."""
     if isinstance(condition, Classes):
-        if given := [flag(name) for name in OF_CAPTIONS if getattr(config, name) is not None]:
+        if given := config.given(*OF_CAPTIONS):
             raise ConfigError(f"{given[0]}: this model is conditioned on classes, leave it out")
         return
     if config.class_index is not None:
         raise ConfigError("--class-index: this model is conditioned on captions, leave it out")
-    given = [flag(name) for name in OF_FEATURES if getattr(config, name) is not None]
+    given = config.given(*OF_FEATURES)
     if isinstance(condition, Prompts):
         if given:
             raise ConfigError(f"{given[0]}: this model reads captions by its own tokenizer, leave it out")

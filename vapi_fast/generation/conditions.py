@@ -19,9 +19,8 @@ from vapi_fast.models import Condition, Generator
 from vapi_fast.models.sizes import Classes, Prompts
 from vapi_fast.runtime.checkpoint import load_file_checked
 from vapi_fast.runtime.errors import ConfigError
-from vapi_fast.runtime.options import flag
 
-OF_CAPTIONS = ("prompt", "prompts", "caption_features", "text_encoder", "caption_cache")
+OF_ENCODER = ("text_encoder", "caption_cache")
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,11 @@ def read_conditions(config: GenerateConfig, generator: Generator, device: torch.
     them raises.
     """
     taken = generator.config.condition
-    given = [name for name in OF_CAPTIONS if getattr(config, name) is not None]
     if isinstance(taken, Classes):
-        return class_ids(config, taken.count, given)
+        return class_ids(config, taken.count)
     if isinstance(taken, Prompts):
-        if own := [flag(name) for name in given if name in ("text_encoder", "caption_cache")]:
-            raise ConfigError(f"{own[0]}: this model reads prompts by its own tokenizer, leave it out")
+        if given := config.given(*OF_ENCODER):
+            raise ConfigError(f"{given[0]}: this model reads prompts by its own tokenizer, leave it out")
         if not config.texts:
             raise ConfigError("--prompt or --prompts is required: this model draws from prompts alone")
         tokens = PromptTokens(config.gpt_ckpt, taken.tokens, bos=taken.bos, begin_image=taken.begin_image)
@@ -94,8 +92,8 @@ def read_conditions(config: GenerateConfig, generator: Generator, device: torch.
             "--prompt, --prompts or --caption-features is required: this checkpoint is conditioned on captions, "
             "not on classes"
         )
-    if config.caption_cache is not None:
-        raise ConfigError("--caption-features and --caption-cache: features come of one of them, leave the other out")
+    if given := config.given(*OF_ENCODER):
+        raise ConfigError(f"--caption-features and {given[0]}: features come of one of them, leave the other out")
     return read_captions(config.caption_features, *taken)
 
 
@@ -113,10 +111,10 @@ def prepared(source: FeatureSource, config: GenerateConfig) -> Texts:
     return found
 
 
-def class_ids(config: GenerateConfig, count: int, given: Sequence[str]) -> Conditions:
-    """Of a checkpoint of `count` classes; `given`: flags that are for captions."""
-    if given:
-        raise ConfigError(f"{flag(given[0])}: this checkpoint is conditioned on classes, pass --class-ids")
+def class_ids(config: GenerateConfig, count: int) -> Conditions:
+    """Of a checkpoint of `count` classes."""
+    if given := config.given("prompt", "prompts", "caption_features", *OF_ENCODER):
+        raise ConfigError(f"{given[0]}: this checkpoint is conditioned on classes, pass --class-ids")
     unknown = [i for i in config.class_ids or () if not 0 <= i < count]
     if unknown:
         raise ConfigError(

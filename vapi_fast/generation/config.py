@@ -71,6 +71,11 @@ class ModelOptions:
                 raise ConfigError(f"{flag(name)} is required for --model {self.model}{why}")
         check_files(self)
 
+    def given(self, *names: str) -> list[str]:
+        """The flags of those fields that have a value, and not the model's own."""
+        own = catalog.entry(self.model).files
+        return [flag(name) for name in names if getattr(self, name) not in (None, own.get(name))]
+
     @property
     def grid_size(self) -> int:
         """Tokens along one side of the image."""
