@@ -125,7 +125,7 @@ def look_up(sources: Mapping[str, Path], others: Mapping[str, str], otherwise: s
 
     Args:
         sources: names of the hub, by flag.
-        others: addresses of what else is missing, by flag; it is said where the hub cannot be reached.
+        others: addresses of what else is missing, by flag and what it takes; said where the hub cannot be reached.
         otherwise: what else to pass or to do then.
 
     Raises:
@@ -138,10 +138,10 @@ def look_up(sources: Mapping[str, Path], others: Mapping[str, str], otherwise: s
         except UnreachableError as error:
             missing[flag] = error
     if missing:
-        needed = {flag: error.url for flag, error in missing.items()} | others
+        needed = {f"{flag} FILE": error.url for flag, error in missing.items()} | others
         raise CheckpointError(
             f"the hub cannot be reached ({next(iter(missing.values())).reason}): on a machine that is online fetch "
-            f"{', '.join(needed.values())}; then pass {' '.join(f'{flag} FILE' for flag in needed)}{otherwise}"
+            f"{', '.join(needed.values())}; then pass {' '.join(needed)}{otherwise}"
         )
 
 
@@ -242,6 +242,12 @@ def cached_files(name: HubName, cache: str) -> list[str]:
         commit = reference.read_text("utf-8").strip() if reference.is_file() else ""
     snapshot = folder / "snapshots" / commit
     return [path.name for path in snapshot.iterdir()] if COMMIT.fullmatch(commit) and snapshot.is_dir() else []
+
+
+def to_fetch(repository: str) -> str:
+    """Where the hub has a network that other packages read by its name; empty where it is in the cache."""
+    name = HubName(repository, MAIN, "")
+    return "" if cached_files(name, place()[1]) else address(name)
 
 
 def fetch(file: Located) -> Path:
