@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
 NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([^\\]+))?", re.ASCII)
+NETWORK = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAIN = "main"
@@ -244,10 +245,24 @@ def cached_files(name: HubName, cache: str) -> list[str]:
     return [path.name for path in snapshot.iterdir()] if COMMIT.fullmatch(commit) and snapshot.is_dir() else []
 
 
-def to_fetch(repository: str) -> str:
-    """Where the hub has a network that other packages read by its name; empty where it is in the cache."""
-    name = HubName(repository, MAIN, "")
-    return "" if cached_files(name, place()[1]) else address(name)
+def to_fetch(network: str) -> str:
+    """Where the hub has what other packages read by this name; empty where it is in the cache, or a path."""
+    name = HubName(network, MAIN, "")
+    known = os.path.exists(network) or not NETWORK.fullmatch(network) or cached_files(name, place()[1])
+    return "" if known else address(name)
+
+
+def see(network: str) -> None:
+    """See that `to_fetch` could be: the packages themselves would try for minutes. Raises CheckpointError."""
+    if not to_fetch(network):
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(network, "config.json"))
+    except Exception as error:  # whatever else it is, the package says it
+        if no_network(error):
+            raise CheckpointError(f"not on this machine, and the hub cannot be reached: {why(error)}") from error
 
 
 def fetch(file: Located) -> Path:
