@@ -1,4 +1,7 @@
-"""A reward of one's own, for `vapi-fast align --model tiny-text --recipe ar-grpo --reward scene_reward:fulfilled`."""
+"""A reward of one's own, for `vapi-fast align --model tiny-text --recipe ar-grpo --reward scene_reward:fulfilled`.
+
+With this folder in PYTHONPATH. It is GenEval's own measure: judge what it brings beside `--control random`.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ import datasets
 import torch
 from inputs import grey_png, write_tar
 
-from vapi_fast.data.caption_files import Caption
-from vapi_fast.data.captions import has_words
+from vapi_fast.data.captions import Caption, has_words
 from vapi_fast.runtime.errors import DataError
 
 TEXTS = [f"a photo of number {value}" for value in range(12)]

@@ -35,3 +35,20 @@ def test_align_tiny(tmp_path: Path) -> None:
     with Image.open(tmp_path / "results" / "samples.png") as picture:
         assert picture.width > 2 * 3 * 96  # two sheets of nine samples
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 100
+
+
+def test_scene_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real scenes show what their captions ask for, and less of what others do."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from scene_reward import fulfilled
+
+    from vapi_fast.tiny.build_text import load_scenes
+
+    captions, images = load_scenes(tiny.TEXT_FILES.heldout_images)
+    captions, images = captions[::9], images[::9]
+    assert fulfilled(images, captions).mean() > 0.98
+    others = fulfilled(images, captions[1:] + captions[:1])
+    assert others.mean() < 0.3
+    assert others.shape == (len(images),)
+    assert others.dtype == torch.float32
+    assert (fulfilled(images[:1], ["a photo of a cat and a dog"]) * 2 % 1 == 0).all()  # of two: none, half or all

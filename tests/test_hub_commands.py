@@ -125,6 +125,20 @@ def test_without_a_network_one_line_says_what_to_fetch(
     code, error = command("generate --model l --image-size 256 --out out")
     assert code == 2
     assert f"fetch {repository}/c2i_L_256.pt, {repository}/vq_ds16_c2i.pt; then pass --gpt-ckpt FILE --vq-ckpt" in error
+    page = f"{hub.endpoint}/google/flan-t5-xl/tree/main"
+    passed = "--gpt-ckpt FILE --vq-ckpt FILE --text-encoder FOLDER"
+    code, error = command("generate --model t2i-xl --prompt cats --out out")
+    assert code == 2
+    assert f"vq_ds16_t2i.pt, {page}; then pass {passed}\n" in f"{error}\n"
+    code, error = command("align --model t2i-xl --data hub:owner/set --no-eval")
+    assert code == 2
+    assert page in error
+    assert " --text-encoder FOLDER, and images in class folders" in error
+    for line in ("generate --model t2i-xl --text-encoder . --prompt a", "generate --model t2i-xl --class-ids 1"):
+        code, error = command(f"{line} --out out")
+        assert code == 2
+        assert error.endswith("then pass --gpt-ckpt FILE --vq-ckpt FILE")
+    assert command("align --model t2i-xl --synthetic-data")[0] == 2
     assert {path.name for path in tmp_path.iterdir()} <= {"hub", "hub-cache"}
     assert hub.asked == []
 

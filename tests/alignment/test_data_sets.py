@@ -16,9 +16,10 @@ pytest.importorskip("datasets")
 from captioned import TEXTS, write
 
 from vapi_fast import AlignConfig
-from vapi_fast.alignment.data_sets import open_data
+from vapi_fast.alignment.data_sets import check_flags, feature_source, open_data
 from vapi_fast.data.caption_data import CaptionedData
 from vapi_fast.data.dataset import ImageData
+from vapi_fast.data.features import FolderFeatures
 from vapi_fast.data.text import TextEncoder
 from vapi_fast.models.sizes import Captions, Classes
 from vapi_fast.runtime.errors import ConfigError
@@ -108,3 +109,13 @@ def test_classes_and_llamagens_features(tiny_config: Make, tmp_path: Path) -> No
 def test_flags_that_do_not_go_together(tiny_config: Make, condition: Any, flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_data(tiny_config(**flags), condition, CPU)
+
+
+def test_a_preset_s_own_encoder_gives_way_to_features() -> None:
+    """It was not asked for by a flag."""
+    own = AlignConfig(model="tiny-text", caption_features=Path(), output_dir=Path("new"))
+    source = feature_source(own, Captions(12, 520), CPU)
+    check_flags(own, Captions(12, 520))
+    assert isinstance(source, FolderFeatures)
+    with pytest.raises(ConfigError, match="--caption-features and --text-encoder"):
+        check_flags(dataclasses.replace(own, text_encoder="t5"), Captions(12, 520))

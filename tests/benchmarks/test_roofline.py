@@ -11,8 +11,11 @@ import pytest
 import roofline
 
 from vapi_fast import AlignConfig
+from vapi_fast.alignment.memory import plan
+from vapi_fast.models import LLAMAGEN_CONFIGS
 from vapi_fast.runtime.ceilings import Ceilings
 
+ROOT = Path(__file__).parents[2]
 STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
 
 
@@ -65,6 +68,20 @@ def test_the_default_has_a_forward_more(capsys: pytest.CaptureFixture[str]) -> N
     assert float(rows["forward"][0]) == pytest.approx(2 * float(lean["forward"][0]), abs=0.02)
     assert rows["loss"] == lean["loss"]
     assert rows["total"][2:] == ["2.9512"]
+
+
+def test_text_costs_what_its_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Floors of a step, of the captions' encoding, and the planned memory on an 80 GB card."""
+    page = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8")
+    said = re.search(r"\((\S+) s on an H100, (\S+) s by `lean`; encoding .* takes (\d+) s\), .* memory: (\d+) GB", page)
+    assert said is not None
+    rows, lean = (printed(capsys, "--model", "t2i-xl", *more) for more in ((), ("--recipe", "lean")))
+    assert (said[1], said[2]) == tuple(f"{float(each['total'][2]):.2f}" for each in (rows, lean))
+    encoding = re.search(r"captions, encoded once .* (\S+) s$", rows["text"][-1])
+    assert encoding is not None
+    assert round(float(encoding[1])) == int(said[3])
+    config = AlignConfig(model="t2i-xl", random_init=True, synthetic_data=True)
+    assert round(plan(config, LLAMAGEN_CONFIGS["t2i-xl"], 80 * 10**9).total / 1e9) == int(said[4])
 
 
 @pytest.mark.parametrize(("gpu", "copy"), [("a100-40", 1555), ("a100-80", 2039)])

@@ -17,13 +17,14 @@ from torch import Tensor
 pytest.importorskip("datasets")
 
 from vapi_fast.data import features as module
-from vapi_fast.data.caption_files import Caption
+from vapi_fast.data.captions import Caption
 from vapi_fast.data.features import CachedFeatures, FolderFeatures
 from vapi_fast.data.text import TextEncoder
 from vapi_fast.runtime.errors import ConfigError, DataError, Error
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH = 12, 16
+BATCH = 2  # of two processes
 TEXTS = ["a red cup", "two dogs", "a cat on a table", "a blue cup on a red table", "Two dogs!", "a cup"]
 
 
@@ -167,6 +168,7 @@ def encode_and_note(number: int, port: int, encoder: Path, cache: Path, out: Pat
         os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
     states, given = TextEncoder.states, []
     TextEncoder.states = lambda self, texts, *sizes: (given.extend(texts), states(self, texts, *sizes))[1]
+    module.CAPTION_BATCH = BATCH
     with process_group():
         source = CachedFeatures(encoder, CPU, TOKENS, WIDTH, cache)
         source.prepare(captions())
@@ -176,8 +178,8 @@ def encode_and_note(number: int, port: int, encoder: Path, cache: Path, out: Pat
 
 
 @pytest.mark.parametrize("ranks", [True, False])
-def test_two_processes_at_once(encoder: Path, tmp_path: Path, ranks: bool) -> None:
-    """Ranks share the work, and two runs do not disturb each other."""
+def test_two_processes_at_once(encoder: Path, tmp_path: Path, ranks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks share the work, batch by batch as one process has it, and two runs do not disturb each other."""
     port = free_port() if ranks else 0
     arguments = (port, encoder, tmp_path / "cache", tmp_path)
     both = [forkserver.Process(target=encode_and_note, args=(number, *arguments)) for number in range(2)]
@@ -188,7 +190,11 @@ def test_two_processes_at_once(encoder: Path, tmp_path: Path, ranks: bool) -> No
         assert process.exitcode == 0
     (count, one), (other_count, other) = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
     if ranks:
-        assert (count, other_count) == (3, 3)
+        assert (count, other_count) == (4, 2)
+        monkeypatch.setattr(module, "CAPTION_BATCH", BATCH)
+        by_one = CachedFeatures(encoder, CPU, TOKENS, WIDTH, tmp_path / "of one")
+        by_one.prepare(captions())
+        assert all(torch.equal(by_one.states(caption), states) for caption, states in zip(captions(), one, strict=True))
     alone = TextEncoder(encoder, CPU)
     for caption, *found in zip(captions(), one, other, strict=True):
         features, mask = alone.encode([caption.text], TOKENS)

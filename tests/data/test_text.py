@@ -22,6 +22,7 @@ CLEANED = {  # what the public code makes of them, with Beautiful Soup
     "see http://t.co": "see",
     "<b>bold</b> &amp; <!-- no --> plain": "bold plain",
     "<script>var a=1</script>a lamp": "a lamp",
+    "<![CDATA[two dogs]]> on grass <![if IE]>": "two dogs on grass",
     "&lt;i&gt;chair&lt;/i&gt;": "chair< i>",
     "caf&eacute; &nosuch; &#233;": "café nosuch é",
     "@nick says hi": "says hi",

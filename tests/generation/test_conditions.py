@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vapi_fast import generate, tiny
+from vapi_fast.data.captions import Caption
+from vapi_fast.data.features import CachedFeatures
 from vapi_fast.data.image_sets import open_image_set
 from vapi_fast.data.text import TextEncoder
 from vapi_fast.generation.conditions import read_captions
@@ -79,8 +81,8 @@ def test_captions_condition_a_text_model(tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
-def test_prompts_are_encoded_and_drawn(tmp_path: Path) -> None:
-    """An image each by default, the same as of the features that their encoder gives."""
+def test_prompts_are_encoded_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image each by default, the same as of the features that their encoder gives; these are kept."""
     encoder = text_encoder(tmp_path / "encoder")
     torch.manual_seed(0)
     save_generator(tmp_path / "text.pt", LlamaGen.from_name("tiny", caption_tokens=9, caption_width=16).state_dict())
@@ -90,9 +92,16 @@ def test_prompts_are_encoded_and_drawn(tmp_path: Path) -> None:
     features, mask = TextEncoder(encoder, torch.device("cpu")).encode(prompts, 9)
     save_file({"features": features, "mask": mask}, tmp_path / "features.safetensors")
     text = {"gpt_ckpt": tmp_path / "text.pt", "class_ids": None, "batch_size": 2, "text_encoder": str(encoder)}
+    given: list[str] = []
+    states = TextEncoder.states
+    monkeypatch.setattr(
+        TextEncoder, "states", lambda self, part, *sizes: (given.extend(part), states(self, part, *sizes))[1]
+    )
+    cache = tmp_path / "cache"
 
     def drawn(name: str, **changes: Any) -> Tensor:
-        draw_samples(config(tmp_path / name, **text | {"num": PRESET} | changes))
+        kept = {"text_encoder": None} if "caption_features" in changes else {"caption_cache": cache}
+        draw_samples(config(tmp_path / name, **text | {"num": PRESET} | kept | changes))
         count = len(json.loads((tmp_path / name / "manifest.json").read_text())["images"])
         return next(open_image_set(tmp_path / name, 32).batches(0, count, count)).int()
 
@@ -101,8 +110,15 @@ def test_prompts_are_encoded_and_drawn(tmp_path: Path) -> None:
     assert torch.equal(drawn("json", prompts=tmp_path / "lines.jsonl"), expected)
     assert torch.equal(drawn("one", prompt=prompts[0]), expected[:1])
     assert len(drawn("many", prompt=prompts[0], num=3)) == 3
+    assert sorted(given) == ["a red cup on a table", "two dogs"]  # once, by whichever folder's draws
+    held = CachedFeatures(encoder, torch.device("cpu"), 9, 16, cache)  # as `align` has it
+    held.prepare([Caption(text, "list", 0) for text in prompts])
+    assert len(given) == 2
+    manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
+    assert str(cache) not in json.dumps(manifest)  # any folder will do to finish it
 
     (tmp_path / "none.txt").write_text("\n\n")
+    (tmp_path / "links.txt").write_text("a cup\n\nhttps://x.com\n")
     (tmp_path / "other.jsonl").write_text('{"text": "a cup"}')
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff")
     refused = tmp_path / "refused"
@@ -117,6 +133,17 @@ def test_prompts_are_encoded_and_drawn(tmp_path: Path) -> None:
         config(refused, **text, prompts=tmp_path / "lines.txt", prompt="a cup")
     with pytest.raises(ConfigError, match="its states are 24 wide, this checkpoint takes 16"):
         draw_samples(config(refused, prompt="a cup", **text | {"text_encoder": str(text_encoder(tmp_path / "w", 24))}))
+    for changes, message in (
+        ({"prompt": " "}, "--prompt: prompt 1, ' ', has no words"),
+        ({"prompts": tmp_path / "links.txt"}, r"--prompts .*links\.txt: prompt 2, 'https://x\.com', has no words"),
+        ({"caption_features": tmp_path / "features.safetensors", "num": 1}, "--caption-features and --text-encoder"),
+        (
+            {"gpt_ckpt": tiny.FILES.generator, "text_encoder": None},
+            "--caption-cache: this checkpoint is conditioned on",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            draw_samples(config(refused, **text | {"caption_cache": cache} | changes))
     with pytest.raises(ConfigError, match="--prompt: this checkpoint is conditioned on classes"):
         draw_samples(config(refused, prompt="a cup", **text | {"gpt_ckpt": tiny.FILES.generator}))
     assert not refused.exists()

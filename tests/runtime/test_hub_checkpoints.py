@@ -181,13 +181,13 @@ def test_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
                 "--b": Path("hub:owner/model/b.pt"),
                 "--c": Path("hub:owner/model@v1/c.pt"),
             },
-            {"--d": "https://elsewhere/d.pth"},
+            {"--d FOLDER": "https://elsewhere/d"},
             "; or --nothing",
         )
     assert str(missing.value) == (
         "the hub cannot be reached (offline mode is on: HF_HUB_OFFLINE): on a machine that is online fetch "
         f"{hub.endpoint}/owner/model/resolve/main/b.pt, {hub.endpoint}/owner/model/resolve/v1/c.pt, "
-        "https://elsewhere/d.pth; then pass --b FILE --c FILE --d FILE; or --nothing"
+        "https://elsewhere/d; then pass --b FILE --c FILE --d FOLDER; or --nothing"
     )
     assert hub.asked == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

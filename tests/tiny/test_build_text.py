@@ -29,6 +29,7 @@ from vapi_fast.generation.folder import draw_samples
 from vapi_fast.models import LPIPS, Generator, Janus, LlamaGen, VQTokenizer
 from vapi_fast.runtime.errors import DataError, Error
 from vapi_fast.tiny import TEXT_FILES, images
+from vapi_fast.tiny.training import build_parts
 
 needs_font = pytest.mark.skipif(not images.FONT.exists(), reason="Debian's emoji font not installed")
 
@@ -227,3 +228,16 @@ def test_words_come_of_their_package(build: ModuleType, tmp_path: Path) -> None:
     built, shipped = (WordVectors(path) for path in (tmp_path / "words.safetensors", TEXT_FILES.words))
     assert built.rows == shipped.rows
     assert torch.equal(built.vectors, shipped.vectors)
+
+
+def test_an_interrupted_build_goes_on_by_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[tuple[str, Path]] = []
+    parts = {name: lambda files, name=name: done.append((name, files.words.parent)) for name in ("one", "two", "three")}
+    for flags, built in (([], ["one", "two", "three"]), (["--only", "three", "two"], ["two", "three"])):
+        done.clear()
+        monkeypatch.setattr("sys.argv", ["build", "--output-dir", str(tmp_path / "new"), *flags])
+        build_parts("build", "All of it.", parts, tiny.text_files, tmp_path)
+        assert done == [(name, tmp_path / "new") for name in built]
+        assert re.findall(r"^(\w+): 0\.0 min$", capsys.readouterr().out, re.MULTILINE) == built

@@ -12,6 +12,7 @@ from vapi_fast.data.dataset import ImageData
 from vapi_fast.data.features import CachedFeatures, FeatureSource, FolderFeatures
 from vapi_fast.data.hub import is_here, local_source
 from vapi_fast.data.prompt_tokens import PromptTokens
+from vapi_fast.data.text import encoder_to_fetch
 from vapi_fast.evaluation.inception import INCEPTION_URL
 from vapi_fast.models.families import generator_config
 from vapi_fast.models.lpips import PUBLISHED
@@ -75,7 +76,7 @@ def fetch_inputs(config: AlignConfig) -> None:
     otherwise = "; or, to time the model alone, leave files and images to --random-init --synthetic-data"
     if not all(is_here(*each) for each in data):
         otherwise = f", and images in class folders, or as docs/captions.md says, with --data FOLDER{otherwise}"
-    look_up(sources, missing_downloads(config), otherwise)
+    look_up(sources, missing_downloads(config) if sources else {}, otherwise)
     for each in data:
         local_source(*each)
     for path in sources.values():
@@ -83,14 +84,16 @@ def fetch_inputs(config: AlignConfig) -> None:
 
 
 def missing_downloads(config: AlignConfig) -> dict[str, str]:
-    """What the run would have to download that is not the hub's: addresses by flag."""
+    """What else the run would have to download: addresses by flag."""
     wanted = {}
     if config.lpips in PUBLISHED and config.vgg_weights is None and not config.random_init:
-        wanted["--vgg-weights"] = PUBLISHED[config.lpips].url
+        wanted["--vgg-weights FILE"] = PUBLISHED[config.lpips].url
     if config.lpips in PUBLISHED and config.inception_weights is None and config.evaluate:
-        wanted["--inception-weights"] = INCEPTION_URL
+        wanted["--inception-weights FILE"] = INCEPTION_URL
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return {name: url for name, url in wanted.items() if not (folder / url.rpartition("/")[2]).exists()}
+    found = {name: url for name, url in wanted.items() if not (folder / url.rpartition("/")[2]).exists()}
+    encodes = isinstance(generator_config(config.model).condition, Captions) and config.caption_features is None
+    return found | (encoder_to_fetch(config.text_encoder) if encodes and not config.synthetic_data else {})
 
 
 def source_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None]:
@@ -106,12 +109,12 @@ def split_of(config: AlignConfig, held_out: bool) -> tuple[Path, str | None, boo
 def check_flags(config: AlignConfig, condition: Classes | Captions | Prompts) -> None:
     """Raise ConfigError for a flag that does not go with what the generator is conditioned on."""
     if isinstance(condition, Classes):
-        if given := [flag(name) for name in OF_CAPTIONS if getattr(config, name) is not None]:
+        if given := config.given(*OF_CAPTIONS):
             raise ConfigError(f"{given[0]}: this model is conditioned on classes, leave it out")
         return
     if config.class_index is not None:
         raise ConfigError("--class-index: this model is conditioned on captions, leave it out")
-    given = [flag(name) for name in OF_FEATURES if getattr(config, name) is not None]
+    given = config.given(*OF_FEATURES)
     if isinstance(condition, Prompts):
         if given:
             raise ConfigError(f"{given[0]}: this model reads captions by its own tokenizer, leave it out")

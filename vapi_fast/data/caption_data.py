@@ -15,7 +15,7 @@ from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
 
 if TYPE_CHECKING:
-    from vapi_fast.data.caption_files import Caption
+    from vapi_fast.data.captions import Caption
 
 
 class CaptionedData(ImageStream):

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vapi_fast.data.captions import has_words
+from vapi_fast.data.captions import Caption, has_words
 from vapi_fast.data.image_files import TAR_CAPTIONS, ImageRows, Kind, files_of, open_source, texts_of
 from vapi_fast.runtime.checkpoint import read_regular
 from vapi_fast.runtime.errors import DataError
@@ -28,14 +28,6 @@ LAYOUTS = (
     "a save_to_disk folder, *.parquet, WebDataset *.tar with key.txt or key.json, or lists of image paths and "
     "captions: *.jsonl, or metadata.csv in a folder of images"
 )
-
-
-class Caption(NamedTuple):
-    """An image's caption, and where its features lie in LlamaGen's layout: `<stem>/<line>.npy`."""
-
-    text: str
-    stem: str
-    line: int
 
 
 class Captions:

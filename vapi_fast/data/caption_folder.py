@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vapi_fast.data.caption_files import Caption, Captions
+from vapi_fast.data.caption_files import Captions
+from vapi_fast.data.captions import Caption
 from vapi_fast.data.config import EncodeCaptionsConfig
 from vapi_fast.data.features import digest
 from vapi_fast.data.hub import local_source

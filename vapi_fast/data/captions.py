@@ -7,6 +7,7 @@ import re
 import urllib.parse
 from html.entities import html5
 from html.parser import HTMLParser
+from typing import NamedTuple
 
 from vapi_fast.runtime.errors import DataError
 from vapi_fast.runtime.packages import require
@@ -65,6 +66,14 @@ REST = (
 PLAIN = re.compile(r"(?<!\S)[A-Za-z]+(?!\S)")
 TAKEN = {"worldwide", "free", "shipping", "download", "images", "page", *SUFFIXES.split("|")}  # words that a rule takes
 HYPHENS = 3  # more of them stand for spaces: this-is-my-cute-cat
+
+
+class Caption(NamedTuple):
+    """An image's caption, and where its features lie in LlamaGen's layout: `<stem>/<line>.npy`."""
+
+    text: str
+    stem: str
+    line: int
 
 
 def clean_caption(caption: str) -> str:
@@ -126,6 +135,10 @@ class _Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.within:
             self.parts.append(data)
+
+    def unknown_decl(self, data: str) -> None:
+        if data.startswith("cdata["):  # a caption is in lower case by now
+            self.handle_data(data.removeprefix("cdata["))
 
     def handle_charref(self, name: str) -> None:
         self.handle_data(html.unescape(f"&#{name};"))

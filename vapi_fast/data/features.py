@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vapi_fast.data.captions import has_words
-from vapi_fast.data.config import SHORT_SHARE
+from vapi_fast.data.captions import Caption, has_words
+from vapi_fast.data.config import CAPTION_BATCH, SHORT_SHARE
 from vapi_fast.data.text import ENCODER, TextEncoder, cleaned, identity_of, text_encoder
 from vapi_fast.data.words import WordVectors
 from vapi_fast.runtime.checkpoint import read_regular, write_atomically
@@ -24,10 +24,8 @@ from vapi_fast.runtime.errors import ConfigError, DataError, Error, warn
 from vapi_fast.runtime.packages import require
 from vapi_fast.runtime.progress import progress_bar
 
-if TYPE_CHECKING:
-    from vapi_fast.data.caption_files import Caption
-
-SHARD = 512  # captions in a file of the cache: what a crash loses at most, on each rank
+SHARD = 512  # captions in a file of the cache: what a crash loses at most, on each rank; whole batches
+T = TypeVar("T")
 
 
 class FeatureSource(Protocol):
@@ -95,7 +93,7 @@ class CachedFeatures:
             missing = self._missing(texts)
             if not any(gather_objects(len(missing))):  # all have looked before the first writes
                 return
-            self._encode(dict(missing[place::places]))
+            self._encode(dict(share_of(missing, place, places)))
             gather_objects(None)
         self._missing(texts)
 
@@ -141,7 +139,7 @@ class CachedFeatures:
             for first in range(0, len(items), SHARD):
                 keys, part = zip(*items[first : first + SHARD], strict=True)
                 found: dict[str, Tensor] = {}
-                for key, states in zip(keys, encoder.states(part, self.tokens), strict=True):
+                for key, states in zip(keys, encoder.states(part, self.tokens, CAPTION_BATCH), strict=True):
                     found[key] = states.to(self.dtype, copy=True)
                     progress.update()
                 self._save(found)
@@ -163,6 +161,12 @@ class CachedFeatures:
 
     def _loaded(self, device: torch.device) -> TextEncoder | WordVectors:
         return checked_encoder(self.encoder, device, self.width)
+
+
+def share_of(items: Sequence[T], place: int, places: int) -> list[T]:
+    """One of several parts, of the encoder's whole batches: how a state is rounded depends on who is in its batch."""
+    firsts = range(place * CAPTION_BATCH, len(items), places * CAPTION_BATCH)
+    return [each for first in firsts for each in items[first : first + CAPTION_BATCH]]
 
 
 def checked_encoder(source: str | Path | None, device: torch.device, width: int) -> TextEncoder | WordVectors:

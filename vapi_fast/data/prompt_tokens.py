@@ -15,7 +15,7 @@ from vapi_fast.runtime.hub import local_path
 from vapi_fast.runtime.packages import loaded, require
 
 if TYPE_CHECKING:
-    from vapi_fast.data.caption_files import Caption
+    from vapi_fast.data.captions import Caption
 
 BEGIN_IMAGE = "<begin_of_image>"
 UNKNOWN = "<unk>"  # of a tokenizer of whole words; Janus-Pro's has none

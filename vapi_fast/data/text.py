@@ -16,6 +16,7 @@ from vapi_fast.data.config import CAPTION_BATCH
 from vapi_fast.data.words import WordVectors
 from vapi_fast.runtime.checkpoint import identity
 from vapi_fast.runtime.errors import DataError
+from vapi_fast.runtime.hub import see, to_fetch
 from vapi_fast.runtime.packages import loaded, require
 
 ENCODER = "google/flan-t5-xl"
@@ -37,6 +38,7 @@ class TextEncoder:
             from transformers import AutoTokenizer, T5EncoderModel
             from transformers.utils.logging import disable_progress_bar
 
+            see(str(source))
             disable_progress_bar()
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             return AutoTokenizer.from_pretrained(source), T5EncoderModel.from_pretrained(source, dtype=dtype)
@@ -100,6 +102,12 @@ def cleaned(caption: str) -> str:
     if not text:
         raise DataError(f"a caption has no words, or none that are left when it is cleaned: {caption[:80]!r}")
     return text
+
+
+def encoder_to_fetch(source: str | Path | None) -> dict[str, str]:
+    """Where the hub has the encoder `source`, by its flag, unless it is on this machine."""
+    page = to_fetch(str(source or ENCODER))
+    return {"--text-encoder FOLDER": page} if page else {}
 
 
 def identity_of(source: str | Path | None) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vapi_fast.evaluation.config import CLIP
+from vapi_fast.runtime.hub import see
 from vapi_fast.runtime.packages import loaded
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def read_clip(source: str | Path) -> tuple[CLIPModel, CLIPTokenizer]:
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    see(str(source))
     disable_progress_bar()
     model, about = CLIPModel.from_pretrained(source, output_loading_info=True)
     if missing := sorted(key for key in about["missing_keys"] if not key.endswith("position_ids")):

@@ -20,6 +20,7 @@ from vapi_fast.data.geneval import COLORS, OBJECTS
 from vapi_fast.evaluation.geneval_detections import Found, Mask
 from vapi_fast.evaluation.geneval_rules import THRESHOLD
 from vapi_fast.runtime.errors import CheckpointError, ConfigError
+from vapi_fast.runtime.hub import see
 from vapi_fast.runtime.packages import loaded, require
 
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels
@@ -47,6 +48,7 @@ class Detector:
         def read() -> tuple[nn.Module, dict[str, Any]]:
             from transformers import Mask2FormerForUniversalSegmentation
 
+            see(source)
             return Mask2FormerForUniversalSegmentation.from_pretrained(source, output_loading_info=True)
 
         network, about = loaded(f"--detector {source}", "pass a folder with that Mask2Former's files", read)

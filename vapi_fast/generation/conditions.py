@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vapi_fast.data.features import checked_encoder
+from vapi_fast.data.captions import Caption
+from vapi_fast.data.features import CachedFeatures, FeatureSource
 from vapi_fast.data.prompt_tokens import PromptTokens
-from vapi_fast.data.text import cleaned, padded
+from vapi_fast.data.text import padded
 from vapi_fast.generation.config import GenerateConfig
 from vapi_fast.models import Condition, Generator
-from vapi_fast.models.sizes import Captions, Prompts
+from vapi_fast.models.sizes import Classes, Prompts
 from vapi_fast.runtime.checkpoint import load_file_checked
 from vapi_fast.runtime.errors import ConfigError
+
+OF_ENCODER = ("text_encoder", "caption_cache")
 
 
 @dataclass(frozen=True)
@@ -47,69 +50,77 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Texts:
-    """Conditions of encoded texts, or of prompts, kept without padding: thirty thousand fit into memory."""
+    """Conditions of texts, image i of text i mod M: what `source` has of them, read when it is drawn from."""
 
-    states: list[Tensor]  # [n,width], or token ids [n], n ≤ tokens
-    tokens: int
+    source: FeatureSource
+    texts: Sequence[Caption]
     kind = "caption"
     masked = True
 
     def of(self, ids: Tensor, device: torch.device) -> Condition:
-        picked = [self.states[i] for i in (ids % len(self.states)).tolist()]
-        rows, mask = padded(picked, self.tokens)
+        picked = [self.source.states(self.texts[i]) for i in (ids % len(self.texts)).tolist()]
+        rows, mask = padded(picked, self.source.tokens)
         return Condition(rows.to(device), mask.to(device))
 
     def numbers(self, count: int) -> Tensor:
-        return torch.arange(count) % len(self.states)
+        return torch.arange(count) % len(self.texts)
 
 
 def read_conditions(config: GenerateConfig, generator: Generator, device: torch.device) -> Conditions | Texts:
-    """What `config` names: class ids (default: all), caption features, or prompts, which `device` encodes.
+    """What `config` names: class ids (default: all), caption features, or prompts, of which `device` encodes those
+    that the cache lacks; all ranks call it.
 
     Of prompts the generator is fitted to the longest. Raises ConfigError where it takes another kind, and what reading
     them raises.
     """
     taken = generator.config.condition
+    if isinstance(taken, Classes):
+        return class_ids(config, taken.count)
     if isinstance(taken, Prompts):
-        found = read_prompt_tokens(config, taken)
-        generator.fit_prefix(found.tokens)
+        if given := config.given(*OF_ENCODER):
+            raise ConfigError(f"{given[0]}: this model reads prompts by its own tokenizer, leave it out")
+        if not config.texts:
+            raise ConfigError("--prompt or --prompts is required: this model draws from prompts alone")
+        tokens = PromptTokens(config.gpt_ckpt, taken.tokens, bos=taken.bos, begin_image=taken.begin_image)
+        found = prepared(tokens, config)
+        generator.fit_prefix(tokens.tokens)
         return found
-    if isinstance(taken, Captions):
-        if config.texts:
-            return encoded(config.texts, config.text_encoder, device, *taken)
-        if config.caption_features is None:
-            raise ConfigError(
-                "--prompt, --prompts or --caption-features is required: this checkpoint is conditioned on captions, "
-                "not on classes"
-            )
-        return read_captions(config.caption_features, *taken)
-    if config.texts or config.caption_features is not None:
-        kind = "--caption-features" if config.caption_features else "--prompt" if config.prompt else "--prompts"
-        raise ConfigError(f"{kind}: this checkpoint is conditioned on classes, pass --class-ids")
-    unknown = [i for i in config.class_ids or () if not 0 <= i < taken.count]
+    if config.texts:
+        return prepared(CachedFeatures(config.text_encoder, device, *taken, config.caption_cache), config)
+    if config.caption_features is None:
+        raise ConfigError(
+            "--prompt, --prompts or --caption-features is required: this checkpoint is conditioned on captions, "
+            "not on classes"
+        )
+    if given := config.given(*OF_ENCODER):
+        raise ConfigError(f"--caption-features and {given[0]}: features come of one of them, leave the other out")
+    return read_captions(config.caption_features, *taken)
+
+
+def prepared(source: FeatureSource, config: GenerateConfig) -> Texts:
+    """The texts, once `source` has what it makes of them; raises ConfigError for one without words."""
+    name = "--prompt" if config.prompts is None else f"--prompts {config.prompts}"
+    for number, text in enumerate(config.texts, 1):
+        if not source.takes(text):
+            raise ConfigError(f"{name}: prompt {number}, {text[:80]!r}, has no words that can be drawn")
+    found = Texts(source, [Caption(text, "", line) for line, text in enumerate(config.texts)])
+    source.prepare(found.texts)
+    if not source.width:  # token ids, which are not kept
+        for text in found.texts:
+            source.states(text)
+    return found
+
+
+def class_ids(config: GenerateConfig, count: int) -> Conditions:
+    """Of a checkpoint of `count` classes."""
+    if given := config.given("prompt", "prompts", "caption_features", *OF_ENCODER):
+        raise ConfigError(f"{given[0]}: this checkpoint is conditioned on classes, pass --class-ids")
+    unknown = [i for i in config.class_ids or () if not 0 <= i < count]
     if unknown:
         raise ConfigError(
-            f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has 0-{taken.count - 1}"
+            f"--class-ids: unknown class {', '.join(map(str, unknown[:5]))}, this checkpoint has 0-{count - 1}"
         )
-    return Conditions(torch.tensor(config.class_ids or range(taken.count)))
-
-
-@lru_cache(maxsize=1)  # two generators that are compared have the same texts
-def encoded(texts: tuple[str, ...], source: str | None, device: torch.device, tokens: int, width: int) -> Texts:
-    """Features of texts by the encoder `source`, which leaves the device's memory again."""
-    states = checked_encoder(source, device, width).states([cleaned(text) for text in texts], tokens)
-    return Texts([each.clone() for each in states], tokens)  # a view would keep its batch's padding
-
-
-def read_prompt_tokens(config: GenerateConfig, taken: Prompts) -> Texts:
-    """Token ids of the prompts, by the tokenizer beside the checkpoint."""
-    if config.text_encoder is not None:
-        raise ConfigError("--text-encoder: this model reads prompts by its own tokenizer, leave it out")
-    if not config.texts:
-        raise ConfigError("--prompt or --prompts is required: this model draws from prompts alone")
-    tokens = PromptTokens(config.gpt_ckpt, taken.tokens, bos=taken.bos, begin_image=taken.begin_image)
-    ids = [tokens.ids(text) for text in config.texts]
-    return Texts(ids, max(map(len, ids)))
+    return Conditions(torch.tensor(config.class_ids or range(count)))
 
 
 def read_captions(path: Path, tokens: int, width: int) -> Conditions:

@@ -71,6 +71,11 @@ class ModelOptions:
                 raise ConfigError(f"{flag(name)} is required for --model {self.model}{why}")
         check_files(self)
 
+    def given(self, *names: str) -> list[str]:
+        """The flags of those fields that have a value, and not the model's own."""
+        own = catalog.entry(self.model).files
+        return [flag(name) for name in names if getattr(self, name) not in (None, own.get(name))]
+
     @property
     def grid_size(self) -> int:
         """Tokens along one side of the image."""
@@ -127,6 +132,9 @@ class GenerateConfig(DrawOptions, ModelOptions):
         PRESET,
         "T5 that the model was trained with: folder, or name on Hugging Face's hub",
         shown="google/flan-t5-xl (tiny-text: shipped words)",
+    )
+    caption_cache: Path | None = option(
+        None, "folder where prompts' features are kept, as captions' of `align`", shown="beside torch.hub's"
     )
     caption_features: Path | None = option(
         None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from vapi_fast.data.image_sets import MANIFEST
 from vapi_fast.data.pictures import SHEET_COLUMNS, save_sheets, spread
 from vapi_fast.data.sample_files import FORMATS, GenevalFiles, SampleFiles, remove_leftovers
+from vapi_fast.data.text import encoder_to_fetch
 from vapi_fast.generation.conditions import Conditions, Texts, read_conditions
 from vapi_fast.generation.config import GENEVAL, LARGEST_BATCH, GenerateConfig
 from vapi_fast.generation.engine import Engine, compute_dtype
@@ -29,8 +30,9 @@ from vapi_fast.generation.sequences import (
     sample_groups,
 )
 from vapi_fast.models import Generator, VQTokenizer
-from vapi_fast.models.families import check_vocabulary, load_generator, require_unconditional
+from vapi_fast.models.families import check_vocabulary, generator_config, load_generator, require_unconditional
 from vapi_fast.models.frozen import PixelCodec
+from vapi_fast.models.sizes import Captions
 from vapi_fast.models.tokenizer import resized_images
 from vapi_fast.runtime import hub
 from vapi_fast.runtime.checkpoint import identity, read_regular, write_atomically
@@ -43,7 +45,7 @@ from vapi_fast.runtime.progress import progress_bar
 
 # Fields that do not touch the images, or stand under "files": a folder may be finished with other values.
 FILES = {"gpt_ckpt", "vq_ckpt", "caption_features", "prompts", "ema"}
-FREE_FIELDS = FILES | {"out", "batch_size", "compare_ckpt", "entropy_maps"}
+FREE_FIELDS = FILES | {"out", "batch_size", "caption_cache", "compare_ckpt", "entropy_maps"}
 DECODE_BATCH = 16  # images in the tokenizer at once
 # In the tokenizer, a pixel: four float32 maps of 128 channels, and as much for cuDNN's workspaces.
 DECODED_PIXEL_BYTES = 2 * 4 * 128 * 4
@@ -71,7 +73,9 @@ def draw_samples(config: GenerateConfig) -> None:
         before = read_manifest(config.out)
         if before and config.batch_size is None:
             config = dataclasses.replace(config, batch_size=before["batch_size"])
-        hub.look_up({flag(name): path for name, path in hub_checkpoints(config).items()}, {})
+        sources = {flag(name): path for name, path in hub_checkpoints(config).items()}
+        encodes = config.texts and isinstance(generator_config(config.model).condition, Captions)
+        hub.look_up(sources, encoder_to_fetch(config.text_encoder) if sources and encodes else {})
         sampler = Sampler.load(config, config.gpt_ckpt, device)
         compared = None if config.compare_ckpt is None else Sampler.load(config, config.compare_ckpt, device)
         files = sample_files(config)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
 NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/([^\\]+))?", re.ASCII)
+NETWORK = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAIN = "main"
@@ -125,7 +126,7 @@ def look_up(sources: Mapping[str, Path], others: Mapping[str, str], otherwise: s
 
     Args:
         sources: names of the hub, by flag.
-        others: addresses of what else is missing, by flag; it is said where the hub cannot be reached.
+        others: addresses of what else is missing, by flag and what it takes; said where the hub cannot be reached.
         otherwise: what else to pass or to do then.
 
     Raises:
@@ -138,10 +139,10 @@ def look_up(sources: Mapping[str, Path], others: Mapping[str, str], otherwise: s
         except UnreachableError as error:
             missing[flag] = error
     if missing:
-        needed = {flag: error.url for flag, error in missing.items()} | others
+        needed = {f"{flag} FILE": error.url for flag, error in missing.items()} | others
         raise CheckpointError(
             f"the hub cannot be reached ({next(iter(missing.values())).reason}): on a machine that is online fetch "
-            f"{', '.join(needed.values())}; then pass {' '.join(f'{flag} FILE' for flag in needed)}{otherwise}"
+            f"{', '.join(needed.values())}; then pass {' '.join(needed)}{otherwise}"
         )
 
 
@@ -242,6 +243,26 @@ def cached_files(name: HubName, cache: str) -> list[str]:
         commit = reference.read_text("utf-8").strip() if reference.is_file() else ""
     snapshot = folder / "snapshots" / commit
     return [path.name for path in snapshot.iterdir()] if COMMIT.fullmatch(commit) and snapshot.is_dir() else []
+
+
+def to_fetch(network: str) -> str:
+    """Where the hub has what other packages read by this name; empty where it is in the cache, or a path."""
+    name = HubName(network, MAIN, "")
+    known = os.path.exists(network) or not NETWORK.fullmatch(network) or cached_files(name, place()[1])
+    return "" if known else address(name)
+
+
+def see(network: str) -> None:
+    """See that `to_fetch` could be: the packages themselves would try for minutes. Raises CheckpointError."""
+    if not to_fetch(network):
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(network, "config.json"))
+    except Exception as error:  # whatever else it is, the package says it
+        if no_network(error):
+            raise CheckpointError(f"not on this machine, and the hub cannot be reached: {why(error)}") from error
 
 
 def fetch(file: Located) -> Path:

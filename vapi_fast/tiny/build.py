@@ -1,6 +1,6 @@
 """Rebuild the tiny preset from nothing: images, perceptual network, tokenizer, generator (1½ hours on two cores).
 
-    python -m vapi_fast.tiny.build [--output-dir DIR] [--only images|perceptual|tokenizer|generator]
+    python -m vapi_fast.tiny.build [--output-dir DIR] [--only PART …]  # images perceptual tokenizer generator
 
 Needs Debian's packages fonts-noto-color-emoji and unicode-data for the images.
 """

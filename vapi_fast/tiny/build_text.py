@@ -1,6 +1,9 @@
 """Rebuild the text presets' files from nothing: words, scenes, five networks (two and a half hours on two cores).
 
-    python -m vapi_fast.tiny.build_text [--output-dir DIR] [--only PART]
+    python -m vapi_fast.tiny.build_text [--output-dir DIR] [--only PART …]
+
+Each network shows its loss, what it gets right of held-out scenes, and the time left. A part is written when it is
+done: what an interruption has left out is built by `--only`, from the parts that are there.
 
 Needs Debian's packages fonts-noto-color-emoji for the scenes, and PyPI's wordllama for the words' vectors.
 """

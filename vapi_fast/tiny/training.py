@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ SEED = 0
 def build_parts(
     module: str, about: str, parts: Mapping[str, Callable[[Any], None]], files: Callable[[Path], Any], package: Path
 ) -> None:
-    """A builder's command: its `parts` in turn, or one, into the `files` of a folder, by default `package`."""
+    """A builder's command: its `parts` in turn, or some, into the `files` of a folder, by default `package`."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=package, help="default: into the package")
-    parser.add_argument("--only", choices=parts, help="build one part from the others that are already there")
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, help="build these from the others that are there, as after an interruption"
+    )
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, build in parts.items():
-        if options.only in (None, name):
+        if not options.only or name in options.only:
+            started = time.perf_counter()
             build(files(options.output_dir))
+            print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
 
 
 def half_precision() -> torch.autocast:
