@@ -59,10 +59,10 @@ GRAPH_ERROR = {"decoder": 1e-2, "encoder": 5e-2}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vapi_fast.ops", "vapi_fast.models.frozen"])
 NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
-# Of encoder and decoder, beside the usual ones, by what they belong to.
+# Of encoder and decoder, beside the usual ones, by what they belong to; the decoder in another `--reward-dtype` too.
 GRAPHS = {
     "encoder": ("encoder=float16", "cudnn-benchmark=on"),
-    "decoder": ("wide-attention=matmul", "last-convolution=eight", "cudnn-benchmark=on"),
+    "decoder": ("wide-attention=matmul", "last-convolution=eight", "cudnn-benchmark=on", "reward-dtype=float32"),
 }
 BACKENDS = {
     "default": None,
@@ -303,9 +303,10 @@ def graph(bench: Bench, coder: str, form: str = "") -> dict[str, Any]:
     gpu = bench.device.type == "cuda"
     torch.manual_seed(0)
     kind, _, name = form.partition("=")
-    with bench.device, forms.taking(**({kind: name} if form else {})):
+    dtype = getattr(torch, name if kind == "reward-dtype" else "bfloat16")
+    with bench.device, forms.taking(**({kind: name} if kind in FORMS else {})):
         tokenizer = VQTokenizer.from_name("vq-16" if gpu else "tiny").to(memory_format=torch.channels_last)
-        codec = PixelCodec(tokenizer, 16, torch.bfloat16)
+        codec = PixelCodec(tokenizer, 16, dtype)
         given = Source(bench.device, torch.float32).maps(16, 3, bench.sizes.pixels, bench.sizes.pixels).clamp(-1, 1)
         if coder == "decoder":
             given = torch.randint(len(codec.frozen.entries), (16, bench.sizes.tokens))
