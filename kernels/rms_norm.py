@@ -9,9 +9,9 @@ In a block of a transformer, of 28.3 MB a map (16 × 576 × 1536, bf16): sum and
 of 142; backward, where the norm is wanted again and its gradient joins the stream's, 142 MB instead of 226. Predicted
 for an H100 with 3.0 TB/s at 0.86 of it: 0.044 instead of 0.055 ms, 0.055 instead of 0.088 ms, two of each a layer.
 
-The weight's gradient is left in shares, one a program, of 1.6 MB. In a step of several micro-batches the kernel adds to
-the shares that it finds (3.2 MB, as writing them and reading them for a sum were), and they are summed up once: of eight
-micro-batches and 97 norms two launches in place of 97 · 15, and 156 MB of memory.
+The weight's gradient is left in shares, one a program, 1.6 MB in all. In a step of several micro-batches the kernel
+adds to the shares that it finds (3.2 MB, as many as writing them and reading them for a sum), and they are summed up
+once: of eight micro-batches and 97 norms by two launches in place of 97 · 15, for 157 MB of memory.
 """
 
 from __future__ import annotations

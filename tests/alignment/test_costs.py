@@ -230,7 +230,7 @@ def test_smaller_micro_batches_read_the_weights_more_often() -> None:
     assert moved("optimizer", 4) == moved("optimizer", 16)
     blocks = 48 * (4 * 1536**2 + 3 * 1536 * 4096)
     shares = 4 * 264 * 97 * 1536
-    # Read forward and for the input's gradient; their own gradient read and written by what adds to it, norms' in shares.
+    # Read forward and for the input's gradient; their own read and written by what adds to it, as norms' shares are.
     assert moved("forward", 4) - moved("forward", 16) == pytest.approx(24 * 2 * blocks)
     assert moved("backward", 4) - moved("backward", 16) == pytest.approx(24 * ((2 + 8) * blocks + 2 * shares))
 
