@@ -320,8 +320,11 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
     """
     costs = config_costs(config, processes=gpus, sharded=sharded)
     generator = generator_config(config["model"])
-    launches = total(cost for stage, cost in costs.items() if stage not in REPLAYED)
     batch = config["batch_size"] // gpus
+    passes = -(-batch // config["micro_batch"])
+    recorded = RECORDED if forms.taken("").get("micro-batch") == "graph" and not (sharded and gpus > 1) else ()
+    launches = total(cost for stage, cost in costs.items() if stage not in (*REPLAYED, *recorded))
+    graphs = passes * HOST * len(recorded) + NODE * total(costs[stage] for stage in recorded).runs
     sizes = {"batch_size": config["batch_size"] if sharded else batch}
     sizes |= {"micro_batch": min(config["micro_batch"], batch)}
     sizes |= {name: config[name] for name in ("model", "image_size", "group_size", "recipe")}
@@ -330,7 +333,6 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
     )
     exposed = 0.0
     if gpus > 1:
-        passes = -(-batch // config["micro_batch"])
         weights, blocks = parameters(generator), generator.layers
         hidden = {stage: sum(rates.by_kind(costs[stage]).values()) for stage in ("forward", "backward")}
         calls = (blocks + 1) * LATENCY * (1 + (gpus > MACHINE))
@@ -343,7 +345,7 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
         exposed = ends + max(gathering * passes - hidden["forward"], 0)
         exposed += max(reducing + again - hidden["backward"] / passes, 0)
     kinds, launched = rates.by_kind(total(costs.values())), sum(rates.by_kind(launches).values())
-    return Shared(kinds, exposed, launched, HOST * launches.runs, plan.total if plan.fits else None)
+    return Shared(kinds, exposed, launched, HOST * launches.runs + graphs, plan.total if plan.fits else None)
 
 
 # ---- the host

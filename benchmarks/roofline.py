@@ -7,7 +7,8 @@
 
 A stage's floor is the sum of its kernels' floors, as one waits for what another wrote: each takes its FLOPs at the
 matrix product's rate or its bytes at a copy's, whichever is longer (`vapi_fast.alignment.costs.step_costs`).
-`--predict` takes rates that kernels reach, on one GPU and on many (`prediction.py`).
+`--predict` takes rates that kernels reach, on one GPU and on many (`prediction.py`). Forms of the same work are the
+run's, or those that were found faster on the GPU's architecture and those that `VAPI_FAST_FORMS` names.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from vapi_fast.alignment.kernel_costs import Cost
 from vapi_fast.models import LLAMAGEN_CONFIGS, VQ_CONFIGS, catalog
 from vapi_fast.models.families import generator_config
 from vapi_fast.models.sizes import Captions, Prompts
+from vapi_fast.runtime import forms
 from vapi_fast.runtime.ceilings import Ceilings, measure
 
 
@@ -46,14 +48,15 @@ class Device(NamedTuple):
     copy: str
     matmul: str
     memory: float = 0.0  # bytes
+    architecture: str = ""
 
 
 SPECIFICATION, MEASURED = "specification", "measured"
 DEVICES = {
-    "a100-40": Device("A100 40 GB", Ceilings(1.555e12, 312e12), SPECIFICATION, SPECIFICATION, 40e9),
-    "a100-80": Device("A100 80 GB", Ceilings(2.039e12, 312e12), SPECIFICATION, SPECIFICATION, 80e9),
-    "h100": Device("H100 80 GB", Ceilings(3.0e12, 798e12), MEASURED, MEASURED, 80e9),
-    "h200": Device("H200 141 GB", Ceilings(4.3e12, 788e12), MEASURED, MEASURED, 141e9),
+    "a100-40": Device("A100 40 GB", Ceilings(1.555e12, 312e12), SPECIFICATION, SPECIFICATION, 40e9, "sm_80"),
+    "a100-80": Device("A100 80 GB", Ceilings(2.039e12, 312e12), SPECIFICATION, SPECIFICATION, 80e9, "sm_80"),
+    "h100": Device("H100 80 GB", Ceilings(3.0e12, 798e12), MEASURED, MEASURED, 80e9, "sm_90"),
+    "h200": Device("H200 141 GB", Ceilings(4.3e12, 788e12), MEASURED, MEASURED, 141e9, "sm_90"),
 }
 MEASURE = "measure"
 
@@ -104,11 +107,13 @@ def table(
 def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
     share = f", of which a process has 1/{processes}" if processes > 1 else ""
     name = "LlamaGen-" * (config["model"] in LLAMAGEN_CONFIGS) + config["model"]
+    taken = forms.taken("")
     return (
         f"{name}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
         f"{config['group_size']} rollouts a step{share}, micro-batches of {config['micro_batch']}\n"
         f"{device.name}: copy {device.ceilings.copy / 1e12:.4g} TB/s ({device.copy}), "
         f"matrix product {device.ceilings.matmul / 1e12:.3g} TFLOP/s ({device.matmul})"
+        + "".join(["\nforms:", *(f" {kind}={name}" for kind, name in taken.items())] * bool(taken))
     )
 
 
@@ -225,7 +230,7 @@ def device_of(record: Mapping[str, Any]) -> Device:
 def measured_device() -> Device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Device(name, measure(device), MEASURED, MEASURED)
+    return Device(name, measure(device), MEASURED, MEASURED, architecture=forms.architecture(device))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,26 +265,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = measured_device()
     else:
         device = DEVICES[options.gpu or "h100"] if options.gpu or record is None else device_of(record)
-    if not options.predict:
-        print(table(config, device, seconds, processes))
-        return 0
+    with forms.taking(**(forms.taken(device.architecture) if record is None else record.get("forms", {}))):
+        if not options.predict:
+            print(table(config, device, seconds, processes))
+            return 0
 
-    rates = [rates_of(options.gpu, device)]
-    if options.rates:
-        try:
-            rates = [prediction.corrected(rates[0], prediction.read_rates(options.rates))]
-        except RatesError as error:
-            parser.error(str(error))
-    elif not any(gpu.upper() in device.name.upper() for gpu in GPUS):
-        parser.error(f"no kernel's rates are known for {device.name}: pass --rates, or --gpu {' or '.join(GPUS)}")
-    elif not options.gpu and record is None:
-        rates = [rates_of(gpu, DEVICES[gpu]) for gpu in GPUS]
-    print(heading(config, device, processes))
-    print(predicted(config, rates, seconds, processes))
-    print(sampling(config, rates[0]))
-    if record is None:
-        print(shared(config, rates[0], device.memory))
-    print(textwrap.fill(f"rates, bytes or FLOPs a second: {rates[0]}", 120))
+        rates = [rates_of(options.gpu, device)]
+        if options.rates:
+            try:
+                rates = [prediction.corrected(rates[0], prediction.read_rates(options.rates))]
+            except RatesError as error:
+                parser.error(str(error))
+        elif not any(gpu.upper() in device.name.upper() for gpu in GPUS):
+            parser.error(f"no kernel's rates are known for {device.name}: pass --rates, or --gpu {' or '.join(GPUS)}")
+        elif not options.gpu and record is None:
+            rates = [rates_of(gpu, DEVICES[gpu]) for gpu in GPUS]
+        print(heading(config, device, processes))
+        print(predicted(config, rates, seconds, processes))
+        print(sampling(config, rates[0]))
+        if record is None:
+            print(shared(config, rates[0], device.memory))
+        print(textwrap.fill(f"rates, bytes or FLOPs a second: {rates[0]}", 120))
     return 0
 
 

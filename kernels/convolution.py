@@ -17,10 +17,10 @@ rate; one of 128 pixels would read 12.5 TB/s.
 
 What rides on the result saves passes over maps (x: bytes of one). In the middle of a residual block the statistics read
 nothing: the norm moves 2x, not 3x. At its end bias and residual are added before the one rounding, where a pass read
-result and residual and wrote the sum: 3x, of which one is the residual, not 5x; before an upsampling 1x, not 5x.
-Decoding an image of 384² pixels with VQ-16 in bf16 moves 0.52 GB of 1.49 less so, 0.17 ms at 3.0 TB/s. Of a step of
-LlamaGen-XXL (1024 images) that is 0.18 s at the copy's rate, 0.22 at the 0.8 of it that GroupNorm's passes are expected
-to reach, 0.27 if the residual's read hides behind products. Nobody has measured that. A slower product would cost more
+result and residual and wrote the sum: 3x, of which one is the residual, not 5x; before an upsampling 1x, not 3x.
+Decoding an image of 384² pixels with VQ-16 in bf16 moves 0.49 GB of 1.53 less so, 0.16 ms at 3.0 TB/s. Of a step of
+LlamaGen-XXL (1024 images) that is 0.17 s at the copy's rate, 0.21 at the 0.8 of it that GroupNorm's passes are expected
+to reach, 0.28 if the residual's read hides behind products. Nobody has measured that. A slower product would cost more
 than it saves, as convolutions take 1.0 s of that step: cuDNN stays, but for shapes at which this was found faster on a
 GPU (`runtime.forms`).
 

@@ -186,8 +186,7 @@ def test_reward_dtypes_that_are_refused(
         tiny_config(**changes)
 
 
-@pytest.mark.parametrize(("side", "zoom"), [(64, 1), (96, 4)])
-@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize(("side", "zoom", "share"), [(64, 1, 0.5), (96, 4, 0.05)])
 def test_bf16_advantages_on_photographs(tiny_models: Models, side: int, zoom: int, share: float) -> None:
     images = photographs(side, zoom)
     fast = PixelReward(tiny_models.tokenizer, tiny_models.reward.lpips, dtype=torch.bfloat16)

@@ -28,6 +28,7 @@ from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.data.pictures import GAP, MARGIN, SHEET_GAP
 from vapi_fast.kernels import library
 from vapi_fast.models import LlamaGen
+from vapi_fast.runtime import forms
 from vapi_fast.runtime.errors import ConfigError, NonFiniteError
 
 Make = Callable[..., AlignConfig]
@@ -58,6 +59,7 @@ def test_run_writes_everything(tiny_config: Make, capsys: pytest.CaptureFixture[
     assert record["config"]["lr"] == 1e-3
     assert record["config"]["data"].endswith("train.parquet")
     assert record["versions"]["torch"] == torch.__version__
+    assert record["forms"] == forms.taken("")
     for name in ("base", "aligned"):
         for scores in (record[name], record[name]["cfg"]):
             assert set(scores) >= SCORES

@@ -22,6 +22,7 @@ from vapi_fast.alignment.kernel_costs import FP32, Cost, Kernel, product
 from vapi_fast.models import Janus, catalog
 from vapi_fast.models.families import generator_config
 from vapi_fast.models.sizes import JANUS_CONFIGS
+from vapi_fast.runtime import forms
 
 STAGES = ["encode", "forward", "sample", "decode", "lpips", "loss", "backward", "optimizer"]
 XXL: dict[str, Any] = catalog.entry("xxl").preset("align", "lean") | {"model": "xxl"}
@@ -57,6 +58,53 @@ def test_an_xxl_step_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert [float(cell) for cell in cells(lines, "total")[:3]] == pytest.approx(total, abs=5e-3)
     assert "convolution 0.9" in lines[6]
     assert "norm 0.637" in lines[6]
+
+
+def seconds_with(taken: dict[str, str]) -> dict[str, float]:
+    """Of a step's stages on an H100, with these forms."""
+    with forms.taking(**taken):
+        stages = {stage: sum(rates().by_kind(cost).values()) for stage, cost in config_costs(XXL).items()}
+    return stages | {"step": sum(stages.values())}
+
+
+def test_what_other_forms_are_expected_to_bring_is_what_the_docs_say() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "development.md").read_text(encoding="utf-8")
+    usual, rows = seconds_with({}), re.findall(r"^\| `([\w-]+)=(\w+)` \| .* \| (\w+ .* → .*) \|$", text, re.MULTILINE)
+    stated = {kind: (form, re.findall(r"(\w+) ([\d.]+) → ([\d.]+)", changes)) for kind, form, changes in rows}
+    assert set(stated) >= {"encoder", "wide-attention", "last-convolution", "convolution"}
+    for kind, (form, changes) in stated.items():
+        found = seconds_with({kind: form})
+        assert {stage for stage, *_ in changes} <= {stage for stage in usual if found[stage] < usual[stage]}
+        for stage, before, after in changes:
+            assert [usual[stage], found[stage]] == pytest.approx([float(before), float(after)], abs=6e-4)
+    three = {"encoder": "float16", "wide-attention": "matmul", "convolution": "triton"}
+    assert f"expected to take {seconds_with(three)['step']:.2f} s on an H100" in text
+    assert f"last convolution {seconds_with(three | {'last-convolution': 'eight'})['step']:.2f}," in text
+
+
+def test_a_run_or_an_architecture_brings_its_forms(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = cells(printed(capsys, "--gpu", "h100"), "encode")
+    monkeypatch.setattr(forms, "measured", lambda name: {"encoder": "float16"} if name == "sm_90" else {})
+    lines = printed(capsys, "--gpu", "h100")
+    assert lines[2] == "forms: encoder=float16"
+    assert float(cells(lines, "encode")[1]) < float(usual[1])
+    record = {"config": XXL, "device": "NVIDIA H100 80GB HBM3", "stages": {}, "forms": {"wide-attention": "matmul"}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    lines = printed(capsys, str(tmp_path / "run.json"))
+    assert lines[2] == "forms: wide-attention=matmul"
+    assert float(cells(lines, "decode")[1]) == pytest.approx(seconds_with(record["forms"])["decode"], abs=6e-4)
+
+
+def test_graphs_take_launching_from_the_host() -> None:
+    eager = prediction.share_of_step(XXL, 1, rates(), 80 * GB)
+    with forms.taking(micro_batch="graph"):
+        recorded, sharded = (prediction.share_of_step(XXL, gpus, rates(), 80 * GB) for gpus in (1, 8))
+    assert recorded.host < eager.host / 50
+    assert recorded.launched < eager.launched / 10
+    assert recorded.kernels == eager.kernels
+    assert sharded == prediction.share_of_step(XXL, 8, rates(), 80 * GB)  # whose weights are gathered: no graph
 
 
 def test_a_kernel_takes_the_longer_of_its_times_and_the_gap_before_the_next() -> None:

@@ -16,7 +16,7 @@ def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "forms.json"
     path.write_text(json.dumps({"sm_90": {"encoder": "float16", "convolution 128→128 384²": "triton"}}))
     monkeypatch.setattr(forms, "MEASURED", path)
-    monkeypatch.setattr(forms, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(forms, "architecture", lambda device: "sm_90" * (device.type == "cuda"))
     forms.measured.cache_clear()
     yield
     forms.measured.cache_clear()
@@ -41,6 +41,20 @@ def test_a_process_may_take_others(monkeypatch: pytest.MonkeyPatch) -> None:
         with forms.taking(wide_attention="matmul"):
             assert [forms.form(kind, GPU) for kind in ("encoder", "wide-attention")] == ["float16", "matmul"]
     assert forms.form("encoder", CPU) == "tf32"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_a_device_takes_can_be_taken_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(forms.VARIABLE, "wide-attention=matmul")
+    found = forms.taken("sm_90")
+    assert found == {"encoder": "float16", "convolution 128→128 384²": "triton", "wide-attention": "matmul"}
+    assert forms.taken("") == forms.taken("sm_80") == {"wide-attention": "matmul"}
+    with forms.taking(**found):
+        assert forms.form("encoder", CPU) == "float16"
+        assert forms.form("convolution", CPU, "128→128 384²") == "triton"
+        assert forms.form("convolution", CPU, "256→256 96²") == "cudnn"
+    monkeypatch.setenv(forms.VARIABLE, "convolution=cudnn")
+    assert forms.taken("sm_90") == {"encoder": "float16", "convolution": "cudnn"}
 
 
 @pytest.mark.parametrize("text", ["encoder", "encoder=int4", "decoder=tf32"])

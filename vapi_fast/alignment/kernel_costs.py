@@ -17,12 +17,14 @@ from torch.utils.flop_counter import flop_registry
 
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
+from vapi_fast.models.frozen import TENSOR_CORE_CHANNELS, lowest_parts
 from vapi_fast.models.lpips import LPIPSConfig
 from vapi_fast.models.tokenizer import VQTokenizerConfig
+from vapi_fast.runtime import forms
 from vapi_fast.runtime.ceilings import Ceilings
 
 BF16, FP32 = 2, 4  # bytes
-ENCODER = FP32  # a number of the encoder's maps and weights; its products are in TF32
+ANYWHERE = torch.device("cpu")  # where a form is the usual one, unless the environment or `forms.taking` names another
 
 aten = torch.ops.aten
 
@@ -138,8 +140,10 @@ class NetworkKernels(TorchDispatchMode):
     A convolution's bias and activation ride on it or on the pass that follows. GroupNorm's statistics are a pass of
     their own before it is applied, and a sum is written by the former: 5 passes over the map; of an upsampling's phases
     or a convolution's bias alone 4, and 3 inside of a block, where nothing else reads the sum. A sum that is not normed
-    takes 3, and its padding none. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself.
-    FLOPs are those of PyTorch's `flop_registry`.
+    takes 3, and its padding none. Where a block's convolution is ours, it reads what is added to it, and the norm has 2
+    passes left. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself. Attention over a map
+    keeps its scores on the chip; as two products it writes them in fp32, and reads them for the softmax.
+    FLOPs are those of PyTorch's `flop_registry`. Forms are those that `forms.form` takes anywhere.
     """
 
     def __init__(self, itemsize: int) -> None:
@@ -149,6 +153,8 @@ class NetworkKernels(TorchDispatchMode):
         self.elements = 0  # of all maps, that convolutions, norms and poolings read or write at least once
         self.largest_map = 0
         self.made: dict[int, tuple[str, Tensor, Any]] = {}  # by id of a map: the operation, the map, its first input
+        self.fused: dict[int, int] = {}  # by id of what a convolution of ours writes: its place in `kernels`
+        self.scored = False  # whether the last batched product was attention's scores
 
     def __torch_dispatch__(
         self,
@@ -170,31 +176,48 @@ class NetworkKernels(TorchDispatchMode):
         name, _, source = self.made.get(id(x), ("", x, None))
         return name, source
 
-    def note(self, kind: str, flops: float, elements: int, shape: tuple[int, ...] = (), runs: float = 1) -> None:
-        self.kernels.append(Kernel(kind, flops, elements * self.itemsize, runs, self.itemsize == FP32, shape))
+    def note(
+        self, kind: str, flops: float, elements: float, shape: tuple[int, ...] = (), runs: float = 1, wide: int = 0
+    ) -> None:
+        """wide: elements that are in fp32 in any case."""
+        moved = elements * self.itemsize + wide * FP32
+        self.kernels.append(Kernel(kind, flops, moved, runs, self.itemsize == FP32, shape))
 
     def note_convolution(self, result: Tensor, source: Tensor, weight: Tensor, *others: Any) -> None:
         flops = flop_registry[aten.convolution](source, weight, *others, out_val=result)
         outputs, inputs, taps, _ = weight.shape
-        side = result.shape[-1]
+        side, written = result.shape[-1], result.numel()
         name, original = self.origin(source)
         if name == "upsample_nearest2d":
             source, flops, outputs, side, taps = original, flops * 4 // 9, 4 * outputs, side // 2, 2
-        moved = source.numel() + result.numel() + weight.numel()
+        if outputs == 3 and forms.form("last-convolution", ANYWHERE) == "eight":
+            flops, written = (each * TENSOR_CORE_CHANNELS // outputs for each in (flops, written))
+            outputs = TENSOR_CORE_CHANNELS
+        moved = source.numel() + written + weight.numel()
         if taps > 1:
             self.note("convolution", flops, moved, (inputs, outputs, side, taps))
         else:
             self.note("product", flops, moved, (side * side, outputs))
+        shape = f"{inputs}→{outputs} {side}²"
+        ours = self.itemsize == BF16 and forms.form("convolution", ANYWHERE, shape) == "triton"
+        if ours and name == "silu" and outputs > TENSOR_CORE_CHANNELS:  # of a residual block, not the last one
+            self.fused[id(result)] = len(self.kernels) - 1
         self.elements += source.numel() + result.numel()
         self.largest_map = max(self.largest_map, source.numel(), result.numel())
 
     def note_native_group_norm(self, result: Any, x: Tensor, *others: Any) -> None:
         name, source = self.origin(x)
         inside = name == "convolution" and self.origin(source)[0] == "silu"
-        self.note("norm", 0, (5 if name == "add" else 3 if inside else 4) * x.numel(), runs=3)
+        passes = 2 if id(x) in self.fused else 5 if name == "add" else 3 if inside else 4
+        self.note("norm", 0, passes * x.numel(), runs=2 if id(x) in self.fused else 3)
         self.elements += 2 * x.numel()
 
-    def note_add(self, result: Tensor, *others: Any) -> None:
+    def note_add(self, result: Tensor, *added: Any) -> None:
+        for each in added:
+            if id(each) in self.fused and self.origin(each)[0] == "convolution":  # which reads what is added to it
+                place = self.fused[id(result)] = self.fused[id(each)]
+                convolution = self.kernels[place]
+                self.kernels[place] = replace(convolution, bytes=convolution.bytes + self.itemsize * result.numel())
         self.elements += result.numel()
 
     def note_max_pool2d_with_indices(self, result: Any, x: Tensor, *others: Any) -> None:
@@ -202,33 +225,65 @@ class NetworkKernels(TorchDispatchMode):
         self.elements += x.numel() + result[0].numel()
 
     def note_upsample_nearest2d(self, result: Tensor, x: Tensor, *others: Any) -> None:
-        if self.origin(x)[0] == "add":
+        if self.origin(x)[0] == "add" and id(x) not in self.fused:
             self.note("elementwise", 0, 3 * x.numel())
 
     def note_constant_pad_nd(self, result: Tensor, x: Tensor, *others: Any) -> None:
-        self.note("elementwise", 0, 2 * x.numel() + result.numel())
+        fused = id(x) in self.fused  # whose sum is written, then read to be padded
+        self.note("elementwise", 0, (1 if fused else 2) * x.numel() + result.numel())
 
     def note_bmm(self, result: Tensor, a: Tensor, b: Tensor) -> None:
-        """One of attention's two, whose scores stay on the chip: the result or a."""
-        scores = max(result.numel(), a.numel())
-        moved = a.numel() + b.numel() + result.numel() - scores
-        self.note("wide attention", flop_registry[aten.bmm](a, b, out_val=result), moved, runs=0.5)
+        """One of attention's two."""
+        self.scored = not self.scored
+        flops = flop_registry[aten.bmm](a, b, out_val=result)
+        outside = b.numel() + (a if self.scored else result).numel()
+        if forms.form("wide-attention", ANYWHERE) == "sdpa":
+            self.note("wide attention", flops, outside, runs=0.5)
+            return
+        shape = tuple(result.shape[1:])
+        if self.scored:
+            self.note("product", flops, outside, shape, wide=result.numel())
+            rounded = 0 if self.itemsize == FP32 else result.numel()
+            self.note("elementwise", 0, rounded, runs=1 + (rounded > 0), wide=2 * result.numel() + rounded)
+        else:
+            self.note("product", flops, outside + a.numel(), shape)
 
 
-def network_cost(network: nn.Module, channels: int, side: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
-    """Cost of one image's map `[1, channels, side, side]` through a network on the meta device."""
+def network_cost(
+    network: nn.Module, channels: int, side: int, itemsize: int = BF16, single: nn.Module | None = None
+) -> tuple[Cost, NetworkKernels]:
+    """Cost of one image's map `[1, channels, side, side]` through a network on the meta device.
+
+    single: the module from which on maps are in fp32.
+    """
     noted = NetworkKernels(itemsize)
+    if single is not None:
+        single.register_forward_pre_hook(lambda *_: setattr(noted, "itemsize", FP32))
     with torch.no_grad(), ops.use_backend("reference"), noted:
         network(torch.empty(1, channels, side, side, device="meta"))
     return Cost(tuple(noted.kernels)), noted
 
 
-@functools.cache
+Forms = tuple[tuple[str, str], ...]
+
+
+def taken() -> Forms:
+    """The forms that are taken anywhere: what is kept of costs is kept for them."""
+    return tuple(sorted(forms.taken("").items()))
+
+
 def encoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
     """Encoding of one image, with the comparison of its latents with every code."""
+    return _encoder(config, image_size, taken())
+
+
+@functools.cache
+def _encoder(config: VQTokenizerConfig, image_size: int, taken: Forms) -> Cost:
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
-    cost, _ = network_cost(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), 3, image_size, ENCODER)
+    network, half = nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dict(taken).get("encoder") == "float16"
+    lowest = tokenizer.encoder.get_submodule(lowest_parts(tokenizer.encoder)[0])
+    cost, _ = network_cost(network, 3, image_size, BF16 if half else FP32, lowest if half else None)
     codes = (image_size // config.downsample) ** 2 * config.codebook_size
     return cost + Cost((Kernel("product", 2 * codes * config.code_width, single=True),))
 
@@ -240,16 +295,16 @@ def reward_itemsize(dtype: str | None) -> int:
 
 def decoder_cost(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> Cost:
     """Decoding of one image."""
-    return _decoder(config, image_size, itemsize)[0]
+    return _decoder(config, image_size, itemsize, taken())[0]
 
 
 def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
     """Elements of the largest map on the way to one image."""
-    return _decoder(config, image_size)[1].largest_map
+    return _decoder(config, image_size, BF16, taken())[1].largest_map
 
 
 @functools.cache
-def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
+def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int, taken: Forms) -> tuple[Cost, NetworkKernels]:
     with torch.device("meta"):
         tokenizer = VQTokenizer(config)
     # As `models/frozen` has it, post_quant_conv is in the codebook.
@@ -283,5 +338,5 @@ def _level_elements(config: LPIPSConfig, image_size: int) -> list[int]:
 
 def reward_elements(tokenizer: VQTokenizerConfig, lpips: LPIPSConfig, image_size: int) -> int:
     """Elements of one image's maps that decoder and perceptual network read or write, each operation's once."""
-    networks = _decoder(tokenizer, image_size)[1].elements + _features(lpips, image_size)[1].elements
+    networks = _decoder(tokenizer, image_size, BF16, taken())[1].elements + _features(lpips, image_size)[1].elements
     return networks + sum(_level_elements(lpips, image_size))

@@ -17,7 +17,7 @@ import torch
 from vapi_fast.alignment.control import SAID
 from vapi_fast.alignment.costs import config_costs, model_flop_utilisation, stage_table
 from vapi_fast.alignment.outcome import Outcome
-from vapi_fast.runtime import hub
+from vapi_fast.runtime import forms, hub
 from vapi_fast.runtime.accelerators import attention_backend
 from vapi_fast.runtime.checkpoint import write_atomically
 from vapi_fast.runtime.distributed import gather_objects, world_size
@@ -34,8 +34,11 @@ PACKAGES = ("vapi-fast", "torch", "triton", "numpy", "datasets", "torchmetrics",
 def run_record(outcome: Outcome) -> dict[str, Any]:
     """The dictionary that becomes `run.json`; seconds are wall-clock, rewards one mean per step."""
     config = {key: plain(value) for key, value in dataclasses.asdict(outcome.config).items()}
-    costs = config_costs(config, processes=world_size())
     step_seconds, stages = outcome.step_seconds(), outcome.stage_seconds()
+    taken = forms.taken(forms.architecture(outcome.device))
+    with forms.taking(**taken):
+        costs = config_costs(config, processes=world_size())
+        table = stage_table(config, stages, outcome.ceilings, processes=world_size())
     record = {
         "config": config,
         "versions": versions(),
@@ -52,12 +55,13 @@ def run_record(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds | {"stages": outcome.clock.seconds(wait=True)},
         "step_seconds": step_seconds,  # median
         "images_per_second": outcome.config.batch_size / step_seconds if step_seconds else None,
-        "stages": stage_table(config, stages, outcome.ceilings, processes=world_size()),
+        "stages": table,
         "model_flop_utilisation": (
             model_flop_utilisation(costs, step_seconds, outcome.ceilings) if costs and step_seconds else None
         ),
         "ceilings": dataclasses.asdict(outcome.ceilings),
         "attention": attention_backend(outcome.device),
+        "forms": taken,
         "planned_memory": outcome.plan.parts | {"free": outcome.plan.free} if outcome.plan else None,
         "peak_memory": peak_memory(outcome.device),
         "joules": total_joules(outcome.energy.joules()),

@@ -275,12 +275,16 @@ def parts_of(coder: Encoder | Decoder) -> list[str]:
 def single_parts(encoder: Encoder) -> set[str]:
     """Parts of an encoder that stay in float32 where the others are in float16. Waits for the device.
 
-    From the last change of resolution on all of them: few FLOPs, and most of what rounding changes in the latents. And
-    those that come near to what float16 can hold.
+    Those at its lowest resolution, and those that come near to what float16 can hold.
     """
-    parts, drawn = parts_of(encoder), drawn_images(encoder.conv_in.weight.device)
+    drawn = drawn_images(encoder.conv_in.weight.device)
+    return {*lowest_parts(encoder), *large_parts(encoder, parts_of(encoder), drawn)}
+
+
+def lowest_parts(encoder: Encoder) -> list[str]:
+    """From the last change of resolution on all: few FLOPs, and most of what rounding changes in the latents."""
     lowest = max((i for i, block in enumerate(blocks_of(encoder), 1) if isinstance(block, Downsample)), default=0)
-    return {*parts[lowest:], *large_parts(encoder, parts, drawn)}
+    return parts_of(encoder)[lowest:]
 
 
 def large_parts(network: nn.Module, parts: list[str], drawn: Tensor) -> set[str]:

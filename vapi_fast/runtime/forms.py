@@ -38,12 +38,16 @@ def form(kind: str, device: torch.device, shape: str = "") -> str:
 
     Raises ConfigError for what the environment names and nobody knows.
     """
-    usual, *_ = FORMS[kind]
-    if chosen := (from_environment() | _chosen).get(kind):
-        return chosen
-    if device.type != "cuda":
-        return usual
-    return measured(architecture(device)).get(f"{kind} {shape}".rstrip(), usual)
+    found = taken(architecture(device))
+    return found.get(f"{kind} {shape}".rstrip()) or found.get(kind, FORMS[kind][0])
+
+
+def taken(architecture: str) -> dict[str, str]:
+    """What an architecture (as `sm_90`; "" for none) has in the place of usual forms, by kind and, where each has its
+    own, shape: what `taking` and the environment name, and of other kinds what was measured."""
+    chosen = from_environment() | _chosen
+    own = {kind: name for kind, name in measured(architecture).items() if kind.split()[0] not in chosen}
+    return own | chosen
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def parsed(text: str) -> dict[str, str]:
 
 def checked(forms: Mapping[str, str]) -> dict[str, str]:
     for kind, name in forms.items():
-        if name not in FORMS.get(kind, ()):
+        if name not in FORMS.get(kind.partition(" ")[0], ()):
             known = "; ".join(f"{kind}={'|'.join(names)}" for kind, names in FORMS.items())
             raise ConfigError(f"{VARIABLE}: there is no {kind}={name}: choose of {known}")
     return dict(forms)
@@ -82,8 +86,8 @@ def measured(name: str) -> dict[str, str]:
 
 
 def architecture(device: torch.device) -> str:
-    """As `sm_90`; "" where there is no GPU, on which nothing was measured."""
-    if not torch.cuda.is_available():
+    """As `sm_90`; "" of what is no GPU, on which nothing was measured."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return ""
     from vapi_fast.kernels.launch import device_architecture  # imports Triton
 
