@@ -187,7 +187,7 @@ def test_what_rates_measures_is_what_a_step_launches() -> None:
     named = {
         prediction.convolution_name(3, kind, *shape)
         for kind, shapes in (
-            ("bfloat16", rates_script.CONVOLUTIONS + rates_script.ENDS),
+            ("bfloat16", rates_script.CONVOLUTIONS),
             ("TF32", rates_script.ENCODER),
         )
         for shape in shapes
