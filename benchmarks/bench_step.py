@@ -1,6 +1,6 @@
 """A whole alignment step's forward, rollouts, reward, loss and backward against the published recipe's.
 
-On a GPU LlamaGen-XXL with random weights and few images, in bf16; on a CPU the tiny preset in float32.
+On a GPU LlamaGen-XXL with random weights and few images, in bf16; on a CPU the presets tiny and tiny-text in float32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from race import YARDSTICK, Contestant, Race, yardstick
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from vapi_fast.data.dataset import ImageBatch
 
-SEED = 0
+SEED, LARGEST = 0, 8  # images, for which there is the most time
 # Of the gradient, relative L2 against the published step's on the same rollouts. In bf16 the rollouts' rewards round,
 # and with random weights they differ little, so that their advantages round much.
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.3}
@@ -27,6 +28,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 DISAGREEMENT = {torch.float32: 0.0, torch.bfloat16: 0.5}
 
 
+@pytest.mark.parametrize("step", ["classes", "captions"], indirect=True)
 def test_gradients(guard: Guard, step: Step) -> None:
     from comparison import relative_error
     from reference_step import CHUNK, PublishedModels, encode, published_step
@@ -59,8 +61,9 @@ def test_gradients(guard: Guard, step: Step) -> None:
     race = Race(ours, rivals, itertools.cycle(step.batches))
     race.warm_up()
     row = guard.measure(
-        "alignment step",
+        "alignment step" + " tiny-text" * (config.model == "tiny-text"),
         race,
+        seconds=guard.bench.model_seconds * len(first.images) / LARGEST,
         references=["published"],
         error=error,
         bound=BOUND[models.reward.dtype],

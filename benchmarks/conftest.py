@@ -191,19 +191,30 @@ def guard(request: pytest.FixtureRequest, bench: Bench, benchmark: BenchmarkFixt
     return Guard(bench, benchmark, config.stash[BASELINE], config.getoption("update_baseline", False))
 
 
-@pytest.fixture(scope="module")
-def step(bench: Bench) -> Iterator[Step]:
-    """Eight images × 8 rollouts: LlamaGen-XXL with random weights at 384² on a GPU, the tiny preset on a CPU."""
+@pytest.fixture(scope="module", params=["classes"])
+def step(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Step]:
+    """Eight images × 8 rollouts: LlamaGen-XXL with random weights at 384² on a GPU, the tiny preset on a CPU.
+
+    By captions four images of tiny-text, on a CPU alone.
+    """
     pytest.importorskip("datasets", reason="vapi_fast.alignment.step needs it")
     from vapi_fast import AlignConfig
+    from vapi_fast.alignment.data_sets import open_data
     from vapi_fast.alignment.models import load_models
-    from vapi_fast.data.dataset import ImageData
     from vapi_fast.data.synthetic import SyntheticData
+    from vapi_fast.models.families import generator_config
 
-    gpu = bench.device.type == "cuda"
+    gpu, captions = bench.device.type == "cuda", request.param == "captions"
+    if gpu and captions:
+        pytest.skip("on a GPU a step is LlamaGen-XXL's")
     made_up = {"random_init": gpu, "synthetic_data": gpu}
-    config = AlignConfig(model="xxl" if gpu else "tiny", batch_size=8, micro_batch=8, **made_up)
-    data = SyntheticData(config.image_size, 1000) if gpu else ImageData(config.data, config.image_size)
+    images = 4 if captions else 8
+    model = "xxl" if gpu else "tiny-text" if captions else "tiny"
+    config = AlignConfig(model=model, batch_size=images, micro_batch=images, **made_up)
+    if gpu:
+        data = SyntheticData(config.image_size, 1000)
+    else:
+        data = open_data(config, generator_config(model).condition, bench.device)
     batches = list(data.batches(config.batch_size, BATCHES, seed=config.seed))
     precision = torch.get_float32_matmul_precision()
     if gpu:

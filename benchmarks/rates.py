@@ -64,27 +64,19 @@ GRAPHS = {
     "encoder": ("encoder=float16", "cudnn-benchmark=on"),
     "decoder": ("wide-attention=matmul", "last-convolution=eight", "cudnn-benchmark=on"),
 }
-BACKENDS = {
-    "default": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+BACKENDS = {"default": None, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 # Channels in and out, side, of 3×3 convolutions at 384²; of the decoder and LPIPS, and of the encoder.
 CONVOLUTIONS = [
     (128, 128, 384), (64, 64, 384), (8, 64, 384), (128, 128, 192), (256, 128, 192), (64, 128, 192),
-    (256, 256, 96), (512, 256, 48), (256, 256, 48), (512, 512, 48), (512, 512, 24), (256, 512, 24),
+    (256, 256, 96), (512, 256, 48), (256, 256, 48), (512, 512, 48), (512, 512, 24), (256, 512, 24), (128, 3, 384),
 ]  # fmt: skip
-TRIED = (0, 3, 6)  # of these, with cudnn.benchmark too
 PHASES = [(128, 512, 192), (256, 1024, 48), (512, 2048, 24)]  # of 2×2, in place of upsampling and a 3×3 one
 ENCODER = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48), (512, 512, 24)]
 BLOCKS = [(128, 128, 384), (128, 128, 192), (256, 256, 96), (256, 256, 48)]  # of residual blocks: those of whole tiles
 MICRO_BATCHES = (4, 16, 32)  # images
 COMPILED = ("convolution", "rms_norm", "rotary", "swiglu", "group_sample", "losses")  # whose kernels are many
 LAYERS, PASSES = 4, 4  # blocks of LlamaGen-XXL, and micro-batches of a step
-ENDS = [(128, 3, 384), (128, 8, 384)]  # the decoder's last convolution, and what padding its channels would make of it
 
 
 def report(name: str, **figures: Any) -> None:
@@ -157,17 +149,13 @@ def measure_ceilings(bench: Bench) -> None:
 
 
 def convolutions(bench: Bench) -> None:
-    """The rates that decide about cudnn.benchmark, the encoder's precision and the padding of `conv_out`."""
-    for shape in CONVOLUTIONS + ENDS:
+    """What a step's prediction takes in place of estimates: forms are decided by encoder and decoder as a whole."""
+    for shape in CONVOLUTIONS:
         convolution(bench, shape, torch.bfloat16)
     for shape in PHASES:
         convolution(bench, shape, torch.bfloat16, kernel=2)
-    for shape, dtype in itertools.product(ENCODER, (torch.float32, torch.float16)):
-        convolution(bench, shape, dtype)
-    torch.backends.cudnn.benchmark = True
-    for index in TRIED:
-        convolution(bench, CONVOLUTIONS[index], torch.bfloat16, note=", cudnn.benchmark")
-    torch.backends.cudnn.benchmark = False
+    for shape in ENCODER:
+        convolution(bench, shape, torch.float32)
 
 
 def convolution(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, kernel: int = 3, note: str = "") -> None:
@@ -232,9 +220,7 @@ def attention(bench: Bench) -> None:
 
     batch, width = bench.less(64), bench.less(512)
     work = 4 * batch * tokens**2 * width
-    for backend in BACKENDS:
-        call = functools.partial(attend, backend=backend)
-        one(f"one head of 512, {backend}", (batch, 1, tokens, width), call, work)
+    one("one head of 512, default", (batch, 1, tokens, width), functools.partial(attend, backend="default"), work)
     one("one head of 512, bmm", (batch, tokens, width), torch.no_grad()(matmul_attention), work)
     batch, heads = bench.less(16), bench.less(24)
     work = 2 * batch * heads * tokens**2 * 64  # causal: half of the products
@@ -298,14 +284,14 @@ def poisoned(bench: Bench, dtype: torch.dtype, poison: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def graph(bench: Bench, coder: str, form: str = "") -> dict[str, Any]:
+def graph(bench: Bench, coder: str, form: str = "", dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The frozen encoder or decoder of random weights, of eight images at once, by replay and kernel by kernel."""
     gpu = bench.device.type == "cuda"
     torch.manual_seed(0)
     kind, _, name = form.partition("=")
     with bench.device, forms.taking(**({kind: name} if form else {})):
         tokenizer = VQTokenizer.from_name("vq-16" if gpu else "tiny").to(memory_format=torch.channels_last)
-        codec = PixelCodec(tokenizer, 16, torch.bfloat16)
+        codec = PixelCodec(tokenizer, 16, dtype)
         given = Source(bench.device, torch.float32).maps(16, 3, bench.sizes.pixels, bench.sizes.pixels).clamp(-1, 1)
         if coder == "decoder":
             given = torch.randint(len(codec.frozen.entries), (16, bench.sizes.tokens))
@@ -402,6 +388,8 @@ def measure(bench: Bench) -> None:
     bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
     bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
     micro_batch_forms(bench)
+    in_float32 = functools.partial(graph, bench, "decoder", dtype=torch.float32)  # as another `--reward-dtype` has it
+    bench.attempt("decoder as a CUDA graph in float32", in_float32)
     for coder, others in GRAPHS.items():
         for form in ("", *others):
             name = f"{coder} as a CUDA graph{', ' * bool(form)}{form}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from vapi_fast.alignment.models import Models, frozen_copy
 from vapi_fast.alignment.rollout import condition_of
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import LPIPS, Condition, Dropout, LlamaGen, VQTokenizer
+from vapi_fast.models.transformer import Block
 from vapi_fast.runtime.clock import Clock
 
 CHUNK = 8  # images encoded, sequences decoded, compared, and trained on at once
@@ -190,23 +191,33 @@ def forward(
             square = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
             mask = keys & square.tril() | torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
         for i, layer in enumerate(generator.layers):
-            attention, feed_forward = layer.attention, layer.feed_forward
-            n = rms_norm(h, layer.attention_norm.weight)
-            q, k, v = attention.wqkv(n).unflatten(-1, (3, attention.heads, -1)).unbind(2)
-            q, k = reference.rotary_2d(q, rotary), reference.rotary_2d(k, rotary)
-            by_head = (x.transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*by_head, attn_mask=mask, is_causal=mask is None)
-            out = attention.wo(out.transpose(1, 2).flatten(2))
-            h = h + (dropout.states(out, 2 * i + 1) if dropout else out)
-            n = rms_norm(h, layer.ffn_norm.weight)
-            out = feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n))
-            h = h + (dropout.states(out, 2 * i + 2) if dropout else out)
+            h = block(layer, h, rotary, mask, lambda x, place, i=i: dropout.states(x, 2 * i + place) if dropout else x)
         h = h[:, generator.config.prefix_len - 1 :]
         return generator.output(rms_norm(h, generator.norm.weight)).float()
 
 
+def block(
+    layer: Block,
+    h: Tensor,
+    rotary: Tensor,
+    mask: Tensor | None = None,
+    dropped: Callable[[Tensor, int], Tensor] = lambda x, place: x,
+) -> Tensor:
+    """States `[N,S,D]` after a layer; dropped: of what its first and its second branch add."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    n = rms_norm(h, layer.attention_norm.weight)
+    q, k, v = attention.wqkv(n).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+    q, k = reference.rotary_2d(q, rotary), reference.rotary_2d(k, rotary)
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*by_head, attn_mask=mask, is_causal=mask is None)
+    h = h + dropped(attention.wo(out.transpose(1, 2).flatten(2)), 1)
+    n = rms_norm(h, layer.ffn_norm.weight)
+    return h + dropped(feed_forward.w2(F.silu(feed_forward.w1(n)) * feed_forward.w3(n)), 2)
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 

@@ -24,7 +24,7 @@ if __name__ == "vapi_fast.kernels":
     from .losses import linear_cross_entropy, policy_loss
     from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
     from .perceptual import lpips_distance, lpips_distance_max_pool, mse, scaled_pixels
-    from .rms_norm import add_norm, add_norm_backward, rms_norm
+    from .rms_norm import add_norm, add_norm_backward, norm_shares, rms_norm
     from .rotary_swiglu import (
         rotary_2d,
         rotate_heads,
@@ -58,6 +58,7 @@ __all__ = [
     "mse",
     "noisy_prefix",
     "noisy_prefix_cross_entropy",
+    "norm_shares",
     "policy_loss",
     "rms_norm",
     "rotary_2d",

@@ -293,9 +293,20 @@ def test_smaller_micro_batches_read_the_weights_more_often() -> None:
 
     assert moved("optimizer", 4) == moved("optimizer", 16)
     blocks = 48 * (4 * 1536**2 + 3 * 1536 * 4096)
-    # Read forward and for the input's gradient; their own gradient read and written by what adds to it.
+    shares = 4 * 264 * 97 * 1536
+    # Read forward and for the input's gradient; their own read and written by what adds to it, as norms' shares are.
     assert moved("forward", 4) - moved("forward", 16) == pytest.approx(24 * 2 * blocks)
-    assert moved("backward", 4) - moved("backward", 16) == pytest.approx(24 * (2 + 8) * blocks)
+    assert moved("backward", 4) - moved("backward", 16) == pytest.approx(24 * ((2 + 8) * blocks + 2 * shares))
+
+
+def test_gradients_of_norms_are_summed_up_once_a_step() -> None:
+    """Sharded ones in each of eight micro-batches, and added in seven: of 97 norms; a block's matrices so too."""
+
+    def launches(shards: int) -> float:
+        return sum(part.runs for part in transformer_costs(LLAMAGEN_CONFIGS["xxl"], 128, passes=8, shards=shards))
+
+    assert launches(1) == 8 * 48 * 25 + 2
+    assert launches(2) - launches(1) == 15 * (97 + 48) - 2
 
 
 def test_a_kernel_computes_while_it_moves_and_the_next_one_waits() -> None:

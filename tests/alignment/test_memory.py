@@ -41,6 +41,7 @@ def test_xxl_fits_an_80_gb_card() -> None:
     assert found.reward_chunk == 64
     assert found.parts["weights"] == found.parts["gradients"] == 4 * PARAMETERS
     assert found.parts["optimizer"] == 8 * PARAMETERS
+    assert found.parts["norms' gradients"] == 4 * 264 * 97 * 1536
     assert found.parts["bf16 weights"] == 2 * PARAMETERS
     # PAPER: 16 images of 576 tokens, 48 layers of 34 KB a token
     assert found.parts["activations"] == pytest.approx(16 * 576 * 48 * 34.9e3, rel=0.02)

@@ -252,11 +252,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 def test_the_shipped_file_has_a_ratio_for_each_benchmark() -> None:
     """On one kind of device or another: what is new has been measured on few."""
     names = {f"{each.name} {passes}" for each in every_operation() for passes in each.passes}
+    names.add("block forward+backward")
     kinds = Baseline(BENCHMARKS / "baseline.json").kinds
     assert set().union(*kinds.values()) >= names
     for kind, rows in kinds.items():
         drawn = ("xxl 384²", "janus-pro-1b 384²") if "NVIDIA" in kind else ("tiny", "tiny-janus")
-        models = {"reward score", "alignment step", *(f"generate {name}" for name in drawn)}
+        models = {"reward score", "alignment step", "alignment step tiny-text", *(f"generate {name}" for name in drawn)}
         assert set(rows) <= names | models
         assert all(row["ratio"] for row in rows.values())
         assert {name for name, row in rows.items() if row["yardstick"]} == models & set(rows)

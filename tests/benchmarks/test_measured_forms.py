@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import baseline
 import forms as script
 import pytest
 import rates
+import sampling
 import torch
+from baseline import Baseline
 
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.forms import form
 
+ROOT = Path(__file__).parents[2]
 ENCODER, DECODER = "encoder as a CUDA graph", "decoder as a CUDA graph"
 TRAINED = "attention, T 576, heads of 64, {}, forward and backward"
 
@@ -82,7 +88,8 @@ def test_a_file_without_a_gpu_or_rates_is_refused(
 
 
 def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every form has its rates among those of `rates.py`, which here runs small, with made-up seconds."""
+    """Every form has its rates among those of `rates.py`, which here runs small, with made-up seconds; and every gain
+    of the table in docs/development.md has rates or accepted ratios, by their names."""
     seconds: dict[str, float] = {}
     monkeypatch.setattr(rates, "rate", lambda sets, call, work: {"seconds": 1e-3, "rate": work / 1e-3})
     monkeypatch.setattr(rates, "report", lambda name, **found: seconds.update({name: found.get("seconds", 0.0)}))
@@ -90,3 +97,23 @@ def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.Monke
     rates.measure(rates.Bench(torch.device("cpu"), shrink=16))
     found = {each.kind.split()[0] for each in script.comparisons(seconds)}
     assert found == set(forms.FORMS)
+    drawn: list[str] = []
+    monkeypatch.setattr(sampling, "random_model", lambda device: None)
+    monkeypatch.setattr(sampling, "sample", lambda model, images, name, kv_dtype: drawn.append(name))
+    monkeypatch.setattr("sys.argv", ["sampling.py", "--cpu"])
+    sampling.main()
+    ratios = set().union(*Baseline(baseline.FILE).kinds.values())
+    gains = table_of_gains()
+    assert len(gains) == 15
+    for gain, _, *measured in gains:
+        names = [set(re.findall(r"`([^`]+)`", cell)) for cell in measured]
+        assert any(names), gain
+        assert names[0] <= {*seconds, *drawn}, gain
+        assert names[1] <= ratios, gain
+
+
+def table_of_gains() -> list[list[str]]:
+    lines = (ROOT / "docs" / "development.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| gain | without it | rates | ratios |") + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

@@ -187,7 +187,7 @@ def test_what_rates_measures_is_what_a_step_launches() -> None:
     named = {
         prediction.convolution_name(3, kind, *shape)
         for kind, shapes in (
-            ("bfloat16", rates_script.CONVOLUTIONS + rates_script.ENDS),
+            ("bfloat16", rates_script.CONVOLUTIONS),
             ("TF32", rates_script.ENCODER),
         )
         for shape in shapes
@@ -265,13 +265,15 @@ def test_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert alone.kernels == h100.by_kind(sum(config_costs(XXL).values(), Cost()))
     assert steps[8].kernels["optimizer"] == pytest.approx(alone.kernels["optimizer"] / 8, rel=0.01)
     assert [steps[gpus].step > alone.step / gpus for gpus in (32, 128)] == [True, True]
-    assert steps[8].host == pytest.approx(alone.host / 8, rel=0.15)
     assert steps[32].host == pytest.approx(steps[8].host, rel=0.05)  # a micro-batch is launched whatever its size
     assert steps[32].with_host == pytest.approx(steps[32].step + steps[32].host - steps[32].launched)
     assert set(steps[32].lost(alone, 32)) == {*alone.kernels, "exposed"}
     whole = prediction.share_of_step(XXL, 8, h100, 80 * GB, sharded=False)
     assert whole.kernels["optimizer"] == alone.kernels["optimizer"]
     assert whole.memory > steps[8].memory
+    assert whole.host == pytest.approx(alone.host / 8, rel=0.1)
+    assert steps[8].host == pytest.approx(whole.host, rel=0.15)
+    assert steps[8].host > whole.host  # norms' gradients are summed up in each micro-batch
     assert prediction.share_of_step(XXL, 1, h100, 30 * GB).memory is None
 
     lines = printed(capsys, "--recipe", "lean")

@@ -67,7 +67,7 @@ def test_the_default_has_a_forward_more(capsys: pytest.CaptureFixture[str]) -> N
     rows, lean = printed(capsys), printed(capsys, "--recipe", "lean")
     assert float(rows["forward"][0]) == pytest.approx(2 * float(lean["forward"][0]), abs=0.02)
     assert rows["loss"] == lean["loss"]
-    assert rows["total"][2:] == ["2.9512"]
+    assert rows["total"][2:] == ["2.9522"]
 
 
 def test_text_costs_what_its_page_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -244,6 +245,61 @@ def test_gradients_of_weights_cast_once_are_added_up_in_float32(backend: str) ->
     assert relative_l2(found, expected) < 2e-3
 
 
+class Normed(nn.Module):
+    """A norm, its parts of a block, and another norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = (nn.Parameter(1 + 0.1 * torch.randn(24)) for _ in range(2))
+        self.linear = nn.Linear(24, 72, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        total, *heads = norm_heads(x, None, self.first_norm, 1e-5, self.linear.weight, 3, TABLE.to(x))
+        normed = add_norm(total, sum(heads).flatten(2), self.second_norm, 1e-5)
+        return add_norm(normed, None, last, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients_of_norms_are_added_up_in_shares(backend: str) -> None:
+    """Three micro-batches of different sizes, and a second step in the same memory; a norm that is not trained."""
+    torch.manual_seed(0)
+    model, last = Normed().to(DEVICE), nn.Parameter(torch.randn(24, device=DEVICE))
+    model.second_norm.requires_grad_(False)
+    exact, exact_last = copy.deepcopy(model).double(), last.detach().double().requires_grad_()
+    kept: dict[int, Tensor] = {}
+    for step in range(2):
+        with ops.use_backend(backend), cast_once(model, torch.float32, last, kept=kept):
+            for images in (2, 5, 1):
+                x = torch.randn(images, 5, 24, device=DEVICE)
+                y = model(x, last)
+                direction = torch.randn_like(y)
+                y.backward(direction)
+                assert model.first_norm.grad is last.grad is None or step
+                with ops.use_backend("reference"):
+                    exact(x.double(), exact_last).backward(direction.double())
+        for found, expected in ((model.first_norm, exact.first_norm), (last, exact_last)):
+            assert found.grad.dtype == torch.float32
+            assert relative_l2(found.grad, expected.grad) < RELATIVE_L2[torch.float32]
+        assert model.second_norm.grad is None
+        assert kept.keys() == {id(model), id(model.linear.weight)}
+    with ops.use_backend(backend):  # outside autograd has them
+        y = model(x, last)
+        assert torch.autograd.grad(y.sum(), (model.first_norm, last))[0].any()
+
+
+def test_gradients_of_norms_do_not_survive_an_error() -> None:
+    model, last = Normed(), nn.Parameter(torch.randn(24))
+
+    def learn() -> None:
+        model(torch.randn(1, 5, 24), last).sum().backward()
+
+    with pytest.raises(ZeroDivisionError), cast_once(model, torch.float32, last):
+        learn() or 1 / 0
+    assert model.first_norm.grad is None
+    learn()
+    assert model.first_norm.grad is not None
+
+
 def test_another_weight_is_cast_once_and_its_gradients_added_up_in_float32() -> None:
     """As a head's, which operations of autograd take: bit for bit what casts in each of three micro-batches give."""
     torch.manual_seed(0)
@@ -321,12 +377,18 @@ def test_add_norm(shape: tuple[int, ...], dtype: torch.dtype, backend: str, weig
     assert relative_l2(normed, expected.detach()) < close
     assert relative_l2(dx, gradients[0] + dsum.double()) < close
     assert relative_l2(dweight, gradients[1]) < close
+    shares = torch.randn(3, shape[-1], device=DEVICE)
+    before = shares.sum(0)
+    again, none, _ = kernels.add_norm_backward(dy, total, weight, 1e-5, dsum, shares)
+    assert torch.equal(again, dx)
+    assert none is None
+    assert relative_l2(shares.sum(0) - before, gradients[1]) < close
     alone, same = kernels.add_norm(total, None, weight, 1e-5)
     assert alone is total
     assert torch.equal(same, normed)
     dx, *others = kernels.add_norm_backward(dy, total, weight, 1e-5, None)
     assert relative_l2(dx, gradients[0]) < close
-    assert all(map(torch.equal, others, (dweight, again)))
+    assert all(map(torch.equal, others, (dweight, normed)))
 
 
 @every_backend_dtype

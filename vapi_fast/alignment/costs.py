@@ -39,6 +39,7 @@ from vapi_fast.runtime.ceilings import Ceilings
 TRANSFORMER_STAGES = ("forward", "sample", "loss", "backward")
 LOGITS = 160 * 2**20  # bytes that the head holds at once (`vapi_fast.kernels.head.CHUNK_BYTES`)
 CAST = 320 * 65536  # numbers that PyTorch's `_foreach_copy_` takes in one launch
+SHARES = 264  # that a norm's gradient is summed up in, two a multiprocessor (`kernels.rms_norm.norm_shares`)
 PROMPT = 40  # tokens of a usual prompt; what a model takes at most is many times as much
 
 
@@ -215,7 +216,8 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
     scores are computed again. Norms and SwiGLU are computed again for the backward.
 
     The sum of a residual stream is taken by the kernel of its norm, and so is its gradient. The weights' gradients are
-    added up in fp32 by their products; sharded ones' are cast and added up as autograd does.
+    added up in fp32 by their products, those of norms' in SHARES by their kernel, and these summed up once a step;
+    sharded ones' are cast and added up as autograd does.
     """
     width, hidden = config.width, config.hidden_width
     length = config.grid_size**2 + config.prefix_len - 1
@@ -235,14 +237,16 @@ def transformer_costs(config: GeneratorConfig, images: int, passes: int, shards:
     forward = total(product(rows, *linear, runs) for linear in linears) + attended("attention", attention, 4 * width)
     forward += maps(8 * width, 2) + maps(4 * width) + maps(3 * hidden)  # sums and norms; q and k rotated; SwiGLU
     written = FP32 if shards == 1 else BF16
+    shares = FP32 * SHARES * width * (2 * config.layers + 1)  # of norms' gradients
     backward = total(gradient_products(rows, *linear, runs, written=written) for linear in linears)
     if shards == 1:
         backward += elementwise(FP32 * weights * (passes - 1), 0)  # what the first pass has not to read
+        backward += elementwise(shares * 2 * passes, 0) + elementwise(shares, 1, "cast") + elementwise(shares, 1)
     else:
         backward += sums(weights, passes, config.layers)
+        backward += elementwise(shares * 2 * passes, (2 * config.layers + 1) * (2 * passes - 1), "cast")
     backward += attended("attention backward", 2.5 * attention, 8 * width)
     backward += maps(10 * width, 2) + maps(6 * width) + maps(6 * hidden)  # norms with sums; rotated back; SwiGLU
-    backward += elementwise(0, 2 * config.layers * (2 * passes - 1), "cast")  # of norms' weights, added up
     for network, tokens in zip(around(config), (config.grid_size**2 - 1, config.grid_size**2), strict=True):
         if weights := network.weights:
             kept = BF16 * images * tokens * network.kept

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vapi_fast.alignment.config import AlignConfig
-from vapi_fast.alignment.costs import LOGITS, around, parameters
+from vapi_fast.alignment.costs import LOGITS, SHARES, around, parameters
 from vapi_fast.alignment.image_text import SOURCES
 from vapi_fast.alignment.kernel_costs import BF16, FP32, largest_decoder_map, reward_elements, reward_itemsize
 from vapi_fast.models import LPIPS, VQ_CONFIGS, GeneratorConfig, VQTokenizer
@@ -158,6 +158,7 @@ def held_parts(
     count, trained = parameters(generator), parameters(generator, config.train, config.lora_rank)
     passes = -(-config.batch_size // (world_size * micro_batch))
     share, trained_share = FP32 * count // world_size, FP32 * trained // world_size
+    shares = FP32 * SHARES * generator.width * (2 * generator.layers + 1)
     gathered = count
     if reshard:  # embeddings and head, the block at work and the next
         width = generator.width
@@ -169,6 +170,7 @@ def held_parts(
         "weights": share + (FP32 * trained if config.train == "lora" else 0),
         # Until the last micro-batch of a step, each process sums up whole gradients.
         "gradients": trained_share + (FP32 * count if world_size > 1 and passes > 1 else 0),
+        "norms' gradients": shares if world_size == 1 and config.train == "all" else 0,
         "optimizer": 2 * trained_share,
         "bf16 weights": BF16 * gathered,
         "base model": BF16 * count if config.prior == "kl" else 0,

@@ -45,7 +45,7 @@ class Recordings:
     later, all recorded graphs are given up first: memory is planned for one micro-batch, however it runs. After
     MOST_SHAPES none is recorded any more.
 
-    casts: weights in bf16, as `cast_once` keeps them.
+    casts: weights in bf16, and the shares of norms' gradients, as `cast_once` keeps them.
     """
 
     def __init__(self) -> None:

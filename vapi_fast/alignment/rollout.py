@@ -43,7 +43,9 @@ def weights_of_step(model: Generator, kept: dict[int, Tensor] | None = None) -> 
 
     kept: as of `cast_once`.
     """
-    return cast_once(model.layers, torch.bfloat16, model.head.weight, kept=kept) if is_cast(model) else nullcontext()
+    if not is_cast(model):
+        return nullcontext()
+    return cast_once(model.layers, torch.bfloat16, model.head.weight, model.norm.weight, kept=kept)
 
 
 def teacher_forced_hidden(

@@ -92,9 +92,8 @@ class AddedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight = ctx.saved_tensors
-        dx, dweight, _ = ctx.kernels.add_norm_backward(dnormed, total, weight, ctx.eps, None)
-        return dx, dx if ctx.branches else None, dweight.to(weight.dtype), None
+        dx, dweight, _ = norm_gradients(ctx, dnormed, *ctx.saved_tensors, None)
+        return dx, dx if ctx.branches else None, dweight, None
 
 
 class NormedHeads(torch.autograd.Function):
@@ -124,11 +123,9 @@ class NormedHeads(torch.autograd.Function):
         total, norm_weight, table, weight = ctx.saved_tensors
         with full_precision(total):
             dqkv = ctx.kernels.rotate_heads_backward(dq, dk, dv, table).flatten(2)
-            dx, dnorm, normed = ctx.kernels.add_norm_backward(
-                torch.matmul(dqkv, weight), total, norm_weight, ctx.eps, dtotal
-            )
+            dx, dnorm, normed = norm_gradients(ctx, torch.matmul(dqkv, weight), total, norm_weight, dtotal)
             dweight = weight_gradient(ctx, 0, dqkv, normed)
-        return dx, dx if ctx.branches else None, dnorm.to(norm_weight.dtype), None, dweight, None, None
+        return dx, dx if ctx.branches else None, dnorm, None, dweight, None, None
 
 
 class NormedSwiglu(torch.autograd.Function):
@@ -165,9 +162,9 @@ class NormedSwiglu(torch.autograd.Function):
             del fed
             dnormed = torch.matmul(dgate, to_gate)
             dnormed.flatten(0, -2).addmm_(dup.flatten(0, -2), to_up)
-            dx, dnorm, normed = ctx.kernels.add_norm_backward(dnormed, total, norm_weight, ctx.eps, dtotal)
+            dx, dnorm, normed = norm_gradients(ctx, dnormed, total, norm_weight, dtotal)
             dgates = weight_gradient(ctx, 0, dgate, normed), weight_gradient(ctx, 1, dup, normed)
-        return dx, dx if ctx.branches else None, dnorm.to(norm_weight.dtype), None, *dgates, ddown, None
+        return dx, dx if ctx.branches else None, dnorm, None, *dgates, ddown, None
 
 
 class Linear(torch.autograd.Function):
@@ -192,7 +189,10 @@ class Linear(torch.autograd.Function):
 
 # ---- master weights
 
-_copies: dict[int, Tensor] = {}  # of master weights, by their id; only inside of `cast_once`
+# Only inside of `cast_once`: copies of master weights, and of the gradients of norms' weights the shares so far; by the
+# weights' ids.
+_copies: dict[int, Tensor] = {}
+_shares: dict[int, Tensor] = {}
 
 
 @contextmanager
@@ -201,16 +201,26 @@ def cast_once(
 ) -> Iterator[None]:
     """Inside the `with` block all matrices of `blocks` are taken in `dtype`, as they are now: nobody may change them.
 
-    more: other weights that are taken so, by `taken`. kept: casts of an earlier call, by their matrices' ids: they are
-    written again, where a recorded graph reads them. What is missing there is added.
+    more: other weights, matrices that are taken so by `taken`, and norms'. kept: what an earlier call made, by the ids
+    of matrices and blocks: it is written again, where a recorded graph has it. What is missing there is added.
 
     Gradients to those that are trained are added to `.grad`, in their own dtype, by the backward itself, whichever way
-    it is called: `torch.autograd.grad` does not give them. Not for sharded weights; parametrised ones are cast as ever.
+    it is called: `torch.autograd.grad` does not give them. Those of norms' weights are added up in shares, and to
+    `.grad` at the end of the `with` block. Not for sharded weights; parametrised ones are cast as ever.
     """
+    more = [weight for weight in more if isinstance(weight, nn.Parameter)]
     matrices = [module.weight for module in blocks.modules() if type(module) is nn.Linear]
-    matrices += [weight for weight in more if isinstance(weight, nn.Parameter)]
+    matrices += [weight for weight in more if weight.ndim == 2]
+    norms = [weight for name, weight in blocks.named_parameters() if "norm" in name]
+    norms = [weight for weight in (*norms, *more) if weight.ndim == 1 and weight.requires_grad]
     kept = {} if kept is None else kept
     with torch.no_grad():
+        if norms:
+            if id(blocks) not in kept:
+                shape = len(norms), implementation(norms[0]).norm_shares(norms[0].device), len(norms[0])
+                kept[id(blocks)] = norms[0].new_empty(shape, dtype=torch.float32)
+            shares = kept[id(blocks)].zero_()
+            _shares.update(zip(map(id, norms), shares, strict=True))
         kept |= {id(each): torch.empty_like(each, dtype=dtype) for each in matrices if id(each) not in kept}
         copies = [kept[id(matrix)] for matrix in matrices]
         if matrices:
@@ -219,8 +229,27 @@ def cast_once(
     del copies, kept
     try:
         yield
+        if norms:
+            add_gradients(norms, shares.sum(1))
     finally:
         _copies.clear()
+        _shares.clear()
+
+
+@torch.no_grad()
+def add_gradients(weights: list[Tensor], gradients: Tensor) -> None:
+    """To what there is of each weight's, a row each."""
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.to(weight.dtype) if weight.grad is None else weight.grad.add_(gradient)
+
+
+def norm_gradients(
+    ctx: Any, dnormed: Tensor, total: Tensor, weight: Tensor, dtotal: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of `add_norm`, to the sum and, where it has no shares, to the weight; and the norm again."""
+    shares = _shares.get(id(weight))
+    dx, dweight, normed = ctx.kernels.add_norm_backward(dnormed, total, weight, ctx.eps, dtotal, shares)
+    return dx, None if dweight is None else dweight.to(weight.dtype), normed
 
 
 def taken(weight: Tensor, dtype: torch.dtype) -> Tensor:

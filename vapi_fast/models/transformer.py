@@ -316,9 +316,9 @@ class Generator(nn.Module, ABC):
             skipped = self.config.prefix_len - parts[0].shape[1]
         if tokens is not None:
             parts.append(self.embed_tokens(tokens))
+        if torch.is_autocast_enabled(parts[0].device.type):  # all blocks then keep this dtype, in sums and norms too
+            parts = [part.to(torch.get_autocast_dtype(part.device.type)) for part in parts]
         h = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if torch.is_autocast_enabled(h.device.type):  # all blocks then keep this dtype, in sums and norms too
-            h = h.to(torch.get_autocast_dtype(h.device.type))
         start = cache.length if cache is not None else skipped
         end = start + h.shape[1]
         if end > self.rotary.shape[0]:

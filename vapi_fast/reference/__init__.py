@@ -16,7 +16,7 @@ from .losses import PolicyLoss, group_advantages, linear_cross_entropy, policy_l
 from .noisy_prefix import noisy_prefix, noisy_prefix_cross_entropy
 from .perceptual import lpips_distance, lpips_distance_max_pool, mse, scaled_pixels
 from .philox import fold_seed, philox
-from .rms_norm import add_norm, add_norm_backward, rms_norm
+from .rms_norm import add_norm, add_norm_backward, norm_shares, rms_norm
 from .rotary_swiglu import (
     rotary_2d,
     rotary_2d_table,
@@ -53,6 +53,7 @@ __all__ = [
     "mse",
     "noisy_prefix",
     "noisy_prefix_cross_entropy",
+    "norm_shares",
     "philox",
     "policy_loss",
     "rms_norm",

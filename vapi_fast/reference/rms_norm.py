@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .precision import accumulation_dtype
@@ -26,12 +27,18 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tu
     return total, rms_norm(total, weight, eps).to(x.dtype)
 
 
+def norm_shares(device: torch.device) -> int:
+    """Parts that the gradient of a norm's weight is summed up in."""
+    return 1
+
+
 def add_norm_backward(
-    dy: Tensor, total: Tensor, weight: Tensor, eps: float, dtotal: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, total: Tensor, weight: Tensor, eps: float, dtotal: Tensor | None, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of `add_norm` to x, which is that to the branch too, and to the weight, in fp32; and the norm again.
 
-    dy and dtotal: to the norm and to the sum, `[..., D]` (None: nothing comes to the sum).
+    dy and dtotal: to the norm and to the sum, `[..., D]` (None: nothing comes to the sum). shares: fp32
+    `[norm_shares, D]`, to which the weight's gradient is added in so many parts; None in its place.
     """
     dtype = accumulation_dtype(total, weight)
     wide, dy_wide = total.to(dtype), dy.to(dtype)
@@ -43,4 +50,7 @@ def add_norm_backward(
     if dtotal is not None:
         dx += dtotal
     dweight = (dy_wide * rounded).flatten(0, -2).sum(0)
+    if shares is not None:
+        shares[0] += dweight
+        dweight = None
     return dx.to(total.dtype), dweight, (rounded * weight).to(dy.dtype)
