@@ -6,7 +6,7 @@ FLOPs are counted by PyTorch's `flop_registry`, on the meta device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.utils.flop_counter import flop_registry
 
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
+from vapi_fast.models.frozen import eight_bit_parts
 from vapi_fast.models.lpips import LPIPSConfig
-from vapi_fast.models.tokenizer import VQTokenizerConfig
+from vapi_fast.models.tokenizer import ResidualBlock, VQTokenizerConfig
 from vapi_fast.runtime.ceilings import Ceilings
 
-BF16, FP32 = 2, 4  # bytes
+FP8, BF16, FP32 = 1, 2, 4  # bytes
 ENCODER = FP32  # a number of the encoder's maps and weights; its products are in TF32
 
 aten = torch.ops.aten
@@ -31,8 +32,9 @@ aten = torch.ops.aten
 class Kernel:
     """Launches of one kernel in one place of a step, all together.
 
-    kind: `product`, `convolution`, `attention`, `wide attention` (one head over a map), `norm` (GroupNorm with what is
-        fused to it), `elementwise`, `cast` (of weights, and sums of their gradients) or `optimizer`.
+    kind: `product`, `convolution`, `convolution in fp8`, `attention`, `wide attention` (one head over a map), `norm`
+        (GroupNorm with what is fused to it), `elementwise`, `cast` (of weights, and sums of their gradients) or
+        `optimizer`.
     flops: of matrix products and convolutions, a multiplication with its addition is two. bytes: to and from memory.
     single: computed in float32, on a GPU in TF32.
     shape: of a launch's product its rows and columns; of a convolution channels in and out, pixels and taps a side.
@@ -50,7 +52,9 @@ class Kernel:
         return max(self.flops / self.peak(ceilings), self.bytes / ceilings.copy)
 
     def peak(self, ceilings: Ceilings) -> float:
-        """FLOPs a second at most."""
+        """FLOPs a second at most. By specification matrix units take twice as many numbers of 8 bits as of 16."""
+        if self.kind == "convolution in fp8":
+            return 2 * ceilings.matmul
         return ceilings.single if self.single else ceilings.matmul
 
 
@@ -140,15 +144,23 @@ class NetworkKernels(TorchDispatchMode):
     or a convolution's bias alone 4, and 3 inside of a block, where nothing else reads the sum. A sum that is not normed
     takes 3, and its padding none. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself.
     FLOPs are those of PyTorch's `flop_registry`.
+
+    eight: residual blocks whose 3×3 convolutions are in e4m3: bias, residual and the statistics of the next norm ride
+    on them, and norms write for them a byte a number.
     """
 
-    def __init__(self, itemsize: int) -> None:
+    def __init__(self, itemsize: int, eight: Collection[ResidualBlock] = ()) -> None:
         super().__init__()
         self.itemsize = itemsize
+        self.middles = {id(block.conv1.weight) for block in eight}
+        self.ends = {id(block.conv2.weight) for block in eight}
+        self.norms = {id(norm.weight) for block in eight for norm in (block.norm1, block.norm2)}
+        self.with_statistics: set[int] = set()  # maps that those convolutions, or what adds to them, have made
         self.kernels: list[Kernel] = []
         self.elements = 0  # of all maps, that convolutions, norms and poolings read or write at least once
         self.largest_map = 0
-        self.made: dict[int, tuple[str, Tensor, Any]] = {}  # by id of a map: the operation, the map, its first input
+        # By id of a map: the operation, the map, its first input.
+        self.made: dict[int, tuple[str, Tensor, Any]] = {}
 
     def __torch_dispatch__(
         self,
@@ -170,7 +182,8 @@ class NetworkKernels(TorchDispatchMode):
         name, _, source = self.made.get(id(x), ("", x, None))
         return name, source
 
-    def note(self, kind: str, flops: float, elements: int, shape: tuple[int, ...] = (), runs: float = 1) -> None:
+    def note(self, kind: str, flops: float, elements: float, shape: tuple[int, ...] = (), runs: float = 1) -> None:
+        """elements: moved, in numbers of `itemsize`."""
         self.kernels.append(Kernel(kind, flops, elements * self.itemsize, runs, self.itemsize == FP32, shape))
 
     def note_convolution(self, result: Tensor, source: Tensor, weight: Tensor, *others: Any) -> None:
@@ -181,20 +194,30 @@ class NetworkKernels(TorchDispatchMode):
         if name == "upsample_nearest2d":
             source, flops, outputs, side, taps = original, flops * 4 // 9, 4 * outputs, side // 2, 2
         moved = source.numel() + result.numel() + weight.numel()
-        if taps > 1:
+        if id(weight) in self.middles | self.ends:
+            self.with_statistics.add(id(result))
+            operands, maps = source.numel() + weight.numel(), 2 if id(weight) in self.ends else 1
+            moved = operands * FP8 / self.itemsize + maps * result.numel()
+            self.note("convolution in fp8", flops, moved, (inputs, outputs, side, taps))
+        elif taps > 1:
             self.note("convolution", flops, moved, (inputs, outputs, side, taps))
         else:
             self.note("product", flops, moved, (side * side, outputs))
         self.elements += source.numel() + result.numel()
         self.largest_map = max(self.largest_map, source.numel(), result.numel())
 
-    def note_native_group_norm(self, result: Any, x: Tensor, *others: Any) -> None:
+    def note_native_group_norm(self, result: Any, x: Tensor, weight: Tensor, *others: Any) -> None:
         name, source = self.origin(x)
         inside = name == "convolution" and self.origin(source)[0] == "silu"
-        self.note("norm", 0, (5 if name == "add" else 3 if inside else 4) * x.numel(), runs=3)
+        before = id(x) in self.with_statistics
+        passes = 2 if before else 5 if name == "add" else 3 if inside else 4
+        saved = 1 - FP8 / self.itemsize if id(weight) in self.norms else 0
+        self.note("norm", 0, (passes - saved) * x.numel(), runs=2 if before else 3)
         self.elements += 2 * x.numel()
 
-    def note_add(self, result: Tensor, *others: Any) -> None:
+    def note_add(self, result: Tensor, x: Tensor, other: Tensor) -> None:
+        if id(other) in self.with_statistics:
+            self.with_statistics.add(id(result))
         self.elements += result.numel()
 
     def note_max_pool2d_with_indices(self, result: Any, x: Tensor, *others: Any) -> None:
@@ -215,9 +238,11 @@ class NetworkKernels(TorchDispatchMode):
         self.note("wide attention", flop_registry[aten.bmm](a, b, out_val=result), moved, runs=0.5)
 
 
-def network_cost(network: nn.Module, channels: int, side: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
+def network_cost(
+    network: nn.Module, channels: int, side: int, itemsize: int = BF16, eight: Collection[ResidualBlock] = ()
+) -> tuple[Cost, NetworkKernels]:
     """Cost of one image's map `[1, channels, side, side]` through a network on the meta device."""
-    noted = NetworkKernels(itemsize)
+    noted = NetworkKernels(itemsize, eight)
     with torch.no_grad(), ops.use_backend("reference"), noted:
         network(torch.empty(1, channels, side, side, device="meta"))
     return Cost(tuple(noted.kernels)), noted
@@ -234,13 +259,13 @@ def encoder_cost(config: VQTokenizerConfig, image_size: int) -> Cost:
 
 
 def reward_itemsize(dtype: str | None) -> int:
-    """Bytes of a number of decoder and perceptual network on a GPU, by `--reward-dtype`."""
-    return getattr(torch, dtype or "bfloat16").itemsize
+    """Bytes of a number of decoder and perceptual network on a GPU, by `--reward-dtype`; of fp8 those of its sums."""
+    return BF16 if dtype == "fp8" else getattr(torch, dtype or "bfloat16").itemsize
 
 
-def decoder_cost(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> Cost:
-    """Decoding of one image."""
-    return _decoder(config, image_size, itemsize)[0]
+def decoder_cost(config: VQTokenizerConfig, image_size: int, dtype: str | None = None) -> Cost:
+    """Decoding of one image, by `--reward-dtype`."""
+    return _decoder(config, image_size, reward_itemsize(dtype), dtype == "fp8")[0]
 
 
 def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
@@ -249,11 +274,14 @@ def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
 
 
 @functools.cache
-def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> tuple[Cost, NetworkKernels]:
+def _decoder(
+    config: VQTokenizerConfig, image_size: int, itemsize: int = BF16, eight: bool = False
+) -> tuple[Cost, NetworkKernels]:
     with torch.device("meta"):
-        tokenizer = VQTokenizer(config)
+        decoder = VQTokenizer(config).decoder
+    blocks = [decoder.get_submodule(part) for part in eight_bit_parts(decoder)] if eight else ()
     # As `models/frozen` has it, post_quant_conv is in the codebook.
-    return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample, itemsize)
+    return network_cost(decoder, config.latent_channels, image_size // config.downsample, itemsize, blocks)
 
 
 def feature_cost(config: LPIPSConfig, image_size: int, itemsize: int = BF16, *, plain: bool = False) -> Cost:
