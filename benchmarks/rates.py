@@ -211,7 +211,7 @@ def in_eight_bits(bench: Bench) -> None:
         report("fp8", unavailable=str(error))
         return
     convolution(bench, BLOCKS[0], E4M3)
-    block_end(bench, BLOCKS[0], "fp8")
+    block_end(bench, BLOCKS[0], "triton", E4M3)
     bench.attempt("convolution in fp8 against float32", functools.partial(eight_bit_error, bench))
     bench.attempt("decoder as a CUDA graph in fp8", functools.partial(graph, bench, "decoder", dtype=E4M3))
 
@@ -224,10 +224,10 @@ def eight_bit_error(bench: Bench) -> dict[str, Any]:
     return {"error": error, "ok": error < EIGHT_BIT_ERROR}
 
 
-def block_end(bench: Bench, shape: tuple[int, int, int], form: str) -> None:
-    """form: one of FORMS, or "fp8": ours of 8 bits, its norm for another such convolution."""
+def block_end(bench: Bench, shape: tuple[int, int, int], form: str, operands: torch.dtype = torch.bfloat16) -> None:
+    """Of e4m3 operands the norm is too, for another such convolution."""
     inputs, outputs, side = (bench.less(size) for size in shape)
-    dtype, operands = (torch.float16, E4M3) if form == "fp8" else (torch.bfloat16, torch.bfloat16)
+    dtype, kind = (torch.float16, "fp8") if operands == E4M3 else (operands, "bfloat16")
     batch, source = bench.less(32), Source(bench.device, dtype)
     weight, groups = filters(source, outputs, inputs).to(operands), min(bench.sizes.norm_groups, outputs)
     gain, bias, channel_bias = source.normal(3, outputs, dtype=torch.float32)
@@ -237,11 +237,11 @@ def block_end(bench: Bench, shape: tuple[int, int, int], form: str) -> None:
         added = {"residual": residual, "channel_bias": channel_bias}
         if form == "cudnn":
             return ops.add_group_norm_silu(F.conv2d(x, weight, padding=1), *norm, **added)
-        eight = {"channel_scale": gain, "dtype": dtype, "normed_scale": 0.05} if form == "fp8" else {}
+        eight = {"channel_scale": gain, "dtype": dtype, "normed_scale": 0.05} if operands == E4M3 else {}
         return ops.convolution_group_norm_silu(x, weight, *norm, **added, **eight)
 
     bench.rate(
-        f"block end {str(operands).removeprefix('torch.')} {shape[0]}→{shape[1]} {shape[2]}², {form}",
+        f"block end {kind} {shape[0]}→{shape[1]} {shape[2]}², {form}",
         lambda: (source.maps(batch, inputs, side, side).to(operands), source.maps(batch, outputs, side, side)),
         end,
         18 * batch * side**2 * inputs * outputs,

@@ -24,17 +24,18 @@ to reach, 0.27 if the residual's read hides behind products. Nobody has measured
 than it saves, as convolutions take 1.0 s of that step: cuDNN stays, but for shapes at which this was found faster on a
 GPU (`runtime.forms`).
 
-Of 8 bits (float8_e4m3fn) x and the weights have scales, and the sum of a channel is multiplied by what a product of
-their units is worth, before anything is added to it. A step then takes as many bytes and twice the channels in. A
-pixel's FLOPs take 0.18 ns at twice the rate, its bytes 0.17 or, with the residual, 0.26. Six of them at VQ-16's full
-resolution take the place of 43.5 GFLOP an image each that cuDNN is expected to compute at 520 TFLOP/s in 16 bits; at 900
-TFLOP/s, by estimate, a step has 0.30 s of them in place of 0.51.
+Of 8 bits (float8_e4m3fn) x and the weights have scales, and a channel's sum is multiplied by what a product of their
+units is worth, before anything is added to it. A step then takes as many bytes, and twice the channels in. A pixel's
+FLOPs take 0.18 ns at twice the rate, its bytes 0.13, or with the residual 0.21. Of VQ-16's full resolution there are
+six, 43.5 GFLOP an image each: a step of LlamaGen-XXL has 0.30 s of them at 900 TFLOP/s, by estimate, in place of 0.51
+by cuDNN in 16 bits at 520.
 
 Matrix units of sm_90 add products of 8 bits up to about 14 bits of the largest. Emulated so, 32 at a time, each cut off
-below the 13th bit of fraction, a sum over 9·128 is off by 7·10⁻⁴ of their rms: rounding what is multiplied costs 4·10⁻²,
-rounding the result to float16 3·10⁻⁴. Added up in fp32 every 128 (`max_num_imprecise_acc`) it would be 1.4·10⁻⁴, for
-which 256 pixels have no room (255 registers, 72 bytes spilled): with 128 (150 registers) twice the weights pass through
-L2. So it is not. The advantages' cosine is the same to ACC either way.
+below the 13th bit of fraction, a sum over 9·128 is off by 7·10⁻⁴ of the sums' rms: rounding what is multiplied costs
+4·10⁻², rounding the result to float16 2·10⁻⁴. Added up in fp32 every 128 (`max_num_imprecise_acc`) it would be off by
+1.4·10⁻⁴, for which 256 pixels have no room (255 registers, 72 bytes spilled): with 128 (150 registers) twice the
+weights pass through L2. So it is not. On the preset, whose sums are over 9·32, advantages of 8 images with 8 rollouts
+each have so a cosine of 0.999964 with those in float32, in place of 0.999966.
 
 Machine code for sm_90 (`python -m vapi_fast.kernels.check`), bf16 by descriptors: 64×256×16 products in groups of four,
 one wait a group; 239 registers with residual and statistics (181 by Triton 3.6), no spill; 192 KiB of shared memory, so

@@ -87,6 +87,16 @@ def test_a_products_last_wave_takes_as_long_as_a_full_one() -> None:
     assert chunked < 1
 
 
+def test_rewards_in_fp8() -> None:
+    """The figures of `docs/development.md`."""
+    usual, eight = (rates().by_kind(config_costs(XXL | {"reward_dtype": each})["decode"]) for each in (None, "fp8"))
+    assert sum(usual.values()) == pytest.approx(1.750, abs=1e-3)
+    assert sum(eight.values()) == pytest.approx(1.291, abs=1e-3)
+    assert usual["convolution"] - eight["convolution"] == pytest.approx(0.514, abs=1e-3)
+    assert eight["convolution in fp8"] == pytest.approx(0.297, abs=1e-3)
+    assert (usual["norm"], eight["norm"]) == pytest.approx((0.637, 0.396), abs=1e-3)
+
+
 def measured_rows() -> list[dict[str, Any]]:
     return [
         {"name": "copy", "rate": 4e12},
@@ -95,6 +105,8 @@ def measured_rows() -> list[dict[str, Any]]:
         {"name": "convolution 3×3 bfloat16 128→128 192²", "rate": 300e12},
         {"name": "convolution 3×3 bfloat16 128→128 384², cudnn.benchmark", "rate": 999e12},
         {"name": "convolution 3×3 TF32 128→128 384²", "rate": 50e12},
+        {"name": "convolution 3×3 fp8 128→128 384²", "rate": 700e12},
+        {"name": "block end fp8 128→128 384², triton", "rate": 600e12},
         {"name": "add_group_norm_silu C@S, bfloat16", "rate": 2e12},
         {"name": "group_norm_silu C@S, float32", "rate": 9e12},
         {"name": "attention, one head of 512, default", "rate": 10e12},
@@ -124,6 +136,7 @@ def test_measured_rates_take_the_place_of_estimates(tmp_path: Path) -> None:
     assert seconds("convolution", 200e12, 0, 256, 128, 192, 3) == pytest.approx(1)  # the median of those to 128
     assert seconds("convolution", 50e12, 0, 128, 128, 384, 3, single=True) == pytest.approx(1)
     assert seconds("convolution", 600e12, 0, 512, 512, 24, 3) == pytest.approx(1)  # still the estimate
+    assert seconds("convolution in fp8", 700e12, 0, 128, 128, 384, 3) == pytest.approx(1)
     assert seconds("norm", 0, 2e12) == pytest.approx(1)
     assert seconds("elementwise", 0, 4e12) == pytest.approx(1 / 0.86)  # of the copy that was measured
     assert seconds("product", 0.91 * 900e12) == pytest.approx(1)
