@@ -52,6 +52,7 @@ RATES = {
     "convolution to 64": (330e12, 330e12),  # cuDNN's, channels-last, 16 bits, by channels out
     "convolution to 128": (520e12, 520e12),
     "convolution to 256": (600e12, 600e12),  # and more
+    "convolution in fp8": (900e12, 900e12),  # ours, e4m3, of the decoder's full resolution
     "TF32": (0.42, 0.42),  # of the rates in 16 bits
     "attention": (280e12, 280e12),  # FlashAttention-2, causal, heads of 64
     "attention backward": (230e12, 230e12),
@@ -213,10 +214,12 @@ def corrected(rates: Rates, rows: Iterable[Mapping[str, Any]]) -> Rates:
     table: dict[str, float] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, rate in found.items():
-        if match := re.fullmatch(r"convolution \d×\d (bfloat16|TF32) \d+→(\d+) \d+²", name):
+        if match := re.fullmatch(r"convolution \d×\d (bfloat16|TF32|fp8) \d+→(\d+) \d+²", name):
             table[name] = rate
             if match[1] == "bfloat16":
                 kinds[convolution_class(int(match[2]))].append(rate)
+            elif match[1] == "fp8":
+                kinds["convolution in fp8"].append(rate)
         elif re.fullmatch(r"(bias_|add_)?group_norm_silu .*, bfloat16", name):
             kinds["norm"].append(rate)
     table |= {name: statistics.median(values) for name, values in kinds.items()}

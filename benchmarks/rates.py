@@ -46,9 +46,10 @@ from vapi_fast.alignment.losses import Judged
 from vapi_fast.alignment.models import Models
 from vapi_fast.data.dataset import ImageBatch
 from vapi_fast.models import LlamaGen, VQTokenizer
-from vapi_fast.models.frozen import PixelCodec, conv_relu, matmul_attention
+from vapi_fast.models.frozen import E4M3, PixelCodec, check_eight_bits, conv_relu, matmul_attention
 from vapi_fast.runtime import accelerators, ceilings, forms
 from vapi_fast.runtime.accelerators import Attention, optional_attention
+from vapi_fast.runtime.errors import ConfigError
 from vapi_fast.runtime.forms import FORMS, architecture
 
 WARM_UPS, ROUNDS, MOST_SETS = 2, 9, 8
@@ -58,6 +59,7 @@ IMAGES = 2  # of a batch, held to float64: the second shows what strides between
 GRAPH_ERROR = {"decoder": 1e-2, "encoder": 5e-2}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vapi_fast.ops", "vapi_fast.models.frozen"])
+EIGHT_BIT_ERROR = 2e-3  # by emulation 7e-4; what was rounded to 8 bits before has 4e-2
 NO_KERNEL = re.compile("No (available kernel|viable backend)")  # that attention's backend has for such heads
 # Of encoder and decoder, beside the usual ones, by what they belong to.
 GRAPHS = {
@@ -161,14 +163,16 @@ def convolutions(bench: Bench) -> None:
 def convolution(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype, kernel: int = 3, note: str = "") -> None:
     inputs, outputs, side = (bench.less(size) for size in shape)
     batch = bench.less(16 if dtype == torch.float32 else 32)
-    source = Source(bench.device, dtype)
-    weight = filters(source, outputs, inputs, kernel)
-    kind = "TF32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    source = Source(bench.device, torch.float16 if dtype == E4M3 else dtype)
+    weight = filters(source, outputs, inputs, kernel).to(dtype)
+    kind = {torch.float32: "TF32", E4M3: "fp8"}.get(dtype, str(dtype).removeprefix("torch."))
     name = f"convolution {kernel}×{kernel} {kind} {shape[0]}→{shape[1]} {shape[2]}²{note}"
     work = 2 * batch * (side + 3 - kernel) ** 2 * inputs * outputs * kernel**2
-    ours = functools.partial(ops.convolution, kernel=weight)
-    convolve = ours if note == ", triton" else functools.partial(F.conv2d, weight=weight, padding=1)
-    bench.rate(name, lambda: (source.maps(batch, inputs, side, side),), convolve, work, "FLOP/s")
+    ours = functools.partial(ops.convolution, kernel=weight, dtype=source.dtype)
+    eight = {"channel_scale": source.normal(outputs, dtype=torch.float32)} if dtype == E4M3 else {}
+    cudnns = functools.partial(F.conv2d, weight=weight, padding=1)
+    convolve = functools.partial(ours, **eight) if eight or note == ", triton" else cudnns
+    bench.rate(name, lambda: (source.maps(batch, inputs, side, side).to(dtype),), convolve, work, "FLOP/s")
 
 
 def filters(source: Source, outputs: int, inputs: int, kernel: int = 3) -> Tensor:
@@ -186,22 +190,47 @@ def own_convolutions(bench: Bench) -> None:
             block_end(bench, shape, form)
 
 
-def block_end(bench: Bench, shape: tuple[int, int, int], form: str) -> None:
+def in_eight_bits(bench: Bench) -> None:
+    """What `--reward-dtype fp8` is made of, beside the rows in bfloat16 of the same names; and how exact its sums are,
+    which the matrix units round."""
+    try:
+        check_eight_bits(bench.device)
+    except ConfigError as error:
+        report("fp8", unavailable=str(error))
+        return
+    convolution(bench, BLOCKS[0], E4M3)
+    block_end(bench, BLOCKS[0], "triton", E4M3)
+    bench.attempt("convolution in fp8 against float32", functools.partial(eight_bit_error, bench))
+    bench.attempt("decoder as a CUDA graph in fp8", functools.partial(graph, bench, "decoder", dtype=E4M3))
+
+
+def eight_bit_error(bench: Bench) -> dict[str, Any]:
+    source, (inputs, outputs, _), side = Source(bench.device, torch.float32), BLOCKS[0], bench.less(96)
+    x, weight = source.maps(IMAGES, inputs, side, side).to(E4M3), filters(source, outputs, inputs).to(E4M3)
+    found = ops.convolution(x, weight, dtype=torch.float16)
+    error = relative(found, F.conv2d(x.float(), weight.float(), padding=1).double())  # whose products are exact
+    return {"error": error, "ok": error < EIGHT_BIT_ERROR}
+
+
+def block_end(bench: Bench, shape: tuple[int, int, int], form: str, operands: torch.dtype = torch.bfloat16) -> None:
+    """Of e4m3 operands the norm is too, for another such convolution."""
     inputs, outputs, side = (bench.less(size) for size in shape)
-    batch, source = bench.less(32), Source(bench.device, torch.bfloat16)
-    weight, groups = filters(source, outputs, inputs), min(bench.sizes.norm_groups, outputs)
+    dtype, kind = (torch.float16, "fp8") if operands == E4M3 else (operands, "bfloat16")
+    batch, source = bench.less(32), Source(bench.device, dtype)
+    weight, groups = filters(source, outputs, inputs).to(operands), min(bench.sizes.norm_groups, outputs)
     gain, bias, channel_bias = source.normal(3, outputs, dtype=torch.float32)
     norm = (gain, bias, groups, 1e-6)
 
     def end(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         added = {"residual": residual, "channel_bias": channel_bias}
-        if form == "triton":
-            return ops.convolution_group_norm_silu(x, weight, *norm, **added)
-        return ops.add_group_norm_silu(F.conv2d(x, weight, padding=1), *norm, **added)
+        if form == "cudnn":
+            return ops.add_group_norm_silu(F.conv2d(x, weight, padding=1), *norm, **added)
+        eight = {"channel_scale": gain, "dtype": dtype, "normed_scale": 0.05} if operands == E4M3 else {}
+        return ops.convolution_group_norm_silu(x, weight, *norm, **added, **eight)
 
     bench.rate(
-        f"block end bfloat16 {shape[0]}→{shape[1]} {shape[2]}², {form}",
-        lambda: tuple(source.maps(batch, channels, side, side) for channels in (inputs, outputs)),
+        f"block end {kind} {shape[0]}→{shape[1]} {shape[2]}², {form}",
+        lambda: (source.maps(batch, inputs, side, side).to(operands), source.maps(batch, outputs, side, side)),
         end,
         18 * batch * side**2 * inputs * outputs,
         "FLOP/s",
@@ -394,6 +423,9 @@ def measure(bench: Bench) -> None:
         for form in ("", *others):
             name = f"{coder} as a CUDA graph{', ' * bool(form)}{form}"
             bench.attempt(name, functools.partial(graph, bench, coder, form))
+    in_float16 = functools.partial(graph, bench, "decoder", dtype=torch.float16)
+    bench.attempt("decoder as a CUDA graph in float16", in_float16)
+    in_eight_bits(bench)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The least that each stage of a step can take on a device, what it is expected to take, and what a run has taken.
 
     python benchmarks/roofline.py [--gpu h100] [--model xxl] [--image-size 384] [--batch-size 128] [--group-size 8]
-        [--recipe va-pi]
+        [--recipe va-pi] [--reward-dtype fp8]
     python benchmarks/roofline.py run.json
     python benchmarks/roofline.py --predict [--rates gpu_check.json]
 
@@ -25,6 +25,7 @@ import prediction
 import torch
 from prediction import GPUS, HOST, INFINIBAND, LATENCY, MACHINE, NVLINK, Rates, RatesError
 
+from vapi_fast.alignment.config import REWARD_DTYPES
 from vapi_fast.alignment.costs import (
     caption_cost,
     config_costs,
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", choices=recipes, default=catalog.PAPER.recipe, help="a run has its own")
     for name in ("--image-size", "--batch-size", "--group-size", "--micro-batch"):
         parser.add_argument(name, type=int, help="default: the paper's; for a run its own")
+    parser.add_argument("--reward-dtype", choices=REWARD_DTYPES, help="as align's; for a run its own")
     parser.add_argument(
         "--predict", action="store_true", help="what kernels, stages and many GPUs are expected to take"
     )
@@ -259,8 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = json.loads(options.run.read_text())
         config, processes = record["config"], record.get("processes", 1)
         seconds = {stage: figures["seconds"] for stage, figures in record["stages"].items()}
-    sizes = ("image_size", "batch_size", "group_size", "micro_batch")
-    config |= {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    given = ("image_size", "batch_size", "group_size", "micro_batch", "reward_dtype")
+    config |= {name: getattr(options, name) for name in given if getattr(options, name) is not None}
     if options.gpu == MEASURE:
         device = measured_device()
     else:

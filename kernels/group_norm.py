@@ -54,6 +54,7 @@ from .launch import (
     multiprocessors,
     next_power_of_2,
 )
+from .straight_through import INTERPRETED
 
 STATISTICS = {"BLOCK_ELEMENTS": 8192, "ROWS": 4, "num_warps": 8, "num_stages": 1}
 SUM_STATISTICS = {"BLOCK_ELEMENTS": 4096, "ROWS": 2, "num_warps": 8, "num_stages": 1}
@@ -75,6 +76,17 @@ def silu_gate(h):
     """sigmoid(h) by 2^ and 1 / √d squared: 5 instructions where e^ and a division take 11, and hardly less exact."""
     root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * h))
     return root * root
+
+
+@triton.jit
+def in_eight_bits(h):
+    """The nearest that float8_e4m3fn holds, at most 448: what is then cast. NaN stays NaN."""
+    h = tl.where(h > 448.0, 448.0, tl.where(h < -448.0, -448.0, h))
+    if INTERPRETED:  # whose cast does not carry into the exponent: units of 2⁻³ of the power of two, 2⁻⁹ at least
+        exponent = tl.maximum((tl.abs(h).to(tl.int32, bitcast=True) >> 23) - 3, 127 - 9)
+        unit = (exponent << 23).to(tl.float32, bitcast=True)
+        h = (h / unit + 12582912.0 - 12582912.0) * unit
+    return h
 
 
 @triton.jit
@@ -225,6 +237,7 @@ def group_norm_silu_apply_kernel(
     x_ptr,
     affine_ptr,
     y_ptr,
+    factor,
     P,
     pixels_per_split,
     SPLITS,
@@ -233,7 +246,10 @@ def group_norm_silu_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = SiLU(x · scale + shift) for one split of the pixels of one image; affine: scale and shift, `[B, 2, C]`."""
+    """y = SiLU(x · scale + shift) for one split of the pixels of one image; affine: scale and shift, `[B, 2, C]`.
+
+    With a factor y is that times as much, in float8_e4m3fn.
+    """
     image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     channel = tl.arange(0, BLOCK_C)
     inside_c = channel < C
@@ -248,6 +264,8 @@ def group_norm_silu_apply_kernel(
         h = tl.load(x_ptr + base + offset, mask=inside, other=0.0).to(tl.float32) * scale + shift
         if SILU:
             h *= silu_gate(h)
+        if factor is not None:
+            h = in_eight_bits(h * factor)
         tl.store(y_ptr + base + offset, h.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -401,12 +419,17 @@ def group_statistics(
     return statistics, affine
 
 
-def normalized(x: Tensor, affine: Tensor, silu: bool = True) -> Tensor:
-    """x · scale + shift, and SiLU of it."""
-    y = torch.empty_like(x)
+def normalized(x: Tensor, affine: Tensor, silu: bool = True, normed_scale: float | None = None) -> Tensor:
+    """x · scale + shift, and SiLU of it; with a scale for it in float8_e4m3fn."""
+    y = normed_like(x, normed_scale)
     programs, sizes, block = over_pixels(APPLY, x)
-    launch(group_norm_silu_apply_kernel, (programs,), x, affine, y, *sizes, C=x.shape[1], SILU=silu, **block)
+    maps = (x, affine, y, None if normed_scale is None else 1 / normed_scale)
+    launch(group_norm_silu_apply_kernel, (programs,), *maps, *sizes, C=x.shape[1], SILU=silu, **block)
     return y
+
+
+def normed_like(x: Tensor, normed_scale: float | None) -> Tensor:
+    return torch.empty_like(x, dtype=x.dtype if normed_scale is None else torch.float8_e4m3fn)
 
 
 @torch.library.custom_op("vapi_fast::group_norm_silu", mutates_args=())
@@ -457,10 +480,11 @@ def add_group_norm_silu_op(
     channel_bias: Tensor | None,
     phases: bool,
     silu: bool,
+    normed_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     h, total = channels_last(h), empty_sum(h, phases)
     sums = channel_sums(h, total, residual, channel_bias, phases)
-    return total, normalized(total, group_statistics(total, sums, weight, bias, groups, eps)[1], silu)
+    return total, normalized(total, group_statistics(total, sums, weight, bias, groups, eps)[1], silu, normed_scale)
 
 
 def empty_sum(h: Tensor, phases: bool) -> Tensor:
@@ -483,7 +507,13 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor) -
 
 
 bias_group_norm_silu_op.register_fake(lambda h, *_: empty_sum(h, phases=False))
-add_group_norm_silu_op.register_fake(lambda h, *o: (empty_sum(h, phases=o[-2]), empty_sum(h, phases=o[-2])))
+
+
+@add_group_norm_silu_op.register_fake
+def _(h: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, phases, _, normed_scale = others
+    total = empty_sum(h, phases)
+    return total, normed_like(total, normed_scale)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -525,7 +555,9 @@ def add_group_norm_silu(
     channel_bias: Tensor | None = None,
     phases: bool = False,
     silu: bool = True,
+    normed_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum with its statistics in one pass, its norm in another; see `vapi_fast.ops.add_group_norm_silu`."""
     check_dtypes("add_group_norm_silu", h=h, weight=weight, bias=bias, residual=residual, channel_bias=channel_bias)
-    return add_group_norm_silu_op(h, weight, bias, groups, eps, residual, channel_bias, phases, silu)
+    options = (residual, channel_bias, phases, silu, normed_scale)
+    return add_group_norm_silu_op(h, weight, bias, groups, eps, *options)

@@ -45,6 +45,14 @@ def assert_fused_accurate(
     return actual.detach()
 
 
+def assert_eight_bits(found: Tensor, exact: Tensor, scale: float) -> None:
+    """`found`, float8_e4m3fn in units of `scale`, is the nearest to `exact`, but for what fp32 or the sum was off."""
+    nearest = (exact.abs() / 16).clamp_min(scale * 2**-10) * 1.01 + 1e-3 * scale  # half a unit in the last place
+    inside = exact.clamp(-448 * scale, 448 * scale)
+    assert found.dtype == torch.float8_e4m3fn
+    assert ((found.double() * scale - inside).abs() <= nearest).all()
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of `x` in another dtype and on the tests' device, with the strides and the storage offset of `x`."""
     storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=dtype, device=DEVICE)

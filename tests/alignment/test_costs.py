@@ -249,6 +249,28 @@ def test_rewards_in_float32_move_twice_the_bytes() -> None:
     assert all(each.single for each in single["decode"].kernels)
 
 
+def test_rewards_in_fp8_write_norms_in_bytes_whose_statistics_ride_on_convolutions() -> None:
+    """Of the decoder's full resolution; `kernels/convolution` has what that moves."""
+    half, eight = (config_costs(XXL | {"reward_dtype": each}) for each in ("float16", "fp8"))
+    assert {stage for stage in half if half[stage] != eight[stage]} == {"decode"}
+    assert eight["decode"].flops == half["decode"].flops
+    fp8 = [each for each in eight["decode"].kernels if each.kind == "convolution in fp8"]
+    largest = 1024 * 128 * 384**2  # numbers
+    assert [each.shape for each in fp8] == [(128, 128, 384, 3)] * 6
+    # Read in bytes, written in 16 bits; of each block's second one the residual read.
+    assert [each.bytes / largest for each in fp8] == pytest.approx([3, 5] * 3, rel=0.01)
+    assert sum(each.flops for each in fp8) == 6 * 18 * 128 * largest
+    norms = [each.bytes / largest for each in eight["decode"].kernels if each.kind == "norm"]
+    # The first of these is that of an upsampling, the last that of the convolution to the image.
+    assert norms[-7:] == pytest.approx([7, 3, 3, 3, 3, 3, 4])
+    assert [each.bytes / largest for each in half["decode"].kernels if each.kind == "norm"][-7:] == pytest.approx(
+        [8, 6, 10, 6, 10, 6, 10]
+    )
+    assert half["decode"].runs - eight["decode"].runs == 16 * 6  # statistics
+    (one, *_) = fp8
+    assert one.floor(H100) == max(one.flops / (2 * H100.matmul), one.bytes / H100.copy)
+
+
 def test_a_pooled_level_is_read_once_for_its_distance_and_its_pooling() -> None:
     """`kernels/perceptual` has 40.8 GB less a step; not where gradients are wanted, nor of AlexNet, which pools 3×3."""
     vgg16, alex = (LPIPS_CONFIGS[name] for name in ("vgg16", "alex"))

@@ -49,10 +49,10 @@ def test_xxl_fits_an_80_gb_card() -> None:
 
 
 def test_rewards_in_float32_take_twice_the_memory() -> None:
-    usual, half, single = (
-        plan(config(reward_dtype=each), XXL, 80 * GB).parts["reward"] for each in (None, "float16", "float32")
+    usual, half, single, eight = (
+        plan(config(reward_dtype=each), XXL, 80 * GB).parts["reward"] for each in (None, "float16", "float32", "fp8")
     )
-    assert single == 2 * usual == 2 * half
+    assert single == 2 * usual == 2 * half == 2 * eight  # the largest maps are then sums in 16 bits
 
 
 def test_xxl_fits_a_40_gb_card_with_a_smaller_micro_batch() -> None:

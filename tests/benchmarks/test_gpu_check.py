@@ -497,6 +497,9 @@ def test_the_most_valuable_parts_without_a_gpu(
     names = [row["name"] for row in record["parts"]["rates"]["figures"]]
     assert names.index("convolution 3×3 bfloat16 128→128 384²") < names.index("policy_loss forward+backward")
     assert not any("failure" in row for row in record["parts"]["rates"]["figures"])
+    kinds = {"convolution 3×3 {} 128→128 384²", "block end {} 128→128 384², triton"}
+    assert {each.format(kind) for each in kinds for kind in ("bfloat16", "fp8")} <= {*names}
+    assert {f"decoder as a CUDA graph{each}" for each in ("", " in float16", " in fp8")} <= {*names}
 
 
 # ---- bad input

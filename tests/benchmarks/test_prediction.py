@@ -60,10 +60,11 @@ def test_an_xxl_step_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "norm 0.637" in lines[6]
 
 
-def seconds_with(taken: dict[str, str]) -> dict[str, float]:
-    """Of a step's stages on an H100, with these forms."""
+def seconds_with(taken: dict[str, str], gpu: str = "h100", **changes: Any) -> dict[str, float]:
+    """Of a step's stages, with these forms."""
     with forms.taking(**taken):
-        stages = {stage: sum(rates().by_kind(cost).values()) for stage, cost in config_costs(XXL).items()}
+        costs = config_costs(XXL | changes)
+    stages = {stage: sum(rates(gpu).by_kind(cost).values()) for stage, cost in costs.items()}
     return stages | {"step": sum(stages.values())}
 
 
@@ -77,9 +78,14 @@ def test_what_other_forms_are_expected_to_bring_is_what_the_docs_say() -> None:
         assert {stage for stage, *_ in changes} <= {stage for stage in usual if found[stage] < usual[stage]}
         for stage, before, after in changes:
             assert [usual[stage], found[stage]] == pytest.approx([float(before), float(after)], abs=6e-4)
+    fp8 = {"reward_dtype": "fp8"}
     three = {"encoder": "float16", "wide-attention": "matmul", "convolution": "triton"}
     assert f"expected to take {seconds_with(three)['step']:.2f} s on an H100" in text
-    assert f"last convolution {seconds_with(three | {'last-convolution': 'eight'})['step']:.2f}," in text
+    four = three | {"last-convolution": "eight"}
+    assert f"last convolution {seconds_with(four)['step']:.2f};" in text
+    alone, *others = (seconds_with({}, **fp8), seconds_with(four, **fp8), seconds_with(four, "h200", **fp8))
+    assert f"below, {alone['step']:.2f} s by itself" in text
+    assert "four forms {:.2f} s, {:.2f} s on an H200.".format(*(each["step"] for each in others)) in text
 
 
 def test_a_run_or_an_architecture_brings_its_forms(
@@ -135,6 +141,16 @@ def test_a_products_last_wave_takes_as_long_as_a_full_one() -> None:
     assert chunked < 1
 
 
+def test_rewards_in_fp8() -> None:
+    """The figures of `docs/development.md`."""
+    usual, eight = (rates().by_kind(config_costs(XXL | {"reward_dtype": each})["decode"]) for each in (None, "fp8"))
+    assert sum(usual.values()) == pytest.approx(1.750, abs=1e-3)
+    assert sum(eight.values()) == pytest.approx(1.291, abs=1e-3)
+    assert usual["convolution"] - eight["convolution"] == pytest.approx(0.514, abs=1e-3)
+    assert eight["convolution in fp8"] == pytest.approx(0.297, abs=1e-3)
+    assert (usual["norm"], eight["norm"]) == pytest.approx((0.637, 0.396), abs=1e-3)
+
+
 def measured_rows() -> list[dict[str, Any]]:
     return [
         {"name": "copy", "rate": 4e12},
@@ -143,6 +159,8 @@ def measured_rows() -> list[dict[str, Any]]:
         {"name": "convolution 3×3 bfloat16 128→128 192²", "rate": 300e12},
         {"name": "convolution 3×3 bfloat16 128→128 384², cudnn.benchmark", "rate": 999e12},
         {"name": "convolution 3×3 TF32 128→128 384²", "rate": 50e12},
+        {"name": "convolution 3×3 fp8 128→128 384²", "rate": 700e12},
+        {"name": "block end fp8 128→128 384², triton", "rate": 600e12},
         {"name": "add_group_norm_silu C@S, bfloat16", "rate": 2e12},
         {"name": "group_norm_silu C@S, float32", "rate": 9e12},
         {"name": "attention, one head of 512, default", "rate": 10e12},
@@ -172,6 +190,7 @@ def test_measured_rates_take_the_place_of_estimates(tmp_path: Path) -> None:
     assert seconds("convolution", 200e12, 0, 256, 128, 192, 3) == pytest.approx(1)  # the median of those to 128
     assert seconds("convolution", 50e12, 0, 128, 128, 384, 3, single=True) == pytest.approx(1)
     assert seconds("convolution", 600e12, 0, 512, 512, 24, 3) == pytest.approx(1)  # still the estimate
+    assert seconds("convolution in fp8", 700e12, 0, 128, 128, 384, 3) == pytest.approx(1)
     assert seconds("norm", 0, 2e12) == pytest.approx(1)
     assert seconds("elementwise", 0, 4e12) == pytest.approx(1 / 0.86)  # of the copy that was measured
     assert seconds("product", 0.91 * 900e12) == pytest.approx(1)

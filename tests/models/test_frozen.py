@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from vapi_fast.models.frozen import (
 )
 from vapi_fast.models.lpips import LPIPS_CONFIGS
 from vapi_fast.runtime import forms
+from vapi_fast.runtime.errors import ConfigError
 
 SMALL = VQTokenizerConfig(channels=16, multipliers=(1, 2), latent_channels=16, codebook_size=61, norm_groups=4)
 
@@ -149,6 +151,84 @@ def test_our_convolutions_code_the_same(small: VQTokenizer, dtype: torch.dtype, 
     for mine, theirs, plain in zip(ours, usual, (small.decode(tokens), small.encoder(images)), strict=True):
         assert relative_l2(mine, plain.double()) < error
         assert relative_l2(mine, plain.double()) < 1.2 * relative_l2(theirs, plain.double())
+
+
+EIGHT = VQTokenizerConfig(channels=32, multipliers=(1, 2), latent_channels=16, codebook_size=61, norm_groups=4)
+
+
+@pytest.mark.parametrize("config", [SMALL, EIGHT])
+def test_eight_bits_at_full_resolution(config: VQTokenizerConfig) -> None:
+    """By the kernels as by the reference, maps for convolutions of 8 bits written once; all else as float16 has it."""
+    torch.manual_seed(1)
+    tokenizer = randomised(VQTokenizer(config))
+    half, eight = (FrozenTokenizer(tokenizer, dtype, torch.float32) for dtype in (torch.float16, torch.float8_e4m3fn))
+    blocks = [
+        {each.weight1.dtype, each.weight2.dtype}
+        for each in eight.decoder.blocks
+        if isinstance(each, FrozenResidualBlock)
+    ]
+    assert blocks == [{torch.float16}] * 5 + [{torch.float8_e4m3fn}] * 3
+    assert eight.decoder.weight_out.dtype == eight.entries.dtype == torch.float16
+    tokens = torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(4))
+    with ops.use_backend("triton"), recorded(carry_out=True) as recording:
+        decoded = eight.decode(tokens)
+    assert decoded.dtype == torch.float16
+    assert collections.Counter(launch.kernel.__name__ for launch in recording.launches)["convolution_kernel"] == 6
+    expected = tokenizer.double().decode(tokens)
+    error = relative_l2(eight.decode(tokens), expected)
+    assert relative_l2(half.decode(tokens), expected) < error / 4 < 0.05 / 4
+    assert relative_l2(decoded, expected) < 1.2 * error
+    assert relative_l2(decoded, eight.decode(tokens).double()) < 0.7 * error  # where a number lies between two others
+
+
+def test_scales_of_eight_bits(small: VQTokenizer) -> None:
+    """What drawn codes' maps go up to is a quarter of the largest number, of weights each channel's is the largest; a
+    product's scale is what both were divided by."""
+    frozen = FrozenTokenizer(small, torch.float8_e4m3fn, torch.float32)
+    drawn = frozen.entries[drawn_codes(61)].float().permute(0, 3, 1, 2)
+    most = ranges(small.decoder, drawn, entering=True)
+    for i, block in enumerate(small.decoder.conv_blocks[1].res):
+        mine, name = frozen.decoder.blocks[-3 + i], f"conv_blocks.1.res.{i}"
+        assert (mine.scale1, mine.scale2) == pytest.approx(
+            [4 * most[f"{name}.conv{n}"] / 448 for n in (1, 2)], rel=1e-3
+        )
+        weight = mine.weight2.float()
+        assert torch.equal(weight.abs().amax((1, 2, 3)), torch.full((16,), 448.0))
+        found = weight * (mine.channel_scale2 / mine.scale2)[:, None, None, None]
+        assert relative_l2(found, block.conv2.weight.double()) < 0.03
+
+
+def test_eight_bits_where_there_is_nothing() -> None:
+    """Weights and maps of zeros have a scale too."""
+    tokenizer = VQTokenizer(SMALL).requires_grad_(False)
+    for block in tokenizer.decoder.conv_blocks[1].res:
+        for parameter in (block.conv1.weight, block.norm2.weight, block.norm2.bias):
+            parameter.zero_()
+    tokens = torch.tensor([[3, 1, 4, 1]])
+    found = FrozenTokenizer(tokenizer, torch.float8_e4m3fn, torch.float32).decode(tokens)
+    assert relative_l2(found, tokenizer.double().decode(tokens)) < 5e-3
+
+
+def test_a_part_in_float32_has_no_eight_bits(small: VQTokenizer) -> None:
+    """And the sum before it, of a convolution of 8 bits, is in float32 too."""
+    small.decoder.conv_blocks[1].res[1].conv1.weight *= 1e5
+    frozen = FrozenTokenizer(small, torch.float8_e4m3fn, torch.float32)
+    dtypes = [each.weight1.dtype for each in frozen.decoder.blocks[-3:]]
+    assert dtypes == [torch.float8_e4m3fn, torch.float32, torch.float32]
+    tokens = torch.tensor([[3, 1, 4, 1]])
+    expected = small.double().decode(tokens)
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            assert relative_l2(frozen.decode(tokens), expected) < 0.05
+
+
+@pytest.mark.parametrize(("architecture", "right"), [("sm_80", False), ("sm_89", False), ("sm_90", True)])
+def test_gpus_that_eight_bits_are_for(monkeypatch: pytest.MonkeyPatch, architecture: str, right: bool) -> None:
+    monkeypatch.setattr(frozen_forms, "architecture", lambda device: architecture)
+    message = f"needs a GPU of sm_90, .* and this one is {architecture}: pass --reward-dtype float16"
+    with contextlib.nullcontext() if right else pytest.raises(ConfigError, match=message):
+        frozen_forms.check_eight_bits(torch.device("cuda", 0))
+    frozen_forms.check_eight_bits(torch.device("cpu"))
 
 
 def test_convolutions_in_float32_stay_cudnns(small: VQTokenizer) -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from accuracy import RELATIVE_L2, relative_l2
-from fused import DEVICE, assert_fused_accurate, misaligned
+from fused import DEVICE, assert_eight_bits, assert_fused_accurate, misaligned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,6 +77,15 @@ def test_the_norm_is_that_of_the_rounded_sum(silu: bool) -> None:
     assert torch.equal(normed, (F.silu(wide) if silu else wide).bfloat16())
 
 
+def test_a_scale_of_each_channel_and_a_dtype_of_the_sum() -> None:
+    x, kernel, channel_bias, residual = inputs_of(2, 3, 4, 5, 6)
+    scale = torch.rand(4) + 0.5
+    out = ops.convolution(x, kernel, channel_scale=scale, channel_bias=channel_bias, residual=residual)
+    expected = F.conv2d(x, kernel * scale[:, None, None, None], channel_bias, padding=1) + residual
+    torch.testing.assert_close(out, expected)
+    assert ops.convolution(x, kernel, dtype=torch.float16).dtype == torch.float16
+
+
 def test_no_gradient_is_refused_or_not_wanted() -> None:
     x, kernel = torch.randn(1, 4, 3, 3), torch.randn(4, 4, 3, 3, requires_grad=True)
     with pytest.raises(ValueError, match=r"convolution: has no gradient, and kernel requires one: .* F.conv2d"):
@@ -97,6 +106,17 @@ def test_bad_arguments() -> None:
         ops.convolution(x, kernel, residual=x)
     with pytest.raises(ValueError, match="convolution: x must have W > 0, got W=0"):
         ops.convolution(x[..., :0], kernel)
+    eight = x.to(torch.float8_e4m3fn), kernel.to(torch.float8_e4m3fn)
+    with pytest.raises(
+        TypeError, match=r"dtype must be a floating one where x is float8_e4m3fn \[2, 6, 4, 4\], got None"
+    ):
+        ops.convolution(*eight)
+    with pytest.raises(TypeError, match="x and kernel both or none must be float8_e4m3fn, got float32"):
+        ops.convolution(x, eight[1], dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"dtype must be a floating one where x is float32 .*, got torch\.int8"):
+        ops.convolution(x, kernel, dtype=torch.int8)
+    with pytest.raises(ValueError, match="normed_scale must be positive and finite, got 0"):
+        ops.convolution_group_norm_silu(x, kernel, torch.zeros(8), torch.zeros(8), 4, 1e-6, normed_scale=0)
     with pytest.raises(ValueError, match="convolution_group_norm_silu: groups must divide C=8 channels, got 3"):
         ops.convolution_group_norm_silu(x, kernel, torch.zeros(8), torch.zeros(8), 3, 1e-6)
 
@@ -118,6 +138,58 @@ def test_convolution(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", [(2, 24, 40, 5, 9), (1, 3, 5, 4, 6)])
 def test_convolution_in_fp32(sizes: tuple[int, ...]) -> None:
     assert_fused_accurate(convolution, inputs_of(*sizes), torch.float32, gradients=False)
+
+
+EIGHT_SIZES = [(2, 32, 40, 9, 21), (1, 144, 136, 3, 9), (3, 16, 16, 1, 1), (1, 3, 5, 4, 6)]  # rows of whole 16 bytes
+
+
+def eight_bits(*sizes: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """x and kernel in float8_e4m3fn, up to where it ends and down to where its numbers lie equally far apart; what is
+    added, and each channel's scale."""
+    x, kernel, channel_bias, residual = (each.to(DEVICE) for each in inputs_of(*sizes))
+    x[:, ::2] *= 100
+    x[:, 1::4] *= 1e-3
+    scale = torch.rand(sizes[2], device=DEVICE) * 1e-3
+    operands = [each.clamp(-448, 448).to(torch.float8_e4m3fn) for each in (x, 100 * kernel)]
+    return operands, {"channel_scale": scale, "channel_bias": channel_bias, "residual": residual}
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("sizes", EIGHT_SIZES)
+def test_convolution_of_eight_bits(sizes: tuple[int, ...]) -> None:
+    """Their products are exact; of a GPU's sums `kernels/convolution` says how exact they are."""
+    operands, added = eight_bits(*sizes)
+    with ops.use_backend("triton"):
+        out, *others = (ops.convolution(*operands, **added, dtype=dtype) for dtype in (torch.float32, *SIXTEEN))
+    expected = ops.convolution(*(each.double() for each in operands), **added)
+    assert out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert relative_l2(out, expected) < (2e-3 if out.is_cuda else 1e-6)
+    for rounded, dtype, error in zip(others, SIXTEEN, (3e-3, 4e-4), strict=True):
+        assert rounded.dtype == dtype
+        assert relative_l2(rounded, expected) < (2e-3 + error if out.is_cuda else error)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(("sizes", "groups", "silu"), [((2, 32, 40, 9, 21), 8, True), ((1, 144, 136, 3, 9), 2, False)])
+def test_eight_bits_with_the_norm_in_eight_bits(sizes: tuple[int, ...], groups: int, silu: bool) -> None:
+    operands, added = eight_bits(*sizes)
+    norm = (*torch.randn(2, sizes[2], device=DEVICE), groups, 1e-6)
+    options = {"silu": silu, "dtype": torch.float16}
+    with ops.use_backend("triton"):
+        total, normed = ops.convolution_group_norm_silu(*operands, *norm, **added, **options, normed_scale=0.01)
+        plain = ops.convolution_group_norm_silu(*operands, *norm, **added, **options)[1]
+    assert (total.dtype, normed.dtype, plain.dtype) == (torch.float16, torch.float8_e4m3fn, torch.float16)
+    assert normed.is_contiguous(memory_format=torch.channels_last)
+    exact = add_norm(total.double(), norm, silu)
+    assert_eight_bits(normed, exact, 0.01)
+    assert relative_l2(plain, exact) < RELATIVE_L2[torch.float16] / 2
+
+
+def add_norm(total: Tensor, norm: tuple[Tensor, Tensor, int, float], silu: bool) -> Tensor:
+    weight, bias, groups, eps = norm
+    normed = F.group_norm(total, groups, weight.double(), bias.double(), eps)
+    return F.silu(normed) if silu else normed
 
 
 def test_rounded_once() -> None:
@@ -195,14 +267,17 @@ def test_other_dtypes_of_what_is_added_and_of_the_kernel() -> None:
         (4, 128, torch.bfloat16, False),  # 8 bytes a pixel
         (128, 3, torch.float16, False),
         (128, 128, torch.float32, False),
+        (128, 128, torch.float8_e4m3fn, True),
+        (24, 128, torch.float8_e4m3fn, False),  # 24 bytes a pixel
     ],
 )
 def test_what_is_launched(inputs: int, outputs: int, dtype: torch.dtype, by_descriptors: bool) -> None:
     x, kernel = torch.zeros(2, inputs, 40, 24, dtype=dtype), torch.zeros(outputs, inputs, 3, 3, dtype=dtype)
     with launch.recorded() as recording:
-        kernels.convolved(x, kernel, None, None, statistics=False)
+        kernels.convolved(x, kernel, *(None,) * 3, torch.float16, statistics=False)
     (launched,) = recording.launches
     assert launched.constants["DESCRIPTORS"] == by_descriptors
+    assert launched.constants["BLOCK_K"] * dtype.itemsize == (128 if by_descriptors or dtype.itemsize == 4 else 64)
     tile = launched.constants["TILE_H"], launched.constants["TILE_W"]
     blocks = -(-outputs // launched.constants["BLOCK_C"])
     assert launched.grid == (2 * blocks * -(-40 // tile[0]) * -(-24 // tile[1]),)

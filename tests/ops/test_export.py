@@ -111,7 +111,8 @@ def test_shapes_and_dtypes_are_documented(name: str) -> None:
             value = given.pop(argument.name)
             arguments.append([value] if kind.startswith("List") else value)
         else:
-            arguments.append(OPTIONS.get(argument.name, True if kind == "bool" else 0.5))
+            usual = None if kind.startswith("Optional") else True if kind == "bool" else 0.5
+            arguments.append(usual if usual is None else OPTIONS.get(argument.name, usual))
     assert not given
     results = operator(*arguments)
     results = [results] if isinstance(results, Tensor) else list(results)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import RELATIVE_L2, assert_accurate, relative_l2
-from fused import DEVICE, DTYPES, assert_fused_accurate, misaligned
+from fused import DEVICE, DTYPES, assert_eight_bits, assert_fused_accurate, misaligned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,6 +99,26 @@ def test_residual_stream_accuracy(dtype: torch.dtype) -> None:
             assert mine.dtype == dtype
             assert mine.is_contiguous(memory_format=torch.channels_last)
             assert relative_l2(mine, right) < RELATIVE_L2[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "phases"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)])
+def test_the_norm_in_eight_bits(backend: str, dtype: torch.dtype, phases: bool) -> None:
+    """In units of a scale: where these are small its numbers lie equally far apart, and none is beyond the largest."""
+    h = torch.randn(2, 24 * (4 if phases else 1), 5, 8, device=DEVICE).to(dtype)
+    weight, bias = torch.randn(2, 24, device=DEVICE)
+    norm = (weight * torch.logspace(-4, 2, 24, device=DEVICE), bias / 10, 6, 1e-6)
+    for silu, scale in ((True, 1e-2), (False, 1e-4)):
+        options = {"phases": phases, "silu": silu}
+        total, normed = ops.add_group_norm_silu(h, *norm, **options, normed_scale=scale)
+        exact = F.group_norm(total.double(), 6, norm[0].double(), norm[1].double(), 1e-6)
+        exact = F.silu(exact) if silu else exact
+        assert_eight_bits(normed, exact, scale)
+        assert normed.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(total, ops.add_group_norm_silu(h, *norm, **options)[0])
+    assert (normed.float().abs() == 448).any()
+    h[0, 0, 0, 0] = torch.nan
+    if backend == "reference" or h.is_cuda:  # interpreted, a NaN is cast to 384
+        assert ops.add_group_norm_silu(h, *norm, phases=phases, normed_scale=1.0)[1][0].isnan().any()
 
 
 def test_no_gradient_is_refused_or_not_wanted() -> None:

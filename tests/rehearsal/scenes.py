@@ -209,6 +209,7 @@ SCENES: dict[str, Scene] = {
     "released recipe": partial(align, path="both", batch_size=4, steps=2),
     "rewards in float16": partial(align, reward_dtype="float16"),
     "rewards in float32": partial(align, reward_dtype="float32"),
+    "rewards in fp8": partial(align, reward_dtype="fp8"),
     "credit by token": partial(align, credit_window=3),
     "a layer": launches_of_a_layer,
     "small micro-batches": partial(align, micro_batch=4),

@@ -30,7 +30,7 @@ ROLLOUT_MODES = ("train", "eval")
 CODES = ("normalised", "raw")
 CONTROLS = ("random", "shuffled")
 ADVANTAGES = ("sum", "each")
-REWARD_DTYPES = ("bfloat16", "float16", "float32")
+REWARD_DTYPES = ("bfloat16", "float16", "float32", "fp8")
 VGG_STRIDE = 16  # pixels of the image to one of the last map of features
 PROGRESS = "progress.jsonl"  # in the run's folder, a line a step, and one for a measurement between two
 ADDED_TO = {PROGRESS: stat.S_ISREG, "tensorboard": stat.S_ISDIR, "snapshots": stat.S_ISDIR}  # what they have to be
@@ -184,7 +184,8 @@ class RewardOptions:
     reward_dtype: str | None = option(
         None,
         "of decoder and LPIPS; advantages' cosine with `float32`'s, of the preset in the mean: `bfloat16` 0.99998, "
-        "`float16` 0.9999999, with `float32` for what it cannot hold",
+        "`float16` 0.9999999, with `float32` for what it cannot hold, and `fp8`, which is that with the decoder's "
+        "convolutions at full resolution in e4m3, 0.99996; on GPUs from the H100 on",
         choices=REWARD_DTYPES,
         shown="bfloat16, without a GPU float32",
     )

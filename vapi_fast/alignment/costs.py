@@ -102,7 +102,7 @@ def step_costs(
         "encode": encoder_cost(tokenizer, image_size).times(batch_size, -(-2 * batch_size // MAX_CHUNK)),
         "forward": forward + masked + cast,
         "sample": logits + read + drawn,
-        "decode": decoder_cost(tokenizer, image_size, itemsize).times(decodings, rewards),
+        "decode": decoder_cost(tokenizer, image_size, reward_dtype).times(decodings, rewards),
         "lpips": maps.times(batch_size + decodings, 2 * rewards),
         "loss": logits + gradients + drawn,
         "backward": backward + masked,

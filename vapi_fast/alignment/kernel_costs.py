@@ -6,7 +6,7 @@ FLOPs are counted by PyTorch's `flop_registry`, on the meta device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch.utils.flop_counter import flop_registry
 
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
-from vapi_fast.models.frozen import TENSOR_CORE_CHANNELS, lowest_parts
+from vapi_fast.models.frozen import TENSOR_CORE_CHANNELS, eight_bit_parts, lowest_parts
 from vapi_fast.models.lpips import LPIPSConfig
-from vapi_fast.models.tokenizer import VQTokenizerConfig
+from vapi_fast.models.tokenizer import ResidualBlock, VQTokenizerConfig
 from vapi_fast.runtime import forms
 from vapi_fast.runtime.ceilings import Ceilings
 
-BF16, FP32 = 2, 4  # bytes
+FP8, BF16, FP32 = 1, 2, 4  # bytes
 ANYWHERE = torch.device("cpu")  # where a form is the usual one, unless the environment or `forms.taking` names another
 
 aten = torch.ops.aten
@@ -33,8 +33,9 @@ aten = torch.ops.aten
 class Kernel:
     """Launches of one kernel in one place of a step, all together.
 
-    kind: `product`, `convolution`, `attention`, `wide attention` (one head over a map), `norm` (GroupNorm with what is
-        fused to it), `elementwise`, `cast` (of weights, and sums of their gradients) or `optimizer`.
+    kind: `product`, `convolution`, `convolution in fp8`, `attention`, `wide attention` (one head over a map), `norm`
+        (GroupNorm with what is fused to it), `elementwise`, `cast` (of weights, and sums of their gradients) or
+        `optimizer`.
     flops: of matrix products and convolutions, a multiplication with its addition is two. bytes: to and from memory.
     single: computed in float32, on a GPU in TF32.
     shape: of a launch's product its rows and columns; of a convolution channels in and out, pixels and taps a side.
@@ -52,7 +53,9 @@ class Kernel:
         return max(self.flops / self.peak(ceilings), self.bytes / ceilings.copy)
 
     def peak(self, ceilings: Ceilings) -> float:
-        """FLOPs a second at most."""
+        """FLOPs a second at most. By specification matrix units take twice as many numbers of 8 bits as of 16."""
+        if self.kind == "convolution in fp8":
+            return 2 * ceilings.matmul
         return ceilings.single if self.single else ceilings.matmul
 
 
@@ -144,11 +147,15 @@ class NetworkKernels(TorchDispatchMode):
     passes left. Upsampling and a 3×3 convolution are four 2×2 convolutions of the map itself. Attention over a map
     keeps its scores on the chip; as two products it writes them in fp32, and reads them for the softmax.
     FLOPs are those of PyTorch's `flop_registry`. Forms are those that `forms.form` takes anywhere.
+
+    eight: residual blocks whose 3×3 convolutions are ours, in e4m3: norms write for them a byte a number.
     """
 
-    def __init__(self, itemsize: int) -> None:
+    def __init__(self, itemsize: int, eight: Collection[ResidualBlock] = ()) -> None:
         super().__init__()
         self.itemsize = itemsize
+        self.convolved = {id(each.weight) for block in eight for each in (block.conv1, block.conv2)}
+        self.norms = {id(each.weight) for block in eight for each in (block.norm1, block.norm2)}
         self.kernels: list[Kernel] = []
         self.elements = 0  # of all maps, that convolutions, norms and poolings read or write at least once
         self.largest_map = 0
@@ -179,7 +186,7 @@ class NetworkKernels(TorchDispatchMode):
     def note(
         self, kind: str, flops: float, elements: float, shape: tuple[int, ...] = (), runs: float = 1, wide: int = 0
     ) -> None:
-        """wide: elements that are in fp32 in any case."""
+        """elements: moved, in numbers of `itemsize`; wide: in numbers of fp32."""
         moved = elements * self.itemsize + wide * FP32
         self.kernels.append(Kernel(kind, flops, moved, runs, self.itemsize == FP32, shape))
 
@@ -193,23 +200,28 @@ class NetworkKernels(TorchDispatchMode):
         if outputs == 3 and forms.form("last-convolution", ANYWHERE) == "eight":
             flops, written = (each * TENSOR_CORE_CHANNELS // outputs for each in (flops, written))
             outputs = TENSOR_CORE_CHANNELS
-        moved = source.numel() + written + weight.numel()
-        if taps > 1:
-            self.note("convolution", flops, moved, (inputs, outputs, side, taps))
+        read = source.numel() + weight.numel()
+        if eight := id(weight) in self.convolved:
+            self.note("convolution in fp8", flops, read * FP8 / self.itemsize + written, (inputs, outputs, side, taps))
+        elif taps > 1:
+            self.note("convolution", flops, read + written, (inputs, outputs, side, taps))
         else:
-            self.note("product", flops, moved, (side * side, outputs))
+            self.note("product", flops, read + written, (side * side, outputs))
         shape = f"{inputs}→{outputs} {side}²"
-        ours = self.itemsize == BF16 and forms.form("convolution", ANYWHERE, shape) == "triton"
-        if ours and name == "silu" and outputs > TENSOR_CORE_CHANNELS:  # of a residual block, not the last one
+        in_a_block = name == "silu" and outputs > TENSOR_CORE_CHANNELS  # which the last one has not
+        ours = self.itemsize == BF16 and in_a_block and forms.form("convolution", ANYWHERE, shape) == "triton"
+        if ours or eight:
             self.fused[id(result)] = len(self.kernels) - 1
         self.elements += source.numel() + result.numel()
         self.largest_map = max(self.largest_map, source.numel(), result.numel())
 
-    def note_native_group_norm(self, result: Any, x: Tensor, *others: Any) -> None:
+    def note_native_group_norm(self, result: Any, x: Tensor, weight: Tensor, *others: Any) -> None:
         name, source = self.origin(x)
         inside = name == "convolution" and self.origin(source)[0] == "silu"
-        passes = 2 if id(x) in self.fused else 5 if name == "add" else 3 if inside else 4
-        self.note("norm", 0, passes * x.numel(), runs=2 if id(x) in self.fused else 3)
+        fused = id(x) in self.fused
+        passes = 2 if fused else 5 if name == "add" else 3 if inside else 4
+        saved = 1 - FP8 / self.itemsize if id(weight) in self.norms else 0
+        self.note("norm", 0, (passes - saved) * x.numel(), runs=2 if fused else 3)
         self.elements += 2 * x.numel()
 
     def note_add(self, result: Tensor, *added: Any) -> None:
@@ -250,13 +262,19 @@ class NetworkKernels(TorchDispatchMode):
 
 
 def network_cost(
-    network: nn.Module, channels: int, side: int, itemsize: int = BF16, single: nn.Module | None = None
+    network: nn.Module,
+    channels: int,
+    side: int,
+    itemsize: int = BF16,
+    *,
+    single: nn.Module | None = None,
+    eight: Collection[ResidualBlock] = (),
 ) -> tuple[Cost, NetworkKernels]:
     """Cost of one image's map `[1, channels, side, side]` through a network on the meta device.
 
-    single: the module from which on maps are in fp32.
+    single: the module from which on maps are in fp32. eight: blocks with convolutions in e4m3.
     """
-    noted = NetworkKernels(itemsize)
+    noted = NetworkKernels(itemsize, eight)
     if single is not None:
         single.register_forward_pre_hook(lambda *_: setattr(noted, "itemsize", FP32))
     with torch.no_grad(), ops.use_backend("reference"), noted:
@@ -283,32 +301,36 @@ def _encoder(config: VQTokenizerConfig, image_size: int, taken: Forms) -> Cost:
         tokenizer = VQTokenizer(config)
     network, half = nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dict(taken).get("encoder") == "float16"
     lowest = tokenizer.encoder.get_submodule(lowest_parts(tokenizer.encoder)[0])
-    cost, _ = network_cost(network, 3, image_size, BF16 if half else FP32, lowest if half else None)
+    cost, _ = network_cost(network, 3, image_size, BF16 if half else FP32, single=lowest if half else None)
     codes = (image_size // config.downsample) ** 2 * config.codebook_size
     return cost + Cost((Kernel("product", 2 * codes * config.code_width, single=True),))
 
 
 def reward_itemsize(dtype: str | None) -> int:
-    """Bytes of a number of decoder and perceptual network on a GPU, by `--reward-dtype`."""
-    return getattr(torch, dtype or "bfloat16").itemsize
+    """Bytes of a number of decoder and perceptual network on a GPU, by `--reward-dtype`; of fp8 those of its sums."""
+    return BF16 if dtype == "fp8" else getattr(torch, dtype or "bfloat16").itemsize
 
 
-def decoder_cost(config: VQTokenizerConfig, image_size: int, itemsize: int = BF16) -> Cost:
-    """Decoding of one image."""
-    return _decoder(config, image_size, itemsize, taken())[0]
+def decoder_cost(config: VQTokenizerConfig, image_size: int, dtype: str | None = None) -> Cost:
+    """Decoding of one image, by `--reward-dtype`."""
+    return _decoder(config, image_size, dtype, taken())[0]
 
 
 def largest_decoder_map(config: VQTokenizerConfig, image_size: int) -> int:
     """Elements of the largest map on the way to one image."""
-    return _decoder(config, image_size, BF16, taken())[1].largest_map
+    return _decoder(config, image_size, None, taken())[1].largest_map
 
 
 @functools.cache
-def _decoder(config: VQTokenizerConfig, image_size: int, itemsize: int, taken: Forms) -> tuple[Cost, NetworkKernels]:
+def _decoder(
+    config: VQTokenizerConfig, image_size: int, dtype: str | None, taken: Forms
+) -> tuple[Cost, NetworkKernels]:
     with torch.device("meta"):
-        tokenizer = VQTokenizer(config)
+        decoder = VQTokenizer(config).decoder
+    blocks = [decoder.get_submodule(part) for part in eight_bit_parts(decoder)] if dtype == "fp8" else ()
     # As `models/frozen` has it, post_quant_conv is in the codebook.
-    return network_cost(tokenizer.decoder, config.latent_channels, image_size // config.downsample, itemsize)
+    side = image_size // config.downsample
+    return network_cost(decoder, config.latent_channels, side, reward_itemsize(dtype), eight=blocks)
 
 
 def feature_cost(config: LPIPSConfig, image_size: int, itemsize: int = BF16, *, plain: bool = False) -> Cost:
@@ -338,5 +360,5 @@ def _level_elements(config: LPIPSConfig, image_size: int) -> list[int]:
 
 def reward_elements(tokenizer: VQTokenizerConfig, lpips: LPIPSConfig, image_size: int) -> int:
     """Elements of one image's maps that decoder and perceptual network read or write, each operation's once."""
-    networks = _decoder(tokenizer, image_size, BF16, taken())[1].elements + _features(lpips, image_size)[1].elements
+    networks = _decoder(tokenizer, image_size, None, taken())[1].elements + _features(lpips, image_size)[1].elements
     return networks + sum(_level_elements(lpips, image_size))

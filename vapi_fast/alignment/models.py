@@ -72,7 +72,7 @@ def load_models(
     generator.to(device)
     base = frozen_copy(generator) if config.prior == "kl" else None
     train_only(generator, config.train, config.lora_rank, config.seed)
-    dtype = getattr(torch, config.reward_dtype) if config.reward_dtype else None
+    dtype = getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name)) if (name := config.reward_dtype) else None
     reward = PixelReward(tokenizer, lpips, config.mse_weight, config.lpips_weight, reward_chunk, dtype)
     return Models(generator.train(), tokenizer, reward, base)
 

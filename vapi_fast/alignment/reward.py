@@ -33,7 +33,7 @@ class PixelReward:
     changes in it later changes `compare` only.
 
     Args:
-        chunk, dtype: of `codec`, a `PixelCodec`; the frozen LPIPS computes in that dtype too.
+        chunk, dtype: of `codec`, a `PixelCodec`; the frozen LPIPS computes in the dtype of the codec's maps too.
     """
 
     def __init__(

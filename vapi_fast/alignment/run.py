@@ -30,6 +30,7 @@ from vapi_fast.alignment.understanding import text_check
 from vapi_fast.data.dataset import ahead, described, difference, reader
 from vapi_fast.data.synthetic import SyntheticData
 from vapi_fast.models.families import generator_config
+from vapi_fast.models.frozen import check_eight_bits
 from vapi_fast.models.lora import merged
 from vapi_fast.models.sizes import Classes, Prompts
 from vapi_fast.runtime import packages
@@ -189,6 +190,8 @@ class Run:
             raise ConfigError(f"--train {config.train} needs one process: several share all weights, pass --train all")
         if config.batch_size % world_size():
             raise ConfigError(f"--batch-size {config.batch_size} does not divide over {world_size()} processes")
+        if config.reward_dtype == "fp8":
+            check_eight_bits(device)
         if not config.synthetic_data:
             reader()  # what it lacks is told before minutes go into measuring and loading
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used, as in the published recipe

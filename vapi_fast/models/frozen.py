@@ -3,14 +3,15 @@
 They are built once from the loaded modules and share no memory with them. Between two convolutions of the tokenizer
 there is one fused operation: a convolution leaves out its bias, and the pass that adds it also adds the residual and
 normalises the sum. Where a GPU was found faster so (`runtime.forms`), a convolution of ours adds both to its own result
-and takes the norm's statistics there. All shapes follow from the inputs' and nothing waits for the device, so a CUDA
+and takes the norm's statistics there; of 8 bits, in which a decoder's maps of full resolution may be convolved, always.
+All shapes follow from the inputs' and nothing waits for the device, so a CUDA
 graph can hold them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from vapi_fast import ops
 from vapi_fast.models import LPIPS, VQTokenizer
 from vapi_fast.models.tokenizer import AttentionBlock, Decoder, Downsample, Encoder, GroupNorm, ResidualBlock, Upsample
-from vapi_fast.runtime.forms import form
+from vapi_fast.runtime.errors import ConfigError
+from vapi_fast.runtime.forms import architecture, form
 from vapi_fast.runtime.graphs import Replayed, graph_pool
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN's fused bf16 convolutions take channels in multiples of 8
@@ -29,8 +31,18 @@ MAX_CHUNK = 64  # sequences decoded at once
 MAX_PIXELS = 1 << 21  # decoded at once
 # What float16 is trusted with: a 32nd of its range, of drawn images; photographs go up to 3.0 times as far (presets).
 LARGEST_HALF = torch.finfo(torch.float16).max / 32
+E4M3 = torch.float8_e4m3fn
+LARGEST, SMALLEST = torch.finfo(E4M3).max, 1e-12  # of numbers, and of scales
+# How much further than drawn codes' maps those of others may go in e4m3. No number above 2⁻¹² of the largest loses a
+# bit by it; maps of rollouts of the preset's held-out images go up to 1.14 times as far.
+HEADROOM = 4
 DRAWN_SIDE = 64  # pixels
 DRAWN_GRID = 16  # codes a side
+
+
+def dtype_of_maps(dtype: torch.dtype) -> torch.dtype:
+    """Of maps in general, and of weights, where those of some convolutions are e4m3."""
+    return torch.float16 if dtype == E4M3 else dtype
 
 
 def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,6 +52,13 @@ def frozen_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 def frozen_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype, copy=True, memory_format=torch.channels_last)
+
+
+def eight_bit_weight(weight: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
+    """A kernel in e4m3, each channel's largest number the largest there is; and what a product with a map in units of
+    input_scale is then worth, fp32 `[C]`."""
+    scale = weight.detach().double().abs().amax((1, 2, 3)).clamp_min(SMALLEST) / LARGEST
+    return frozen_weight(weight / scale.to(weight.dtype)[:, None, None, None], E4M3), (scale * input_scale).float()
 
 
 class Norm(NamedTuple):
@@ -60,7 +79,7 @@ class Stream:
     """A map of the residual stream whose parts are still to be added: h + bias + residual. To be added once.
 
     The parts are let go of then: whoever holds the stream would otherwise keep two maps of full size alive. With a
-    kernel h is what is still to be convolved by it.
+    kernel h is what is still to be convolved by it; in e4m3 with each channel's scale, and a dtype of the sum.
     """
 
     h: Tensor | None  # [B,C,H,W]; of phases [B,4C,H/2+1,W/2+1]
@@ -68,28 +87,33 @@ class Stream:
     residual: Tensor | None = None
     phases: bool = False
     kernel: Tensor | None = None
+    channel_scale: Tensor | None = None
+    dtype: torch.dtype | None = None
 
-    def normed(self, norm: Norm, *, silu: bool = True) -> tuple[Tensor, Tensor]:
-        """The sum, and SiLU(GroupNorm(sum))."""
+    def normed(self, norm: Norm, *, silu: bool = True, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """The sum, and SiLU(GroupNorm(sum)); with a scale, in units of it in e4m3."""
         h, residual = self.let_go()
+        options = {"residual": residual, "channel_bias": self.bias, "silu": silu, "normed_scale": scale}
         if self.kernel is not None:
-            parts = {"residual": residual, "channel_bias": self.bias}
-            return ops.convolution_group_norm_silu(h, self.kernel, *norm, **parts, silu=silu)
-        return ops.add_group_norm_silu(
-            h, *norm, residual=residual, channel_bias=self.bias, phases=self.phases, silu=silu
-        )
+            eight = {"channel_scale": self.channel_scale, "dtype": self.dtype}
+            return ops.convolution_group_norm_silu(h, self.kernel, *norm, **options, **eight)
+        return ops.add_group_norm_silu(h, *norm, **options, phases=self.phases)
 
     def sum(self, pad: int = 0) -> Tensor:
         """The sum where no norm follows: before a change of resolution, where h is never of phases. pad: rows of zeros
         below it, and columns to its right."""
         h, residual = self.let_go()
         if self.kernel is not None:
-            found = ops.convolution(h, self.kernel, channel_bias=self.bias, residual=residual)
+            eight = {"channel_scale": self.channel_scale, "dtype": self.dtype}
+            found = ops.convolution(h, self.kernel, channel_bias=self.bias, residual=residual, **eight)
             return F.pad(found, (0, pad, 0, pad)) if pad else found
         return ops.bias_add(h, self.bias, residual, pad=pad)
 
     def to(self, dtype: torch.dtype) -> Stream:
         """The same, to be added in another dtype."""
+        if self.channel_scale is not None:
+            self.dtype = dtype
+            return self
         if self.kernel is not None and self.h.dtype != dtype:
             self.h, self.kernel = F.conv2d(self.h, self.kernel, padding=1), None
         self.h = self.h.to(dtype)
@@ -102,9 +126,17 @@ class Stream:
 
 
 class FrozenResidualBlock:
-    def __init__(self, block: ResidualBlock, dtype: torch.dtype) -> None:
+    """scales: of what its 3×3 convolutions take in, which is e4m3 then, as their weights are."""
+
+    def __init__(self, block: ResidualBlock, dtype: torch.dtype, scales: Sequence[float] = ()) -> None:
+        self.dtype = dtype
         self.norm1, self.norm2 = Norm.of(block.norm1, dtype), Norm.of(block.norm2, dtype)
         self.weight1, self.weight2 = (frozen_weight(conv.weight, dtype) for conv in (block.conv1, block.conv2))
+        self.scale1 = self.scale2 = self.channel_scale1 = self.channel_scale2 = None
+        if scales:
+            self.scale1, self.scale2 = scales
+            self.weight1, self.channel_scale1 = eight_bit_weight(block.conv1.weight, self.scale1)
+            self.weight2, self.channel_scale2 = eight_bit_weight(block.conv2.weight, self.scale2)
         self.bias1, self.bias2 = (frozen_bias(conv.bias, dtype) for conv in (block.conv1, block.conv2))
         self.shortcut = None
         if block.widens:
@@ -112,22 +144,29 @@ class FrozenResidualBlock:
             self.bias2 += frozen_bias(block.nin_shortcut.bias, dtype)
 
     def __call__(self, stream: Stream) -> Stream:
-        x, h = stream.normed(self.norm1)
+        x, h = stream.normed(self.norm1, scale=self.scale1)
         if fused_convolution(h, self.weight1):
-            _, h = ops.convolution_group_norm_silu(h, self.weight1, *self.norm2, channel_bias=self.bias1)
+            eight = {"channel_scale": self.channel_scale1, "dtype": self.dtype, "normed_scale": self.scale2}
+            _, h = ops.convolution_group_norm_silu(h, self.weight1, *self.norm2, channel_bias=self.bias1, **eight)
         else:
             h = F.conv2d(h, self.weight1, padding=1)
             h = ops.bias_group_norm_silu(h, self.bias1, *self.norm2)
         residual = x if self.shortcut is None else F.conv2d(x, self.shortcut)
         if fused_convolution(h, self.weight2):
-            return Stream(h, self.bias2, residual, kernel=self.weight2)
+            return Stream(
+                *(h, self.bias2, residual),
+                kernel=self.weight2,
+                channel_scale=self.channel_scale2,
+                dtype=self.dtype,
+            )
         return Stream(F.conv2d(h, self.weight2, padding=1), self.bias2, residual)
 
 
 def fused_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether the convolution of ours was found faster than cuDNN's on this device, at this shape; in 16 bits."""
+    """Whether the convolution of ours was found faster than cuDNN's on this device, at this shape; in 16 bits. In 8
+    bits there is no other."""
     shape = f"{weight.shape[1]}→{weight.shape[0]} {x.shape[-1]}²"
-    return x.element_size() == 2 and form("convolution", x.device, shape) == "triton"
+    return x.dtype == E4M3 or (x.element_size() == 2 and form("convolution", x.device, shape) == "triton")
 
 
 class FrozenAttentionBlock:
@@ -234,16 +273,25 @@ class FrozenCoder:
     Args:
         dtype: of weights and maps.
         single: the parts, by name, that are in float32 instead: `conv_in`, `conv_out` and blocks.
+        scales: of what the two convolutions of residual blocks take in, by name, where it is e4m3.
     """
 
-    def __init__(self, coder: Encoder | Decoder, dtype: torch.dtype, single: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        coder: Encoder | Decoder,
+        dtype: torch.dtype,
+        single: Collection[str] = (),
+        scales: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         dtypes = {name: torch.float32 if name in single else dtype for name in parts_of(coder)}
         self.weight_in = frozen_weight(coder.conv_in.weight, dtypes["conv_in"])
         self.bias_in = frozen_bias(coder.conv_in.bias, dtypes["conv_in"])
         self.dtypes = list(dtypes.values())[1:-1]  # of the blocks
         self.itemsize = max(each.itemsize for each in dtypes.values())  # of a number of the widest maps
-        blocks = zip(blocks_of(coder), self.dtypes, strict=True)
-        self.blocks = [FROZEN_BLOCKS[type(block)](block, each) for block, each in blocks]
+        self.blocks = []
+        for block, (name, each) in zip(blocks_of(coder), [*dtypes.items()][1:-1], strict=True):
+            eight = [scales[name]] if scales and name in scales else []
+            self.blocks.append(FROZEN_BLOCKS[type(block)](block, each, *eight))
         self.norm_out = Norm.of(coder.norm_out, dtypes["conv_out"])
         weight, bias = coder.conv_out.weight.detach(), coder.conv_out.bias.detach()
         self.channels = len(weight)
@@ -302,12 +350,14 @@ def within(name: str, part: str) -> bool:
 
 
 @torch.no_grad()
-def ranges(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """Largest magnitude in what enters or leaves each convolution and each block, by name, for a map x `[N,C,H,W]`."""
+def ranges(network: nn.Module, x: Tensor, *, entering: bool = False) -> dict[str, float]:
+    """Largest magnitude in what enters or leaves each convolution and each block, by name, for a map x `[N,C,H,W]`;
+    entering: in what enters alone."""
     found: dict[str, Tensor] = {}
 
     def note(name: str, inputs: tuple[Tensor], output: Tensor) -> None:
-        found[name] = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in (*inputs, output)]).amax()
+        maps = inputs if entering else (*inputs, output)
+        found[name] = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in maps]).amax()
 
     noted = [each for each in network.named_modules() if isinstance(each[1], (nn.Conv2d, *FROZEN_BLOCKS))]
     hooks = [
@@ -321,6 +371,36 @@ def ranges(network: nn.Module, x: Tensor) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+
+
+def eight_bit_parts(decoder: Decoder) -> list[str]:
+    """A decoder's residual blocks at full resolution: their convolutions are more than half of its FLOPs. Its last one,
+    whose result is the image, would cost most of the exactness."""
+    return [f"conv_blocks.{len(decoder.conv_blocks) - 1}.res.{i}" for i in range(len(decoder.conv_blocks[-1].res))]
+
+
+def eight_bit_scales(decoder: Decoder, drawn: Tensor, single: Collection[str]) -> dict[str, list[float]]:
+    """Of `eight_bit_parts`, but for those in float32, the scales of what the two convolutions take in. Fixed by maps of
+    drawn codes, as `large_parts` is. Waits for the device."""
+    most = ranges(decoder, drawn, entering=True)
+    return {
+        part: [max(HEADROOM * most[f"{part}.{name}"] / LARGEST, SMALLEST) for name in ("conv1", "conv2")]
+        for part in eight_bit_parts(decoder)
+        if part not in single
+    }
+
+
+def check_eight_bits(device: torch.device) -> None:
+    """Raises ConfigError for a GPU on which the convolution of 8 bits does not run as it was made to."""
+    if device.type != "cuda":
+        return
+    from vapi_fast.kernels.convolution import DESCRIBED  # imports Triton
+
+    if architecture(device) not in DESCRIBED:
+        raise ConfigError(
+            f"--reward-dtype fp8 needs a GPU of {', '.join(DESCRIBED)} (H100, H200, B200, B300), and this one is "
+            f"{architecture(device)}: pass --reward-dtype float16"
+        )
 
 
 def drawn_images(device: torch.device) -> Tensor:
@@ -348,7 +428,8 @@ class FrozenTokenizer:
     Args:
         tokenizer: stays as it is; later changes to its weights are not seen here.
         dtype: of the decoder's weights and maps; of float16 those parts that it does not hold are in float32
-            (`large_parts`), and images where the last convolution is one of them.
+            (`large_parts`), and images where the last convolution is one of them. float8_e4m3fn: as float16, but what
+            3×3 convolutions in residual blocks at full resolution take in (`eight_bit_parts`).
         encoder_dtype: the encoder's; of float16 those parts that it does not suit are in float32 (`single_parts`).
     """
 
@@ -366,11 +447,13 @@ class FrozenTokenizer:
                 tokenizer.post_quant_conv.weight.double().flatten(1),
                 tokenizer.post_quant_conv.bias.double(),
             )
-        single = ()
+        single, scales, eight = (), {}, dtype == E4M3
+        dtype = dtype_of_maps(dtype)
         if dtype == torch.float16:
             drawn = entries[drawn_codes(len(entries)).to(entries.device)].permute(0, 3, 1, 2)
             single = large_parts(tokenizer.decoder, parts_of(tokenizer.decoder), drawn)
-        self.decoder = FrozenCoder(tokenizer.decoder, dtype, single)
+            scales = eight_bit_scales(tokenizer.decoder, drawn, single) if eight else {}
+        self.decoder = FrozenCoder(tokenizer.decoder, dtype, single, scales)
         self.entries = entries.to(self.decoder.weight_in.dtype)  # [V, latent channels]
 
     @torch.no_grad()
@@ -399,19 +482,24 @@ class PixelCodec:
     Args:
         tokenizer: on the device of the work; later changes to its weights are not seen here.
         chunk: sequences decoded at once; it bounds the memory and changes nothing else. None: by the image size.
-        dtype: of the decoder. None: bfloat16 on CUDA, float32 elsewhere.
+        dtype: of the decoder, as of `FrozenTokenizer`. None: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises ConfigError for float8_e4m3fn on a GPU that it is not made for.
     """
 
     def __init__(self, tokenizer: VQTokenizer, chunk: int | None = None, dtype: torch.dtype | None = None) -> None:
         device = tokenizer.quantize.embedding.weight.device
         self.chunk = chunk
-        self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if dtype == E4M3:
+            check_eight_bits(device)
+        self.dtype = dtype_of_maps(dtype)
         # In bf16 the encoder would give 1.7 % of the tokens of held-out images another code (tiny tokenizer), and so
         # the transformer other inputs and targets; in float16 0.16 %, in float32 0.1 %, where cuDNN computes in TF32,
         # as published.
         wide = torch.promote_types(self.dtype, torch.float32)
         self.encoder_dtype = {"tf32": wide, "float16": torch.float16}[form("encoder", device)]
-        self.frozen = FrozenTokenizer(tokenizer, self.dtype, self.encoder_dtype)
+        self.frozen = FrozenTokenizer(tokenizer, dtype, self.encoder_dtype)
         self.pool = graph_pool(device)
         self._encode = Replayed(self.frozen.encode, self.pool)
         self._decode = Replayed(self.frozen.decode, self.pool)

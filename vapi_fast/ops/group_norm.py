@@ -57,6 +57,7 @@ def add_group_norm_silu(
     channel_bias: Tensor | None = None,
     phases: bool = False,
     silu: bool = True,
+    normed_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next map of a residual stream and its norm, for inference: the norm's statistics ride on the addition.
 
@@ -72,6 +73,9 @@ def add_group_norm_silu(
     the columns of parity b: h[:, p·C + c, i + a, j + b] is pixel (2·i + a, 2·j + b). residual, sum and normed are
     then `[B, C, 2·H, 2·W]`.
 
+    normed_scale: normed is in units of it, rounded to float8_e4m3fn, at most ±448 of them: what a convolution of such
+    numbers takes in.
+
     Raises TypeError or ValueError for an argument of the wrong type, shape, device or range, and ValueError where a
     gradient would be wanted.
     """
@@ -82,14 +86,20 @@ def add_group_norm_silu(
     if phases:
         _check_phases(checks)
     checks.not_empty("h", "C", "H", "W")
-    check_norm(checks, weight, bias, groups, eps)
+    check_norm(checks, weight, bias, groups, eps, normed_scale)
     if channel_bias is not None:
         checks.floating("channel_bias", channel_bias, "C")
     if residual is not None:
         checks.floating("residual", residual, "B C 2·H 2·W" if phases else "B C H W")
     checks.no_gradient("group_norm_silu", h=h, weight=weight, bias=bias, residual=residual, channel_bias=channel_bias)
     return implementation(h).add_group_norm_silu(
-        h, weight, bias, groups, eps, residual=residual, channel_bias=channel_bias, phases=phases, silu=silu
+        h,
+        *(weight, bias, groups, eps),
+        residual=residual,
+        channel_bias=channel_bias,
+        phases=phases,
+        silu=silu,
+        normed_scale=normed_scale,
     )
 
 
@@ -102,7 +112,11 @@ def _check_phases(checks: ArgumentChecks) -> None:
     sizes["2·H"], sizes["2·W"] = 2 * sizes["H"], 2 * sizes["W"]
 
 
-def check_norm(checks: ArgumentChecks, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
+def check_norm(
+    checks: ArgumentChecks, weight: Tensor, bias: Tensor, groups: int, eps: float, normed_scale: float | None = None
+) -> None:
+    if normed_scale is not None:
+        checks.positive("normed_scale", normed_scale)
     checks.floating("weight", weight, "C")
     checks.floating("bias", bias, "C")
     checks.count("groups", groups, 1)

@@ -36,6 +36,7 @@ def add_group_norm_silu(
     channel_bias: Tensor | None = None,
     phases: bool = False,
     silu: bool = True,
+    normed_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual stream's next map and its norm; see `vapi_fast.ops.add_group_norm_silu`."""
     given = [each for each in (h, weight, bias, residual, channel_bias) if each is not None]
@@ -47,7 +48,16 @@ def add_group_norm_silu(
         total += residual.to(dtype)
     total = channels_last(total.to(h.dtype))
     normed = torch.group_norm(total.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
-    return total, channels_last((F.silu(normed, inplace=True) if silu else normed).to(h.dtype))
+    normed = F.silu(normed, inplace=True) if silu else normed
+    if normed_scale is not None:
+        return total, channels_last(in_eight_bits(normed / normed_scale))
+    return total, channels_last(normed.to(h.dtype))
+
+
+def in_eight_bits(x: Tensor) -> Tensor:
+    """The nearest in float8_e4m3fn, the largest of either sign beyond it."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn)
 
 
 def interleaved(h: Tensor) -> Tensor:
