@@ -63,12 +63,13 @@ def test_block(guard: Guard) -> None:
     def gradients(x: Tensor, block: Block) -> list[Tensor]:
         return [x.grad, *(parameter.grad for parameter in block.parameters())]
 
+    x, gradient = inputs()
     with cast_once(ours, dtype):
-        x, gradient = inputs()
         run(own)((x, gradient))
-        wide = x.detach().double().requires_grad_()
-        run(lambda x: plain_block(exact, x, rotary.double()))((wide, gradient.double()))
-        error = max(map(relative, gradients(x, ours), gradients(wide, exact)))
+    wide = x.detach().double().requires_grad_()
+    run(lambda x: plain_block(exact, x, rotary.double()))((wide, gradient.double()))
+    error = max(map(relative, gradients(x, ours), gradients(wide, exact)))
+    with cast_once(ours, dtype):  # as the micro-batches of a step have it
         sets = itertools.cycle([(x, gradient), *(inputs() for _ in range(SETS - 1))])
         race = Race(run(own), {"autograd": Contestant(run(autocast))}, sets)
         race.warm_up()
