@@ -82,6 +82,7 @@ MOST_INSTRUCTIONS = [
     ("statistics", "PHASES=False", 14.5),
     ("statistics", "PHASES=True", 17.5),
     ("silu_apply", "SILU=False", 5.5),
+    ("silu_apply", "float8_e4m3fn", 12.0),
     ("silu_apply", "SILU=True", 10.5),
     ("silu_reduce", "", 21.0),
     ("silu_backward", "", 21.0),

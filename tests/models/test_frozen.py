@@ -169,6 +169,8 @@ def test_eight_bits_at_full_resolution(config: VQTokenizerConfig) -> None:
     ]
     assert blocks == [{torch.float16}] * 5 + [{torch.float8_e4m3fn}] * 3
     assert eight.decoder.weight_out.dtype == eight.entries.dtype == torch.float16
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    assert torch.equal(eight.encode(images), half.encode(images))
     tokens = torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(4))
     with ops.use_backend("triton"), recorded(carry_out=True) as recording:
         decoded = eight.decode(tokens)
