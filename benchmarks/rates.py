@@ -417,14 +417,13 @@ def measure(bench: Bench) -> None:
     bench.attempt("poisoned memory, bfloat16", lambda: poisoned(bench, torch.bfloat16, math.nan))
     bench.attempt("poisoned memory, float32", lambda: poisoned(bench, torch.float32, math.inf))
     micro_batch_forms(bench)
-    in_float32 = functools.partial(graph, bench, "decoder", dtype=torch.float32)  # as another `--reward-dtype` has it
-    bench.attempt("decoder as a CUDA graph in float32", in_float32)
     for coder, others in GRAPHS.items():
         for form in ("", *others):
             name = f"{coder} as a CUDA graph{', ' * bool(form)}{form}"
             bench.attempt(name, functools.partial(graph, bench, coder, form))
-    in_float16 = functools.partial(graph, bench, "decoder", dtype=torch.float16)
-    bench.attempt("decoder as a CUDA graph in float16", in_float16)
+    for dtype in (torch.float16, torch.float32):  # as `--reward-dtype` has it
+        name = f"decoder as a CUDA graph in {str(dtype).removeprefix('torch.')}"
+        bench.attempt(name, functools.partial(graph, bench, "decoder", dtype=dtype))
     in_eight_bits(bench)
 
 

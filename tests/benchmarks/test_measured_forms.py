@@ -104,7 +104,7 @@ def test_rates_are_reported_by_the_names_that_are_read(monkeypatch: pytest.Monke
     sampling.main()
     ratios = set().union(*Baseline(baseline.FILE).kinds.values())
     gains = table_of_gains()
-    assert len(gains) == 15
+    assert len(gains) == 16
     for gain, _, *measured in gains:
         names = [set(re.findall(r"`([^`]+)`", cell)) for cell in measured]
         assert any(names), gain
