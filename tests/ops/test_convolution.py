@@ -165,7 +165,7 @@ def test_convolution_of_eight_bits(sizes: tuple[int, ...]) -> None:
     assert out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert relative_l2(out, expected) < (2e-3 if out.is_cuda else 1e-6)
-    for rounded, dtype, error in zip(others, SIXTEEN, (3e-3, 4e-4), strict=True):
+    for rounded, dtype, error in zip(others, SIXTEEN, (5e-3, 4e-4), strict=True):  # bfloat16 is cut off, interpreted
         assert rounded.dtype == dtype
         assert relative_l2(rounded, expected) < (2e-3 + error if out.is_cuda else error)
 
