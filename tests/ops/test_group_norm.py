@@ -359,7 +359,7 @@ def test_registration(phases: bool) -> None:
     h, one = maps(2, 32, 3, 4).to(DEVICE), torch.rand(8 if phases else 32, device=DEVICE)
     residual = maps(2, 8, 4, 6).to(DEVICE) if phases else h.flip(0)
     for options in ((residual, None), (None, one)):
-        arguments = (h, one, one, 4, 1e-6, *options, phases, not phases)
+        arguments = (h, one, one, 4, 1e-6, *options, phases, not phases, None)
         torch.library.opcheck(torch.ops.vapi_fast.add_group_norm_silu.default, arguments)
     if not phases:
         arguments = (h.contiguous(), one, one, one, 4, 1e-6)
