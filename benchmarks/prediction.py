@@ -32,7 +32,7 @@ from vapi_fast import ops
 from vapi_fast.alignment import memory, micro_batches
 from vapi_fast.alignment.config import AlignConfig
 from vapi_fast.alignment.costs import config_costs, parameters, transformer_costs
-from vapi_fast.alignment.kernel_costs import BF16, FP32, Cost, Kernel, product, total
+from vapi_fast.alignment.kernel_costs import ANYWHERE, BF16, FP32, Cost, Kernel, product, total
 from vapi_fast.alignment.losses import Judged
 from vapi_fast.alignment.models import Models
 from vapi_fast.data.dataset import ImageBatch
@@ -72,9 +72,9 @@ TILES = {(128, 256): 1.0, (128, 128): 0.85, (64, 128): 0.6}
 SPLITS = {1: 1.0, 2: 0.95, 4: 0.9}
 SHORTEST = 512
 
-# Seconds to launch a kernel from Python, on a development machine: of sharded weights' 29 a layer. Whole ones' 25 take
-# 49 (`python benchmarks/prediction.py`), as those are the longer ones.
-HOST = 45e-6
+# Seconds to launch a kernel from Python, on a development machine: of sharded weights' 29 a layer; of whole ones' 25,
+# which are the longer ones (`python benchmarks/prediction.py`).
+HOST, WHOLE_HOST = 45e-6, 49e-6
 NODE = 0.2e-6  # seconds that the driver takes for a kernel of a graph; an estimate
 REPLAYED = ("encode", "decode", "lpips")  # from CUDA graphs: a launch each
 RECORDED = ("forward", "sample", "loss", "backward")  # with the form `micro-batch=graph`
@@ -325,8 +325,11 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
     generator = generator_config(config["model"])
     batch = config["batch_size"] // gpus
     passes = -(-batch // config["micro_batch"])
-    recorded = RECORDED if forms.taken("").get("micro-batch") == "graph" and not (sharded and gpus > 1) else ()
+    whole = gpus == 1 or not sharded
+    form = forms.form("micro-batch", ANYWHERE, f"of {config['micro_batch']}")
+    recorded = RECORDED if form == "graph" and whole else ()
     launches = total(cost for stage, cost in costs.items() if stage not in (*REPLAYED, *recorded))
+    each = WHOLE_HOST if whole else HOST
     graphs = passes * HOST * len(recorded) + NODE * total(costs[stage] for stage in recorded).runs
     sizes = {"batch_size": config["batch_size"] if sharded else batch}
     sizes |= {"micro_batch": min(config["micro_batch"], batch)}
@@ -348,7 +351,7 @@ def share_of_step(config: Mapping[str, Any], gpus: int, rates: Rates, free: int,
         exposed = ends + max(gathering * passes - hidden["forward"], 0)
         exposed += max(reducing + again - hidden["backward"] / passes, 0)
     kinds, launched = rates.by_kind(total(costs.values())), sum(rates.by_kind(launches).values())
-    return Shared(kinds, exposed, launched, HOST * launches.runs + graphs, plan.total if plan.fits else None)
+    return Shared(kinds, exposed, launched, each * launches.runs + graphs, plan.total if plan.fits else None)
 
 
 # ---- the host

@@ -108,7 +108,7 @@ def table(
 def heading(config: Mapping[str, Any], device: Device, processes: int) -> str:
     share = f", of which a process has 1/{processes}" if processes > 1 else ""
     name = "LlamaGen-" * (config["model"] in LLAMAGEN_CONFIGS) + config["model"]
-    taken = forms.taken("")
+    taken = {kind: form for kind, form in forms.taken("").items() if form != forms.FORMS[kind.split()[0]][0]}
     return (
         f"{name}, {config['method']}, {config['image_size']}², {config['batch_size']} images × "
         f"{config['group_size']} rollouts a step{share}, micro-batches of {config['micro_batch']}\n"
@@ -267,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = measured_device()
     else:
         device = DEVICES[options.gpu or "h100"] if options.gpu or record is None else device_of(record)
-    with forms.taking(**(forms.taken(device.architecture) if record is None else record.get("forms", {}))):
+    usual = {kind: names[0] for kind, names in forms.FORMS.items()}
+    taken = forms.taken(device.architecture) if record is None else usual | record.get("forms", {})
+    with forms.taking(**taken):
         if not options.predict:
             print(table(config, device, seconds, processes))
             return 0

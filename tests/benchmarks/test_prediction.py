@@ -98,6 +98,7 @@ def test_a_run_or_an_architecture_brings_its_forms(
     assert float(cells(lines, "encode")[1]) < float(usual[1])
     record = {"config": XXL, "device": "NVIDIA H100 80GB HBM3", "stages": {}, "forms": {"wide-attention": "matmul"}}
     (tmp_path / "run.json").write_text(json.dumps(record))
+    monkeypatch.setenv(forms.VARIABLE, "encoder=float16")  # is not the run's
     lines = printed(capsys, str(tmp_path / "run.json"))
     assert lines[2] == "forms: wide-attention=matmul"
     assert float(cells(lines, "decode")[1]) == pytest.approx(seconds_with(record["forms"])["decode"], abs=6e-4)
@@ -105,7 +106,9 @@ def test_a_run_or_an_architecture_brings_its_forms(
 
 def test_graphs_take_launching_from_the_host() -> None:
     eager = prediction.share_of_step(XXL, 1, rates(), 80 * GB)
-    with forms.taking(micro_batch="graph"):
+    with forms.taking(**{"micro-batch of 4": "graph"}):
+        assert prediction.share_of_step(XXL, 1, rates(), 80 * GB) == eager  # whose micro-batches are of 16
+    with forms.taking(**{"micro-batch of 16": "graph"}):
         recorded, sharded = (prediction.share_of_step(XXL, gpus, rates(), 80 * GB) for gpus in (1, 8))
     assert recorded.host < eager.host / 50
     assert recorded.launched < eager.launched / 10

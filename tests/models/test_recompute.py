@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -296,7 +297,11 @@ def test_gradients_of_norms_do_not_survive_an_error() -> None:
     with pytest.raises(ZeroDivisionError), cast_once(model, torch.float32, last):
         learn() or 1 / 0
     assert model.first_norm.grad is None
+    failing = mock.patch.object(torch, "_foreach_copy_", side_effect=torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError), failing, cast_once(Blocks(), torch.bfloat16, last):
+        pass
     learn()
+    assert last.grad is not None
     assert model.first_norm.grad is not None
 
 

@@ -185,7 +185,7 @@ class RewardOptions:
         None,
         "of decoder and LPIPS; advantages' cosine with `float32`'s, of the preset in the mean: `bfloat16` 0.99998, "
         "`float16` 0.9999999, with `float32` for what it cannot hold, and `fp8`, which is that with the decoder's "
-        "convolutions at full resolution in e4m3, 0.99996; on GPUs from the H100 on",
+        "convolutions at full resolution in e4m3, 0.99996; on an H100, H200, B200 or B300",
         choices=REWARD_DTYPES,
         shown="bfloat16, without a GPU float32",
     )

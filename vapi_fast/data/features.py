@@ -93,8 +93,13 @@ class CachedFeatures:
             missing = self._missing(texts)
             if not any(gather_objects(len(missing))):  # all have looked before the first writes
                 return
-            self._encode(dict(share_of(missing, place, places)))
-            gather_objects(None)
+            failed = None
+            try:
+                self._encode(dict(share_of(missing, place, places)))
+            except Error as error:
+                failed = error
+            if said := next(filter(None, gather_objects(failed and str(failed))), None):
+                raise failed or DataError(said)
         self._missing(texts)
 
     def states(self, caption: Caption) -> Tensor:

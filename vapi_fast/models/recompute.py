@@ -215,16 +215,15 @@ def cast_once(
     norms = [weight for weight in (*norms, *more) if weight.ndim == 1 and weight.requires_grad]
     kept = {} if kept is None else kept
     with torch.no_grad():
-        if norms:
-            if id(blocks) not in kept:
-                shape = len(norms), implementation(norms[0]).norm_shares(norms[0].device), len(norms[0])
-                kept[id(blocks)] = norms[0].new_empty(shape, dtype=torch.float32)
-            shares = kept[id(blocks)].zero_()
-            _shares.update(zip(map(id, norms), shares, strict=True))
+        if norms and id(blocks) not in kept:
+            shape = len(norms), implementation(norms[0]).norm_shares(norms[0].device), len(norms[0])
+            kept[id(blocks)] = norms[0].new_empty(shape, dtype=torch.float32)
+        shares = kept[id(blocks)].zero_() if norms else ()
         kept |= {id(each): torch.empty_like(each, dtype=dtype) for each in matrices if id(each) not in kept}
         copies = [kept[id(matrix)] for matrix in matrices]
         if matrices:
             torch._foreach_copy_(copies, matrices)
+    _shares.update(zip(map(id, norms), shares, strict=True))
     _copies.update(zip(map(id, matrices), copies, strict=True))
     del copies, kept
     try:

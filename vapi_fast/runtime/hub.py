@@ -248,8 +248,9 @@ def cached_files(name: HubName, cache: str) -> list[str]:
 def to_fetch(network: str) -> str:
     """Where the hub has what other packages read by this name; empty where it is in the cache, or a path."""
     name = HubName(network, MAIN, "")
-    known = os.path.exists(network) or not NETWORK.fullmatch(network) or cached_files(name, place()[1])
-    return "" if known else address(name)
+    if os.path.exists(network) or not NETWORK.fullmatch(network):
+        return ""
+    return "" if any(file.endswith((*SUFFIXES, INDEX)) for file in cached_files(name, place()[1])) else address(name)
 
 
 def see(network: str) -> None:
