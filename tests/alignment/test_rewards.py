@@ -262,6 +262,7 @@ def test_the_hub_is_asked_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> N
     def offline(repository: str, **_: object) -> None:
         raise OSError(f"no way to {repository}\nfrom here")
 
+    monkeypatch.setattr(networks_of_clip, "see", lambda network: None)
     monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", offline)
     with pytest.raises(CheckpointError) as refused:
         load_networks(["clip"], None, TEXTS, CPU)
