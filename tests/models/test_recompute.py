@@ -289,10 +289,12 @@ def test_gradients_of_norms_are_added_up_in_shares(backend: str) -> None:
 
 
 def test_gradients_of_norms_do_not_survive_an_error() -> None:
-    model, last = Normed(), nn.Parameter(torch.randn(24))
+    model, last, x = Normed(), nn.Parameter(torch.randn(24)), torch.randn(1, 5, 24)
+    weights = [model.first_norm, last]
+    expected = torch.autograd.grad(model(x, last).sum(), weights)
 
     def learn() -> None:
-        model(torch.randn(1, 5, 24), last).sum().backward()
+        model(x, last).sum().backward()
 
     with pytest.raises(ZeroDivisionError), cast_once(model, torch.float32, last):
         learn() or 1 / 0
@@ -303,6 +305,7 @@ def test_gradients_of_norms_do_not_survive_an_error() -> None:
     learn()
     assert last.grad is not None
     assert model.first_norm.grad is not None
+    torch.testing.assert_close([weight.grad for weight in weights], list(expected))
 
 
 def test_another_weight_is_cast_once_and_its_gradients_added_up_in_float32() -> None:
